@@ -1,0 +1,197 @@
+"""One frozen configuration per stage. Every default stands here, and only here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from toolkit.errors import ToolkitError
+
+
+class StageConfig(BaseModel):
+    """Base of all stage configurations: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def parse_fraction(value: object) -> object:
+    """Turn `8/255` into a float; anything that is no such text is returned for pydantic to judge."""
+    if isinstance(value, str) and value.count("/") == 1:
+        top, bottom = value.split("/")
+        try:
+            return float(top) / float(bottom)
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+Fraction = Annotated[float, BeforeValidator(parse_fraction)]
+Epsilon = Annotated[Fraction, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class DataConfig(StageConfig):
+    """Where images come from and how many serve which purpose."""
+
+    source: str | None = None
+    """`sample`, `fashion-mnist`, `cifar10`, `folder:DIR`, `npz:FILE`; None: the checkpoint's own data set."""
+    data_dir: Path | None = None
+    download: bool = False
+    size: Annotated[int, Field(ge=4)] | None = None
+    calibration: Annotated[int, Field(ge=1)] = 512
+    evaluation: Annotated[int, Field(ge=1)] | None = None
+    """Number of evaluation images; None: all."""
+
+
+class ThreatConfig(StageConfig):
+    """Threat model and PGD schedule; what is None is filled in from the preset of the data set."""
+
+    preset: Literal["pixel", "paper"] = "pixel"
+    norm: Literal["linf", "l2"] = "linf"
+    eps: Epsilon | None = None
+    steps: Annotated[int, Field(ge=1)] | None = None
+    step_size: Epsilon | None = None
+    random_start: bool | None = None
+    restarts: Annotated[int, Field(ge=1)] = 1
+
+
+class PruneConfig(StageConfig):
+    """Structured filter pruning by l1 norm."""
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    scope: Literal["layer", "global"] = "layer"
+    round_to: Annotated[int, Field(ge=1)] = 8
+    """Widths are rounded to the nearest multiple of this; 8 keeps the integer kernels' columns full. 1: no rounding."""
+
+
+class TrainConfig(StageConfig):
+    """Training from scratch and fine-tuning."""
+
+    objective: Literal["adversarial", "standard", "none"] = "adversarial"
+    epochs: Annotated[int, Field(ge=0)] = 3
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    schedule: Literal["one-cycle", "stepped"] = "one-cycle"
+    """`one-cycle`: linear warm-up to the rate, then linear to 0. `stepped`: the paper's, a tenth after epoch 4."""
+    attack_steps: Annotated[int, Field(ge=1)] = 7
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    augment: bool = False
+    """Random horizontal flips and shifts of up to an eighth of the side."""
+
+
+class ExportConfig(StageConfig):
+    """ONNX export."""
+
+    opset: Annotated[int, Field(ge=18, le=23)] = 20
+    end_to_end: bool = True
+
+
+class QuantizeConfig(StageConfig):
+    """Static integer quantisation with ONNX Runtime: int8 symmetric weights, uint8 asymmetric activations."""
+
+    int8: bool = False
+    calibrate: Literal["minmax", "percentile"] = "minmax"
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    per_channel: bool = True
+
+
+class BenchmarkConfig(StageConfig):
+    """Latency measurement with ONNX Runtime."""
+
+    provider: Literal["cpu", "cuda"] = "cpu"
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = (1, 64)
+    threads: Annotated[int, Field(ge=1)] | None = None
+    rounds: Annotated[int, Field(ge=3)] = 30
+    """Number of interleaved rounds; each gives one sample per file."""
+
+
+class GateConfig(StageConfig):
+    """Lower limits that a user sets on the deployed graph; unmet ones end `harden` with exit code 3."""
+
+    min_accuracy: Share | None = None
+    min_robust: Share | None = None
+    min_integer_coverage: Share | None = None
+
+
+class HardenConfig(StageConfig):
+    """Everything `toolkit harden` needs; written resolved into the bundle as config.yaml."""
+
+    model: Path
+    arch: str | None = None
+    trust_pickle: bool = False
+    data: DataConfig = DataConfig()
+    threat: ThreatConfig = ThreatConfig()
+    prune: PruneConfig = PruneConfig()
+    finetune: TrainConfig = TrainConfig()
+    export: ExportConfig = ExportConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    gates: GateConfig = GateConfig()
+    allow_float: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads of torch and ONNX Runtime; None: all that this process may use."""
+
+
+Config = TypeVar("Config", bound=StageConfig)
+
+
+def flag_of(location: tuple[int | str, ...]) -> str:
+    """The command-line flag that sets the field at `location`, for error messages."""
+    names = [str(part) for part in location if not isinstance(part, int)]
+    special = {"prune.ratio": "--prune", "finetune.objective": "--finetune", "quantize.int8": "--int8",
+               "threat.preset": "--threat", "data.source": "--data", "data.evaluation": "--n",
+               "benchmark.batches": "--batch"}  # fmt: skip
+    path = ".".join(names)
+    return special.get(path, "--" + (names[-1] if names else "config").replace("_", "-"))
+
+
+def build(kind: type[Config], values: dict[str, Any]) -> Config:
+    """Validate `values` as a `kind`; what pydantic refuses becomes a `ToolkitError` that quotes the flag."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        location = first["loc"]
+        raise ToolkitError(
+            f"{flag_of(location)} has no usable value",
+            found=f"{'.'.join(map(str, location))} = {first['input']!r} ({first['msg'].lower()})",
+            fix=f"give {flag_of(location)} a value that fits; see `toolkit COMMAND --help`",
+        ) from error
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Deep merge of two nested mappings; `over` wins."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ToolkitError: the file is missing, is not YAML, or holds no mapping.
+    """
+    fix = "name a config.yaml as `toolkit harden` writes it into a bundle"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ToolkitError(
+            "the config file cannot be read", found=f"{path}: {type(error).__name__}", fix=fix
+        ) from error
+    if not isinstance(values, dict):
+        raise ToolkitError("the config file holds no settings", found=f"{path}: {type(values).__name__}", fix=fix)
+    return values
+
+
+def write_yaml(config: StageConfig, path: Path) -> None:
+    """Write the resolved configuration; `read_yaml` and `build` give it back."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
