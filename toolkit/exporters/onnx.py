@@ -1,0 +1,204 @@
+"""torch to ONNX: one file, dynamic batch, nothing in it of the machine that made it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from google.protobuf.message import DecodeError
+from onnx import ModelProto
+
+import toolkit
+from toolkit.artifacts import OnnxModel, TorchModel
+from toolkit.config import ExportConfig
+from toolkit.errors import ToolkitError
+from toolkit.exporters.rewrites import rewrite, strip_metadata
+
+INPUT, OUTPUT, BATCH = "image", "logits", "N"
+PROTOBUF_LIMIT = 2**31 - 1
+EXAMPLE_BATCH = 2
+"""Images of the example that is traced; 1 would be taken for a constant."""
+
+
+def export_onnx(
+    model: TorchModel, path: Path, config: ExportConfig, *, metadata: Mapping[str, str] | None = None
+) -> OnnxModel:
+    """Write the float twin of `model` to `path`.
+
+    The file takes `image` float32 [N, C, H, W] in [0, 1] and gives `logits` float32 [N, classes]. Spatial means stand as
+    GlobalAveragePool, which has an integer kernel; the exporter's stack traces are stripped.
+
+    Args:
+        model: left as it is; a copy on the CPU, in evaluation mode, is exported.
+        path: the file to write.
+        config: the operator set.
+        metadata: what to write into the file's metadata_props.
+
+    Raises:
+        ToolkitError: the exporter cannot handle the network, or its batch size would be fixed.
+    """
+    copy = model.copy().module.cpu().float().eval()
+    example = torch.linspace(0, 1, EXAMPLE_BATCH * _numel(model.spec.input_shape))
+    program = _trace(copy, example.view(EXAMPLE_BATCH, *model.spec.input_shape))
+    exported = _convert(program, config.opset)
+    _check_batch(exported)
+    finished = rewrite(exported)
+    strip_metadata(finished)
+    finished.producer_name, finished.producer_version = "onnx-hardening-toolkit", toolkit.__version__
+    onnx.helper.set_model_props(finished, dict(metadata or {}))
+    save_onnx(finished, path)
+    return OnnxModel(path, "fp32")
+
+
+def save_onnx(model: ModelProto, path: Path) -> None:
+    """Check a model and write it as one file.
+
+    Raises:
+        ToolkitError: it is too large for one file.
+    """
+    if model.ByteSize() > PROTOBUF_LIMIT:
+        raise ToolkitError(
+            "the network is too large for one ONNX file",
+            found=f"{model.ByteSize() / 1e9:.1f} GB; the format ends at 2.1 GB",
+            fix="prune it further (--prune) or take a smaller network",
+        )
+    onnx.checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def load_onnx(path: Path) -> ModelProto:
+    """Read an ONNX file.
+
+    Raises:
+        ToolkitError: no such file, or no ONNX in it.
+    """
+    fix = "name an ONNX file, for instance the model.onnx of a bundle"
+    try:
+        model = onnx.load(path)
+    except (OSError, DecodeError) as error:
+        raise ToolkitError("the ONNX file cannot be read", found=f"{path}: {type(error).__name__}", fix=fix) from error
+    if not model.graph.node:
+        raise ToolkitError("the ONNX file holds no network", found=f"{path}: no nodes", fix=fix)
+    return model
+
+
+def write_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Set entries of the metadata_props of an ONNX file; other entries stay."""
+    model = load_onnx(path)
+    merged = {entry.key: entry.value for entry in model.metadata_props} | dict(metadata)
+    onnx.helper.set_model_props(model, merged)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata_props of an ONNX file."""
+    return {entry.key: entry.value for entry in load_onnx(path).metadata_props}
+
+
+def _numel(shape: tuple[int, int, int]) -> int:
+    channels, height, width = shape
+    return channels * height * width
+
+
+def _trace(module: torch.nn.Module, example: torch.Tensor) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim(BATCH)
+    try:
+        with _silence(), torch.no_grad():
+            return torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
+    except Exception as error:
+        # torch.export lets through whatever the network's own code raises.
+        raise _cannot_export(error, None) from error
+
+
+def _convert(program: torch.export.ExportedProgram, opset: int) -> ModelProto:
+    try:
+        with _silence(), torch.no_grad():
+            converted: Any = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=({0: torch.export.Dim(BATCH)},),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                external_data=False,
+                verbose=False,
+            )
+            proto: ModelProto = converted.model_proto
+            return proto
+    except torch.onnx.OnnxExporterError as error:
+        raise _cannot_export(error, program) from error
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The exporter prints, logs and warns; what matters of it is in our errors."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _cannot_export(error: Exception, program: torch.export.ExportedProgram | None) -> ToolkitError:
+    chain = [error]
+    while chain[-1].__cause__ is not None and isinstance(chain[-1].__cause__, Exception):
+        chain.append(chain[-1].__cause__)
+    reason = str(chain[-1]).strip().splitlines()[0][:200] if str(chain[-1]).strip() else type(chain[-1]).__name__
+    text = "\n".join(str(link) for link in chain)
+    if "Constraints violated" in text:
+        return _fixed_batch(f"the tracer finds {BATCH} tied to a constant")
+    found = [reason, *_module_of(text, program)]
+    code = re.search(r'File ".*", line \d+, in forward\n\s*(.+)', text)
+    if code:
+        found.append(f"in the line `{code.group(1).strip()}`")
+    return ToolkitError(
+        "the ONNX exporter cannot handle the network",
+        found="; ".join(found),
+        fix="rewrite that part of forward() with operators that ONNX has, without branches on tensor values",
+    )
+
+
+def _module_of(text: str, program: torch.export.ExportedProgram | None) -> list[str]:
+    """The module whose operator failed, if the error names a node of the traced program."""
+    name = re.search(r"translating node %(\w+)", text)
+    if name is None or program is None:
+        return []
+    # Decomposition renames nodes (`linalg_svdvals` to `_linalg_svd`) but keeps the stem.
+    wanted = name.group(1).strip("_")
+    for node in program.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack and (wanted in node.name or node.name in wanted):
+            where, kind = list(stack.values())[-1]
+            return [f"in module '{where}' ({str(kind).rsplit('.', 1)[-1]})"]
+    return []
+
+
+def _check_batch(model: ModelProto) -> None:
+    """The exporter turns `x.view(2, -1)` into a graph that is right for two images only: refuse it."""
+    for value in (model.graph.input[0], model.graph.output[0]):
+        first = value.type.tensor_type.shape.dim[0]
+        if first.dim_param != BATCH:
+            raise _fixed_batch(f"the first axis of '{value.name}' is {first.dim_param or first.dim_value}")
+
+
+def _fixed_batch(found: str) -> ToolkitError:
+    return ToolkitError(
+        "the network's output depends on a fixed batch size",
+        found=found,
+        fix="use x.flatten(1) or x.view(x.size(0), -1) in forward(), and give logits [N, classes]",
+    )
