@@ -1,0 +1,223 @@
+"""Image sets: arrays in memory, and image folders in memory or streamed from disk."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from toolkit.artifacts import HashArray, Int64Array, UInt8Array
+from toolkit.data.decoding import GREY_MODES, SUFFIXES, Rejects, check_headers, decode_files, show_progress
+from toolkit.data.hashing import hash_all, hash_bytes
+from toolkit.errors import ToolkitError
+
+MEMORY_LIMIT = 2**30
+"""Bytes of decoded pixels up to which a folder is held in memory."""
+
+SAMPLED = 256
+"""Number of files, evenly spread over a folder, that decide between grey and RGB."""
+
+
+class ArrayImages:
+    """Labelled images held in memory.
+
+    Args:
+        name: what the images are called in messages.
+        class_names: the name of each class, in order of the labels.
+        array: uint8 [N, C, H, W], 0 to 255; C is 1 or 3.
+        labels: integers [N], 0 to len(class_names) - 1.
+
+    Raises:
+        ToolkitError: the type, the shape or the labels do not fit.
+    """
+
+    def __init__(
+        self, name: str, class_names: Sequence[str], array: npt.NDArray[np.generic], labels: npt.NDArray[np.generic]
+    ) -> None:
+        _check_pixels(name, array)
+        _check_labels(name, labels, len(array), len(class_names))
+        self.name = name
+        self.class_names = tuple(class_names)
+        self.labels: Int64Array = labels.astype(np.int64)
+        self._array: UInt8Array = np.ascontiguousarray(array, dtype=np.uint8)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        _, channels, height, width = self._array.shape
+        return channels, height, width
+
+    @cached_property
+    def hashes(self) -> HashArray:
+        """64 bits of BLAKE2b over each image's bytes in the order C, H, W."""
+        return hash_all((image.data for image in self._array), len(self._array))
+
+    def pixels(self, indices: Int64Array) -> UInt8Array:
+        """The images at `indices`, uint8 [n, C, H, W]."""
+        return self._array[indices]
+
+
+def _check_pixels(name: str, array: npt.NDArray[np.generic]) -> None:
+    if array.dtype != np.uint8:
+        raise ToolkitError(
+            f"the pixels of {name} are not bytes",
+            found=f"an array of {array.dtype}",
+            fix="store uint8 from 0 to 255, e.g. `(x * 255).round().astype('uint8')` for pixels in [0, 1]",
+        )
+    if array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
+        raise ToolkitError(
+            f"the images of {name} have no usable shape",
+            found=f"an array of shape {array.shape}",
+            fix="store [images, channels, height, width] with 1 (grey) or 3 (RGB) channels and at least one image",
+        )
+
+
+def _check_labels(name: str, labels: npt.NDArray[np.generic], images: int, classes: int) -> None:
+    fix = f"store one integer label per image, 0 to {classes - 1}"
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (images,):
+        found = f"labels of type {labels.dtype} and shape {labels.shape} for {images} images"
+        raise ToolkitError(f"the labels of {name} do not fit its images", found=found, fix=fix)
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        found = f"labels from {low} to {high} for {classes} classes"
+        raise ToolkitError(f"the labels of {name} do not fit its classes", found=found, fix=fix)
+
+
+class FolderImages:
+    """The images of a folder with one subfolder per class, all brought to one shape.
+
+    Files may lie in folders below their class. Images are grey if all sampled ones are, else RGB; palettes and
+    transparency are converted, 16-bit grey is scaled to 8 bits.
+
+    Args:
+        root: the folder.
+        class_names: the classes in order of their labels (those of the training part, for a test part); None: the
+            sorted names of the subfolders.
+        size: the shorter side of every image is resized to it, then the centre is cropped to a square; None: all
+            images have one size already.
+        channels: 1 or 3; None: decided from the files.
+        memory_limit: bytes of decoded pixels up to which all images are held in memory; larger folders are
+            decoded from disk at every request.
+
+    Raises:
+        ToolkitError: no folder, no images, an unknown class, files that cannot be read, images of several sizes.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        class_names: Sequence[str] | None = None,
+        size: int | None = None,
+        channels: int | None = None,
+        memory_limit: int = MEMORY_LIMIT,
+    ) -> None:
+        found = _files_by_class(root, class_names)
+        self.name = str(root)
+        self.class_names = tuple(found) if class_names is None else tuple(class_names)
+        self._root, self._size = root, size
+        self._files = [file for files in found.values() for file in files]
+        codes = np.array([self.class_names.index(name) for name in found], dtype=np.int64)
+        self.labels: Int64Array = np.repeat(codes, [len(files) for files in found.values()])
+        self.shape = self._probe(channels)
+        self._array: UInt8Array | None = None
+        if len(self._files) * int(np.prod(self.shape)) <= memory_limit:
+            self._load()
+        else:
+            check_headers(root, self._files, self.shape, size)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether images are decoded from disk at every request."""
+        return self._array is None
+
+    @cached_property
+    def hashes(self) -> HashArray:
+        """64 bits of BLAKE2b over each image FILE: a folder of any size is hashed without decoding it."""
+        with show_progress(f"hashing {self._root.name}", len(self._files)) as shown:
+            hashes = np.empty(len(self._files), dtype=np.uint64)
+            for index, file in enumerate(self._files):
+                hashes[index] = self._hash_file(file)
+                shown.advance()
+        return hashes
+
+    def pixels(self, indices: Int64Array) -> UInt8Array:
+        """The images at `indices`, uint8 [n, C, H, W].
+
+        Raises:
+            ToolkitError: files of a streamed folder cannot be read.
+        """
+        if self._array is not None:
+            return self._array[indices]
+        out = np.empty((len(indices), *self.shape), dtype=np.uint8)
+        decode_files(self._root, [self._files[index] for index in indices], out, self._size)
+        return out
+
+    def _hash_file(self, file: str) -> int:
+        try:
+            return hash_bytes((self._root / file).read_bytes())
+        except OSError as error:
+            raise ToolkitError(
+                "an image file cannot be read",
+                found=f"{self._root / file}: {error.strerror}",
+                fix="leave the folder unchanged, and readable, while the command runs",
+            ) from error
+
+    def _probe(self, channels: int | None) -> tuple[int, int, int]:
+        """The shape of all images, from the headers of some; without `size` the commonest size counts."""
+        rejects = Rejects(self._root)
+        spread = np.unique(np.linspace(0, len(self._files) - 1, SAMPLED).astype(np.int64))
+        modes: set[str] = set()
+        sizes: Counter[tuple[int, int]] = Counter()
+        for file in (self._files[index] for index in spread):
+            with rejects.catch(file), Image.open(self._root / file) as image:
+                modes.add(image.mode)
+                sizes[image.size] += 1
+        if not sizes:
+            rejects.raise_any(len(spread), (0, 0))
+        width, height = (self._size, self._size) if self._size else sizes.most_common(1)[0][0]
+        return channels or (1 if modes <= GREY_MODES else 3), height, width
+
+    def _load(self) -> None:
+        array = np.empty((len(self._files), *self.shape), dtype=np.uint8)
+        hashes = np.empty(len(self._files), dtype=np.uint64)
+        decode_files(self._root, self._files, array, self._size, hashes)
+        self._array = array
+        self.__dict__["hashes"] = hashes  # what the cached property would compute, without reading again
+
+
+def _files_by_class(root: Path, class_names: Sequence[str] | None) -> dict[str, list[str]]:
+    """Image files by class, as sorted paths relative to `root`; classes in sorted order."""
+    layout = f"put images into one folder per class: {root.name}/CLASS/IMAGE, IMAGE ending in {' '.join(SUFFIXES)}"
+    if not root.is_dir():
+        raise ToolkitError("there is no such image folder", found=str(root), fix=layout)
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    unknown = [name for name in names if class_names is not None and name not in class_names]
+    if unknown:
+        raise ToolkitError(
+            f"{root} holds classes that the training images lack",
+            found=", ".join(unknown[:5]),
+            fix="give train/ and test/ the same class folders",
+        )
+    found = {name: _image_files(root, name) for name in names}
+    if not any(found.values()):
+        raise ToolkitError("the folder holds no images", found=f"{root}: {len(names)} class folders", fix=layout)
+    empty = [name for name, files in found.items() if not files]
+    if empty:
+        raise ToolkitError(f"class folders of {root} hold no images", found=", ".join(empty[:5]), fix=layout)
+    return found
+
+
+def _image_files(root: Path, name: str) -> list[str]:
+    files: list[str] = []
+    for folder, below, members in os.walk(root / name):
+        below[:] = [entry for entry in below if not entry.startswith(".")]
+        relative = Path(folder).relative_to(root)
+        images = (member for member in members if member.lower().endswith(SUFFIXES) and not member.startswith("."))
+        files.extend((relative / member).as_posix() for member in images)
+    return sorted(files)
