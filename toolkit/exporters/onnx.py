@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 import torch
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto
 
 import toolkit
@@ -33,8 +33,8 @@ def export_onnx(
 ) -> OnnxModel:
     """Write the float twin of `model` to `path`.
 
-    The file takes `image` float32 [N, C, H, W] in [0, 1] and gives `logits` float32 [N, classes]. Spatial means stand as
-    GlobalAveragePool, which has an integer kernel; the exporter's stack traces are stripped.
+    The file takes `image` float32 [N, C, H, W] in [0, 1] and gives `logits` float32 [N, classes]. Spatial means stand
+    as GlobalAveragePool, which has an integer kernel; the exporter's stack traces are stripped.
 
     Args:
         model: left as it is; a copy on the CPU, in evaluation mode, is exported.

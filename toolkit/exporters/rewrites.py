@@ -1,4 +1,4 @@
-"""Exact rewrites of ONNX graphs: what ONNX Runtime quantises in place of what it leaves float, and stripped metadata."""
+"""Exact rewrites of ONNX graphs: operators that have integer kernels for those that have none; stripped metadata."""
 
 from __future__ import annotations
 

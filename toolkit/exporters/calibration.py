@@ -1,0 +1,76 @@
+"""Calibration images for onnxruntime.quantization: streamed from a split in batches of one size."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from onnxruntime.quantization import CalibrationDataReader
+
+from toolkit.artifacts import Split
+from toolkit.errors import ToolkitError
+from toolkit.progress import Task
+
+MAX_BATCH = 64
+MIN_BATCH = 16
+"""Below this a divisor of the number of images is not worth its many small runs; the remainder is left out instead."""
+MAX_BATCH_PIXELS = 2**21
+"""The percentile method holds all activations of a batch at once; large images come in smaller batches."""
+
+
+def calibration_batch(images: int, pixels: int) -> int:
+    """Images per calibration run: the histograms need batches of one size, best a divisor of `images`.
+
+    Args:
+        images: how many there are; at least 1.
+        pixels: values in one image (channels times height times width).
+    """
+    largest = max(1, min(MAX_BATCH, MAX_BATCH_PIXELS // pixels, images))
+    divisor = max(size for size in range(1, largest + 1) if images % size == 0)
+    return divisor if divisor >= min(MIN_BATCH, largest) else largest
+
+
+class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+    """Gives the images of a split batch by batch, for `CalibStridedMinMax=1`.
+
+    The stride makes onnxruntime reduce each batch to its ranges before it asks for the next, so that memory does not
+    grow with the number of images. (`CalibMaxIntermediateOutputs` is no substitute: it drops the batches it clears.)
+
+    Args:
+        split: the calibration images.
+        input_name: the graph's input.
+        progress: advanced by one per batch.
+
+    Raises:
+        ToolkitError: the split is empty.
+    """
+
+    def __init__(self, split: Split, input_name: str, progress: Task | None = None) -> None:
+        if len(split) == 0:
+            raise ToolkitError(
+                "there are no calibration images", found="an empty calibration split", fix="raise --calibration"
+            )
+        self._split, self._input_name, self._progress = split, input_name, progress
+        self.batch_size = calibration_batch(len(split), int(np.prod(split.images.shape)))
+        self._next, self._end = 0, len(self)
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return len(self._split) // self.batch_size
+
+    @property
+    def images(self) -> int:
+        """The number of images in all batches."""
+        return len(self) * self.batch_size
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._next, self._end = start_index, end_index
+
+    def get_next(self) -> dict[str, npt.NDArray[np.float32]] | None:
+        if self._next >= self._end:
+            return None
+        start = self._next * self.batch_size
+        self._next += 1
+        batch = self._split.take(np.arange(start, start + self.batch_size, dtype=np.int64))
+        if self._progress is not None:
+            self._progress.advance()
+        return {self._input_name: batch.images.numpy()}

@@ -1,0 +1,152 @@
+"""The input quantiser of an integer graph: which pixels it represents, and how to make it cover a margin.
+
+The normalisation (x - mean) / std stands in front of the first quantiser. Where mean / step is an integer for the step
+of the quantiser in pixels, both fold into the quantiser exactly:
+
+    round((x - mean) / step) + zero_point  =  round(x / step) + zero_point - mean / step
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto, NodeProto, numpy_helper
+
+from toolkit.errors import ToolkitError
+from toolkit.exporters.onnx import load_onnx
+
+LEVELS = 255
+"""The largest value of uint8."""
+LOSS = 1.35
+"""A folded quantiser may be coarser than the finest one by this factor; beyond it the normalisation stays float."""
+
+Float64Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PixelMap:
+    """The tensor that the first quantiser sees: `scale * pixel + shift`, per channel."""
+
+    tensor: str
+    scale: Float64Array
+    shift: Float64Array
+    nodes: tuple[NodeProto, ...]
+    """The affine nodes between the graph's input and that tensor, in order."""
+
+    def of(self, pixel: float) -> Float64Array:
+        return self.scale * pixel + self.shift
+
+    def pixel(self, value: float | Float64Array) -> Float64Array:
+        return (value - self.shift) / self.scale
+
+
+@dataclass(frozen=True)
+class InputGrid:
+    """A uint8 quantiser: value = step * (q - zero_point), with one step per channel or one for all."""
+
+    step: Float64Array
+    zero_point: int
+
+
+def pixel_map(model: ModelProto) -> PixelMap:
+    """Follow the per-channel affine nodes (normalisation) from the graph's input to where something else begins."""
+    constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    consumers: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+    tensor = model.graph.input[0].name
+    scale, shift = np.ones(1), np.zeros(1)
+    chain: list[NodeProto] = []
+    while True:
+        following = consumers.get(tensor, [])
+        step = _affine(following[0], tensor, constants) if len(following) == 1 else None
+        if step is None:
+            return PixelMap(tensor, scale, shift, tuple(chain))
+        scale, shift = scale * step[0], shift * step[0] + step[1]
+        chain.append(following[0])
+        tensor = following[0].output[0]
+
+
+def _affine(
+    node: NodeProto, tensor: str, constants: dict[str, npt.NDArray[np.generic]]
+) -> tuple[Float64Array, Float64Array] | None:
+    """(factor, summand) per channel of a node that computes factor * tensor + summand; None for any other node."""
+    if node.op_type not in {"Sub", "Add", "Mul", "Div"} or len(node.input) != 2:
+        return None
+    first = node.input[0] == tensor
+    other = constants.get(node.input[1] if first else node.input[0])
+    if other is None or (not first and node.op_type in {"Sub", "Div"}):
+        return None
+    per_channel = other.ndim == 4 and other.shape[0] == other.shape[2] == other.shape[3] == 1
+    if other.size != 1 and not per_channel:
+        return None
+    value = other.astype(np.float64).ravel()
+    one, zero = np.ones_like(value), np.zeros_like(value)
+    return {"Sub": (one, -value), "Add": (one, value), "Mul": (value, zero), "Div": (1 / value, zero)}[node.op_type]
+
+
+def covering_grid(low: float, high: float) -> InputGrid:
+    """The finest uint8 grid that has 0 on it and represents all of [low, high], 0 included."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    if high <= low:
+        return InputGrid(np.ones(1), 0)
+    nearest = -low / (high - low) * LEVELS
+    grids = []
+    for zero_point in {int(np.floor(nearest)), int(np.ceil(nearest))}:
+        below = -low / zero_point if zero_point else (np.inf if low < 0 else 0.0)
+        above = high / (LEVELS - zero_point) if zero_point < LEVELS else (np.inf if high > 0 else 0.0)
+        grids.append((max(below, above), zero_point))
+    step, zero_point = min(grids)
+    return InputGrid(np.array([step]), zero_point)
+
+
+def folding_grid(mean: Float64Array, margin: float) -> tuple[InputGrid, int] | None:
+    """The finest pixel grid that covers [-margin, 1 + margin] with every channel's mean a whole number of steps from 0.
+
+    Returns:
+        the grid (one step per channel, in pixels) and mean / step, the same integer for all channels; None where there
+        is no such grid, or where it would be much coarser than one that leaves the normalisation outside.
+    """
+    if mean.min() <= 0:
+        return None
+    finest = (1 + 2 * margin) / LEVELS
+    for steps in range(LEVELS, 0, -1):
+        step = mean / steps
+        if step.max() > LOSS * finest:
+            return None
+        zero_point = int(np.ceil(margin / step.min() - 1e-9))
+        covered = (LEVELS - zero_point) * step.min() >= 1 + margin - 1e-9
+        if covered and zero_point + steps <= LEVELS:
+            return InputGrid(step, zero_point), steps
+    return None
+
+
+def input_range(path: Path) -> tuple[float, float]:
+    """The interval of pixel values that the input quantiser of an integer graph represents, in all channels.
+
+    Raises:
+        ToolkitError: the graph does not begin with a quantiser (behind at most a per-channel normalisation).
+    """
+    model = load_onnx(path)
+    mapping = pixel_map(model)
+    quantiser = next(
+        (node for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == mapping.tensor),
+        None,
+    )
+    constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    if quantiser is None or quantiser.input[1] not in constants:
+        raise ToolkitError(
+            "the graph has no input quantiser",
+            found=f"{path}: nothing quantises '{mapping.tensor}'",
+            fix="name an integer graph that `toolkit quantize` or `toolkit harden --int8` wrote",
+        )
+    scale = constants[quantiser.input[1]].astype(np.float64).ravel()
+    zero_point = constants[quantiser.input[2]] if len(quantiser.input) > 2 else np.zeros(1, np.uint8)
+    limits = np.iinfo(zero_point.dtype)
+    offset = zero_point.astype(np.float64).ravel()
+    ends = mapping.pixel((limits.min - offset) * scale), mapping.pixel((limits.max - offset) * scale)
+    return float(np.minimum(*ends).max()), float(np.maximum(*ends).min())

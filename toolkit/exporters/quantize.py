@@ -1,0 +1,368 @@
+"""Static integer quantisation with onnxruntime: int8 symmetric per-channel weights, uint8 asymmetric activations."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from toolkit import progress
+from toolkit.artifacts import OnnxModel, Split
+from toolkit.config import QuantizeConfig
+from toolkit.errors import ToolkitError
+from toolkit.exporters.calibration import CalibrationReader
+from toolkit.exporters.input_range import InputGrid, PixelMap, covering_grid, folding_grid, input_range, pixel_map
+from toolkit.exporters.onnx import load_onnx, save_onnx
+from toolkit.exporters.rewrites import remove_unused_initializers, rewrite, strip_metadata
+from toolkit.exporters.session import hide_log
+
+COMPUTE = ("Conv", "Gemm", "MatMul")
+QUANTISED_OPERATORS = [
+    *COMPUTE, "Add", "Mul", "Relu", "LeakyRelu", "Clip", "Sigmoid", "MaxPool", "AveragePool", "GlobalAveragePool",
+    "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Pad", "Split",
+]  # fmt: skip
+"""Operators with integer kernels in ONNX Runtime; LayerNormalization, Softmax and Gelu have none."""
+METHODS = {"minmax": CalibrationMethod.MinMax, "percentile": CalibrationMethod.Percentile}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPrecision:
+    """One layer with weights (or a product of activations) and the precision it stands in."""
+
+    name: str
+    operator: str
+    precision: Literal["int8", "float32"]
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """An integer graph and how it was made."""
+
+    model: OnnxModel
+    layers: tuple[LayerPrecision, ...]
+    calibration: Literal["minmax", "percentile"]
+    calibration_images: int
+    per_channel: bool
+    input_low: float
+    input_high: float
+    """The pixels that the input quantiser represents."""
+
+
+def quantize_int8(
+    model: OnnxModel,
+    output: Path,
+    calibration: Split,
+    config: QuantizeConfig,
+    *,
+    input_margin: tuple[float, ...] | float = 0.0,
+) -> QuantizedModel:
+    """Quantise a float graph in QDQ form, so that ONNX Runtime runs all its layers in integers.
+
+    The logits stay float: the last layer multiplies integers and has no output quantiser, which would make ties.
+
+    Args:
+        model: a float ONNX classifier.
+        output: the file to write.
+        calibration: images that set the activations' ranges, streamed.
+        config: the calibration method.
+        input_margin: pixels by which images may leave [0, 1]; the input quantiser represents them unclipped. Of several
+            (one per channel) the largest counts.
+
+    Raises:
+        ToolkitError: the graph is quantised already, has weights that are no numbers, or there are no images.
+    """
+    float_model = load_onnx(model.path)
+    _refuse_quantised(float_model, model.path)
+    _refuse_bad_weights(float_model, model.path)
+    margin = float(np.max(np.atleast_1d(input_margin)))
+    prepared = rewrite(float_model)
+    mapping = pixel_map(prepared)
+    folded = _fold_normalization(prepared, mapping, margin)
+    grid = covering_grid(float(mapping.of(-margin).min()), float(mapping.of(1 + margin).max()))
+    if folded is not None:
+        grid = InputGrid(np.ones(1), folded.quantiser.zero_point + folded.mean_steps)
+    quantised, images = _run_onnxruntime(prepared, mapping.tensor, grid, calibration, config)
+    if folded is not None:
+        _move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
+    _keep_logits_float(quantised)
+    _finish(quantised, float_model)
+    faults = precision_faults(quantised, per_channel=config.per_channel)
+    if faults:
+        raise RuntimeError(f"onnxruntime made another graph than was asked for: {'; '.join(faults)}")
+    save_onnx(quantised, output)
+    low, high = input_range(output)
+    return QuantizedModel(
+        OnnxModel(output, "deployed"),
+        layer_precision(quantised),
+        config.calibrate,
+        images,
+        config.per_channel,
+        low,
+        high,
+    )
+
+
+def _run_onnxruntime(
+    prepared: ModelProto, tensor: str, grid: InputGrid, calibration: Split, config: QuantizeConfig
+) -> tuple[ModelProto, int]:
+    hide_log()
+    batches = len(CalibrationReader(calibration, ""))
+    with tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as folder, progress.task("calibrate", batches) as task:
+        before, after = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
+        reader = CalibrationReader(calibration, prepared.graph.input[0].name, task)
+        with _silence():
+            quant_pre_process(prepared, str(before))
+            optimised = onnx.load(before)
+            quantize_static(
+                before,
+                after,
+                reader,
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=QUANTISED_OPERATORS,
+                nodes_to_exclude=_tail(optimised),
+                per_channel=config.per_channel,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=METHODS[config.calibrate],
+                extra_options=_options(tensor, grid, config),
+            )
+        return onnx.load(after), reader.images
+
+
+def _options(tensor: str, grid: InputGrid, config: QuantizeConfig) -> dict[str, Any]:
+    step, zero_point = np.array(grid.step[0], dtype=np.float32), np.array(grid.zero_point, dtype=np.uint8)
+    return {
+        "ActivationSymmetric": False,
+        "WeightSymmetric": True,
+        "CalibStridedMinMax": 1,
+        "CalibTensorRangeSymmetric": False,
+        "CalibPercentile": config.percentile,
+        "TensorQuantOverrides": {tensor: [{"scale": step, "zero_point": zero_point}]},
+    }
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The quantiser prints and logs every batch."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _refuse_quantised(model: ModelProto, path: Path) -> None:
+    counts = Counter(
+        node.op_type for node in model.graph.node
+        if node.op_type in {"QuantizeLinear", "DequantizeLinear", "QGemm"}
+        or node.op_type.startswith("QLinear")
+        or node.op_type.endswith("Integer")
+    )  # fmt: skip
+    if counts:
+        raise ToolkitError(
+            "the graph is quantised already",
+            found=f"{path}: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items())),
+            fix="give the float graph: model.fp32.onnx of a bundle, or `toolkit export` of the network",
+        )
+
+
+def _refuse_bad_weights(model: ModelProto, path: Path) -> None:
+    owners = {name: node.name for node in model.graph.node for name in node.input}
+    for item in model.graph.initializer:
+        values = numpy_helper.to_array(item)
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            bad = int(values.size - np.isfinite(values).sum())
+            raise ToolkitError(
+                "a layer has weights that are no numbers",
+                found=f"{path}: {bad} of {values.size} values of '{item.name}' (layer '{owners.get(item.name, '?')}') "
+                "are NaN or infinite",
+                fix="the training diverged: train again with a lower --learning-rate, or take an earlier checkpoint",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Folded:
+    quantiser: InputGrid
+    mean_steps: int
+
+
+def _fold_normalization(model: ModelProto, mapping: PixelMap, margin: float) -> _Folded | None:
+    """Rescale, in place, what the first convolutions read to whole steps of the pixel grid, and their weights back.
+
+    Returns None, and changes nothing, where the normalisation cannot be folded into the quantiser.
+    """
+    consumers = [node for node in model.graph.node if mapping.tensor in node.input]
+    weights = {item.name: item for item in model.graph.initializer}
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    plain = all(
+        node.op_type == "Conv" and node.input[1] in weights and readers[node.input[1]] == 1 and _group(node) == 1
+        for node in consumers
+    )
+    found = folding_grid(-mapping.shift / mapping.scale, margin) if mapping.nodes and plain and consumers else None
+    if found is None:
+        return None
+    quantiser, mean_steps = found
+    factor = mapping.scale * quantiser.step  # one step of the grid, in normalised units
+    for node in consumers:
+        old = weights[node.input[1]]
+        scaled = numpy_helper.to_array(old) * factor.reshape(1, -1, 1, 1)
+        old.CopyFrom(numpy_helper.from_array(scaled.astype(np.float32), old.name))
+    mean, step = (f"{mapping.tensor}_{part}" for part in ("mean", "step"))
+    shape = (1, -1, 1, 1)
+    model.graph.initializer.append(_constant(mean, (mean_steps * quantiser.step).reshape(shape)))
+    model.graph.initializer.append(_constant(step, quantiser.step.reshape(shape)))
+    _replace_chain(
+        model,
+        mapping,
+        [
+            helper.make_node("Sub", [model.graph.input[0].name, mean], [f"{mapping.tensor}_centred"], "normalize_sub"),
+            helper.make_node("Div", [f"{mapping.tensor}_centred", step], [mapping.tensor], "normalize_div"),
+        ],
+    )
+    return _Folded(quantiser, mean_steps)
+
+
+def _group(node: NodeProto) -> int:
+    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+
+
+def _constant(name: str, values: Any) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.asarray(values, dtype=np.float32), name)
+
+
+def _replace_chain(model: ModelProto, mapping: PixelMap, replacement: list[NodeProto]) -> None:
+    old = {node.output[0] for node in mapping.nodes}
+    kept = [node for node in model.graph.node if node.output[0] not in old]
+    del model.graph.node[:]
+    model.graph.node.extend([*replacement, *kept])
+    remove_unused_initializers(model.graph)
+
+
+def _move_quantiser_to_pixels(model: ModelProto, mapping: PixelMap, grid: InputGrid) -> None:
+    """Put the quantiser of the pixels in the place of the float normalisation and its quantiser, in place."""
+    (old,) = [node for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == mapping.tensor]
+    one_for_all = bool(np.ptp(grid.step) == 0)
+    step = grid.step[0] if one_for_all else grid.step
+    zero_point = np.full(np.shape(step), grid.zero_point, dtype=np.uint8)
+    model.graph.initializer.append(_constant("image_scale", step))
+    model.graph.initializer.append(numpy_helper.from_array(zero_point, "image_zero_point"))
+    image = model.graph.input[0].name
+    inputs = [image, "image_scale", "image_zero_point"]
+    new = helper.make_node("QuantizeLinear", inputs, [old.output[0]], "image_QuantizeLinear")
+    if not one_for_all:
+        new.attribute.append(helper.make_attribute("axis", 1))
+    drop = {old.output[0], mapping.tensor, f"{mapping.tensor}_centred"}
+    kept = [node for node in model.graph.node if node.output[0] not in drop]
+    del model.graph.node[:]
+    model.graph.node.extend([new, *kept])
+
+
+def _tail(model: ModelProto) -> list[str]:
+    """Names of the nodes behind the last layer (pooling, reshaping): quantising them would only coarsen the logits.
+
+    A Relu or Clip right behind a layer stays: it fuses into the layer.
+    """
+    reaches: set[str] = set()
+    tail = []
+    producers = {name: node for node in model.graph.node for name in node.output}
+    for node in reversed(model.graph.node):
+        if node.op_type in COMPUTE or any(name in reaches for name in node.output):
+            reaches.update(node.input)
+            continue
+        source = producers.get(node.input[0]) if node.input else None
+        fuses = node.op_type in {"Relu", "Clip"} and source is not None and source.op_type in COMPUTE
+        if not fuses:
+            tail.append(node.name)
+    return tail
+
+
+def _keep_logits_float(model: ModelProto) -> None:
+    """Take the output quantiser off every Gemm and MatMul that no other layer follows, in place."""
+    reaches: set[str] = set()
+    last: set[str] = set()
+    for node in reversed(model.graph.node):
+        if node.op_type in COMPUTE or any(name in reaches for name in node.output):
+            if node.op_type in {"Gemm", "MatMul"} and node.output[0] not in reaches:
+                last.add(node.output[0])
+            reaches.update(node.input)
+    quantisers = {node.output[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    removed = set()
+    for node in list(model.graph.node):
+        quantiser = quantisers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if quantiser is not None and quantiser.input[0] in last:
+            removed |= {node.output[0], quantiser.output[0]}
+            _rename(model, quantiser.input[0], node.output[0])
+    kept = [node for node in model.graph.node if not (node.output[0] in removed and node.op_type.endswith("Linear"))]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+
+
+def _rename(model: ModelProto, old: str, new: str) -> None:
+    for node in model.graph.node:
+        for index, name in enumerate(node.output):
+            if name == old:
+                node.output[index] = new
+
+
+def _finish(model: ModelProto, source: ModelProto) -> None:
+    remove_unused_initializers(model.graph)
+    del model.graph.value_info[:]  # names of float tensors that are gone
+    strip_metadata(model)
+    model.producer_name, model.producer_version = source.producer_name, source.producer_version
+    helper.set_model_props(model, {entry.key: entry.value for entry in source.metadata_props})
+
+
+def layer_precision(model: ModelProto) -> tuple[LayerPrecision, ...]:
+    """Every Conv, Gemm and MatMul of a QDQ graph: int8 where both factors come out of a DequantizeLinear."""
+    dequantised = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    return tuple(
+        LayerPrecision(node.name, node.op_type, "int8" if set(node.input[:2]) <= dequantised else "float32")
+        for node in model.graph.node
+        if node.op_type in COMPUTE
+    )
+
+
+def precision_faults(model: ModelProto, *, per_channel: bool = True) -> tuple[str, ...]:
+    """What in a QDQ graph is not int8 symmetric weights (per output channel) and uint8 activations; empty: nothing."""
+    constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    producers = {name: node for node in model.graph.node for name in node.output}
+    faults = []
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear" and len(node.input) > 2 and constants[node.input[2]].dtype != np.uint8:
+            faults.append(f"{node.name}: activations are {constants[node.input[2]].dtype}, not uint8")
+        if node.op_type not in COMPUTE:
+            continue
+        source = producers.get(node.input[1])
+        if source is None or source.op_type != "DequantizeLinear":
+            faults.append(f"{node.name}: its weights are float")
+        elif source.input[0] in constants:
+            faults.extend(f"{node.name}: {fault}" for fault in _weight_faults(source, constants, per_channel))
+    return tuple(faults)
+
+
+def _weight_faults(dequantise: NodeProto, constants: dict[str, Any], per_channel: bool) -> list[str]:
+    weights, scale = constants[dequantise.input[0]], constants[dequantise.input[1]]
+    zero_point = constants[dequantise.input[2]] if len(dequantise.input) > 2 else np.zeros(1, weights.dtype)
+    axis = next((attribute.i for attribute in dequantise.attribute if attribute.name == "axis"), 1)
+    faults = []
+    if weights.dtype != np.int8:
+        faults.append(f"weights are {weights.dtype}, not int8")
+    if np.any(zero_point != 0):
+        faults.append("weights are asymmetric")
+    if per_channel and scale.size != weights.shape[axis]:
+        faults.append(f"{scale.size} scale(s) for {weights.shape[axis]} channels")
+    return faults
