@@ -1,0 +1,270 @@
+"""From a model file to a `TorchModel`, without running code that hides in it."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from toolkit.artifacts import HashArray, ModelSpec, Normalization, Normalized, TorchModel
+from toolkit.errors import ToolkitError
+from toolkit.models.checkpoint import is_checkpoint, parse_checkpoint
+from toolkit.models.registry import build_network, import_folder
+from toolkit.progress import notice
+from toolkit.pruning import replay
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "ema", "module", "params", "weights")
+"""Keys under which training scripts put the weights."""
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
+"""What DataParallel, torch.compile and wrapping modules put before every key."""
+PICKLED = "pickle:"
+"""Architecture prefix of a network that only its pickled file can rebuild."""
+
+SAVE_INSTEAD = "save it with torch.save(model.state_dict(), 'model.pt') and name the network with --arch"
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What a file holds: our checkpoint (spec and state), a bare state dict, or a pickled module."""
+
+    path: Path
+    state: Mapping[str, Tensor]
+    spec: ModelSpec | None = None
+    module: nn.Module | None = None
+    training_hashes: HashArray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+
+
+def read_model_file(path: Path, *, trust_pickle: bool = False) -> ModelFile:
+    """Read a checkpoint, state dict (.pt, .pth, .safetensors) or, with `trust_pickle`, a pickled module.
+
+    Raises:
+        ToolkitError: missing, empty, truncated, not a checkpoint, TorchScript, .pt2, ONNX, or untrusted pickle.
+    """
+    _refuse_other_formats(path)
+    if path.suffix == ".safetensors":
+        try:
+            return ModelFile(path, load_file(path))
+        except SafetensorError as error:
+            raise ToolkitError(
+                "the safetensors file cannot be read", found=f"{path}: {error}", fix="copy it again"
+            ) from error
+    content = _load(path, trust_pickle)
+    if is_checkpoint(content):
+        assert isinstance(content, dict)
+        spec, state, hashes = parse_checkpoint(content, path)
+        module = None
+        if spec.architecture.startswith(PICKLED):
+            module = _rebuild_pickled(Path(spec.architecture.removeprefix(PICKLED)), trust_pickle)
+        return ModelFile(path, state, spec, module, hashes)
+    if isinstance(content, nn.Module):
+        return ModelFile(path, content.state_dict(), module=content)
+    return ModelFile(path, _unwrap(content, path))
+
+
+def _refuse_other_formats(path: Path) -> None:
+    if path.is_dir():
+        inside = path / "model.pt"
+        fix = f"name {inside}" if inside.is_file() else "name the checkpoint file inside it"
+        raise ToolkitError("the model is a folder, not a file", found=str(path), fix=fix)
+    if not path.is_file():
+        fix = "correct the path, or train one: `toolkit train cnn8 --data sample --output model.pt`"
+        raise ToolkitError("the model file is not there", found=str(path), fix=fix)
+    if path.stat().st_size == 0:
+        raise ToolkitError("the model file is empty", found=f"{path}: 0 bytes", fix="save or copy it again")
+    if path.suffix == ".onnx":
+        raise ToolkitError(
+            "an ONNX file cannot be trained",
+            found=str(path),
+            fix="name the PyTorch checkpoint that it was exported from",
+        )
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = [name.split("/", 1)[-1] for name in archive.namelist()]
+        if any(name.startswith("code/") for name in names) and "constants.pkl" in names:
+            raise ToolkitError("TorchScript files cannot be pruned or trained", found=str(path), fix=SAVE_INSTEAD)
+        if "archive_format" in names or any(name.startswith("models/") for name in names):
+            raise ToolkitError(
+                "torch.export files (.pt2) cannot be pruned or trained", found=str(path), fix=SAVE_INSTEAD
+            )
+
+
+def _load(path: Path, trust_pickle: bool) -> object:
+    try:
+        content: object = torch.load(path, map_location="cpu", weights_only=True)
+        return content
+    except pickle.UnpicklingError as error:
+        holds_objects = "Unsupported" in str(error) or "GLOBAL" in str(error)
+        if not holds_objects:
+            raise _not_a_checkpoint(path, error) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, OSError, TypeError) as error:
+        raise _not_a_checkpoint(path, error) from error
+    if not trust_pickle:
+        raise ToolkitError(
+            "the file holds pickled Python objects, and loading those runs code",
+            found=str(path),
+            fix="save a state dict instead, or pass --trust-pickle if you trust whoever made the file",
+        )
+    notice(f"warning: unpickling {path} runs the code that it contains")
+    try:
+        with import_folder(path.resolve().parent):
+            return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # unpickling runs foreign code, which may raise anything
+        raise ToolkitError(
+            "unpickling the model failed", found=f"{path}: {type(error).__name__}: {error}", fix=SAVE_INSTEAD
+        ) from error
+
+
+def _not_a_checkpoint(path: Path, error: Exception) -> ToolkitError:
+    reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+    return ToolkitError(
+        "the model file is truncated or no checkpoint",
+        found=f"{path} ({path.stat().st_size:,} bytes): {reason}",
+        fix="copy it again, or save it with torch.save(model.state_dict(), 'model.pt')",
+    )
+
+
+def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
+    """The state dict inside the usual wrappers of training scripts."""
+    while isinstance(content, Mapping):
+        if content and all(isinstance(value, Tensor) for value in content.values()):
+            return {str(key): value for key, value in content.items()}
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), (Mapping, nn.Module))), None)
+        if inner is None:
+            break
+        content = inner.state_dict() if isinstance(inner, nn.Module) else inner
+    keys = list(content)[:5] if isinstance(content, Mapping) else []
+    raise ToolkitError(
+        "the file holds no weights",
+        found=f"{path}: {type(content).__name__}" + (f" with keys {keys}" if keys else ""),
+        fix=SAVE_INSTEAD,
+    )
+
+
+def _rebuild_pickled(path: Path, trust_pickle: bool) -> nn.Module:
+    if not path.is_file():
+        raise ToolkitError(
+            "the checkpoint's network comes from a pickled module that is not there",
+            found=str(path),
+            fix="put that file back, or name the network's code with --arch path/to/file.py:callable",
+        )
+    module = read_model_file(path, trust_pickle=trust_pickle).module
+    if module is None:
+        raise ToolkitError("the file holds no pickled module", found=str(path), fix=SAVE_INSTEAD)
+    return module
+
+
+def assemble(
+    file: ModelFile,
+    *,
+    arch: str | None,
+    class_names: tuple[str, ...],
+    input_shape: tuple[int, int, int],
+    normalization: Normalization,
+    dataset: str | None,
+) -> TorchModel:
+    """Build the network that `file` describes and load its weights.
+
+    A checkpoint of ours describes itself: of the arguments only `arch` is used, to say where its code lies now.
+
+    Raises:
+        ToolkitError: no architecture, or weights that do not fit it.
+    """
+    spec = file.spec
+    if spec is None:
+        architecture = arch or (f"{PICKLED}{file.path}" if file.module is not None else None)
+        if architecture is None:
+            raise ToolkitError(
+                "the file holds weights alone, so the network must be named",
+                found=str(file.path),
+                fix="pass --arch cnn8, resnet18, torchvision:NAME or path/to/file.py:callable",
+            )
+        spec = ModelSpec(architecture, class_names, input_shape, normalization, dataset)
+    elif arch is not None and ".py:" in arch:
+        spec = replace(spec, architecture=arch)
+    if spec.architecture.startswith(PICKLED):
+        if file.module is None:
+            raise ToolkitError("the network is pickled", found=str(file.path), fix="pass --trust-pickle")
+        network = file.module
+    else:
+        network = build_network(spec.architecture, len(spec.class_names), spec.input_shape)
+    network = network.float()
+    for entry in spec.pruning:
+        network = replay(network, entry["history"], spec.input_shape)
+    _load_state(network, file.state, file.path, spec.architecture)
+    module = Normalized(network, spec.normalization).eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
+    model = TorchModel(module, spec, file.training_hashes)
+    _check_outputs(model, file.path)
+    return model
+
+
+def strip_prefixes(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """Take `module.` and its like off every key, as long as the network itself does not have them."""
+    stripped = {key: value for key, value in state.items() if key != "n_averaged" or key in wanted}
+    while stripped:
+        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in stripped)), None)
+        if prefix is None or any(key.startswith(prefix) for key in wanted):
+            break
+        stripped = {key.removeprefix(prefix): value for key, value in stripped.items()}
+    return stripped
+
+
+def _load_state(network: nn.Module, state: Mapping[str, Tensor], path: Path, architecture: str) -> None:
+    wanted = network.state_dict()
+    found = strip_prefixes(state, set(wanted))
+    optional = {key for key in wanted if key.endswith("num_batches_tracked")}
+    missing = sorted(set(wanted) - set(found) - optional)
+    unexpected = sorted(set(found) - set(wanted))
+    shapes = [
+        f"{key} {tuple(found[key].shape)} in the file, {tuple(wanted[key].shape)} in the network"
+        for key in sorted(set(wanted) & set(found))
+        if found[key].shape != wanted[key].shape
+    ]
+    if missing or unexpected or shapes:
+        parts = [_sample("missing", missing), _sample("unexpected", unexpected), _sample("other shapes", shapes)]
+        raise ToolkitError(
+            f"the weights do not fit {architecture}",
+            found=f"{path}: " + "; ".join(part for part in parts if part),
+            fix="name the network they were trained in with --arch, and the data set (its classes) with --data",
+        )
+    broken = [
+        key for key, value in found.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
+    if broken:
+        raise ToolkitError(
+            "the weights contain NaN or infinity", found=_sample("layers", broken), fix="use an earlier checkpoint"
+        )
+    network.load_state_dict(found, strict=False)
+
+
+def _sample(label: str, items: list[str]) -> str:
+    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return f"{label}: {', '.join(items[:5])}{more}" if items else ""
+
+
+def _check_outputs(model: TorchModel, path: Path) -> None:
+    """One forward pass: the network takes its images and gives one logit per class."""
+    shape, classes = model.spec.input_shape, len(model.spec.class_names)
+    try:
+        logits = model.predict(torch.full((2, *shape), 0.5))
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise ToolkitError(
+            "the network does not take the data set's images",
+            found=f"{path}: images {list(shape)}: {str(error).splitlines()[0]}",
+            fix="name the data set it was trained on with --data (and --size)",
+        ) from error
+    if tuple(logits.shape) != (2, classes):
+        raise ToolkitError(
+            "the network's outputs are not the data set's classes",
+            found=f"{path}: output {list(logits.shape)[1:]}, {classes} classes",
+            fix="name the data set it was trained on with --data",
+        )

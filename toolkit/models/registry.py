@@ -1,0 +1,124 @@
+"""From an architecture's name to a freshly initialised network."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from toolkit.errors import ToolkitError, unknown_name
+from toolkit.models.networks import cnn8, resnet18
+
+Builder = Callable[[int, tuple[int, int, int]], nn.Module]
+
+ARCHITECTURES: Mapping[str, Builder] = {"cnn8": cnn8, "resnet18": resnet18}
+
+
+def build_network(architecture: str, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+    """Build a network of `classes` outputs for images of `input_shape` = (channels, height, width).
+
+    Args:
+        architecture: `cnn8`, `resnet18`, `torchvision:NAME` or `path/to/file.py:callable`.
+
+    Raises:
+        ToolkitError: unknown name, or user code that fails or returns no module.
+    """
+    if architecture in ARCHITECTURES:
+        return ARCHITECTURES[architecture](classes, input_shape)
+    if architecture.startswith("torchvision:"):
+        return _from_torchvision(architecture.removeprefix("torchvision:"), classes, input_shape)
+    if ".py:" in architecture:
+        return _from_file(architecture, classes, input_shape)
+    raise unknown_name("architecture", architecture, [*ARCHITECTURES, "torchvision:NAME", "path/to/file.py:callable"])
+
+
+def _from_torchvision(name: str, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise unknown_name("torchvision network", name, known)
+    if input_shape[0] != 3:
+        raise ToolkitError(
+            f"torchvision:{name} takes RGB images",
+            found=f"images of {input_shape[0]} channel(s)",
+            fix="use RGB images, or `--arch cnn8`, or your own network as path/to/file.py:callable",
+        )
+    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
+    return network
+
+
+def _from_file(architecture: str, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+    location, _, name = architecture.rpartition(":")
+    path = Path(location)
+    if not path.is_file():
+        raise ToolkitError(
+            "the architecture's file is not there", found=str(path), fix="correct `--arch path/to/file.py:callable`"
+        )
+    with import_folder(path.resolve().parent):
+        builder = getattr(_import_file(path), name, None)
+        if not callable(builder):
+            raise ToolkitError(
+                f"{path.name} has no callable '{name}'", found=architecture, fix="name a function or class in that file"
+            )
+        network = _call(builder, architecture, {"num_classes": classes, "in_channels": input_shape[0]})
+    if not isinstance(network, nn.Module):
+        raise ToolkitError(
+            f"'{name}' returns no network",
+            found=f"{type(network).__name__} instead of torch.nn.Module",
+            fix="let it return the module itself",
+        )
+    return network
+
+
+def _import_file(path: Path) -> object:
+    module_name = f"_user_network_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise ToolkitError("the architecture's file is no Python module", found=str(path), fix="name a .py file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # user code may raise anything
+        raise _user_code_error(f"importing {path.name} failed", error) from error
+    return module
+
+
+def _call(builder: Callable[..., object], architecture: str, offered: dict[str, Any]) -> object:
+    """Call user code with those of the offered arguments that it has parameters for."""
+    try:
+        parameters = inspect.signature(builder).parameters
+        return builder(**{key: value for key, value in offered.items() if key in parameters})
+    except Exception as error:  # user code may raise anything
+        raise _user_code_error(f"calling {architecture} failed", error) from error
+
+
+def _user_code_error(problem: str, error: Exception) -> ToolkitError:
+    return ToolkitError(problem, found=f"{type(error).__name__}: {error}", fix="correct the file; it is your own code")
+
+
+@contextlib.contextmanager
+def import_folder(folder: Path) -> Iterator[None]:
+    """Put `folder` first on the import path, and hide our own package if the folder has one of that name.
+
+    What is imported meanwhile keeps its modules; afterwards path and package are as before.
+    """
+    ours: dict[str, Any] = {}
+    if (folder / "toolkit").exists() or (folder / "toolkit.py").exists():
+        ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "toolkit"}
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        if ours:
+            for name in [name for name in sys.modules if name.split(".")[0] == "toolkit"]:
+                del sys.modules[name]
+            sys.modules.update(ours)
