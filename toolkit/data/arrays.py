@@ -47,13 +47,6 @@ def read_npz(path: Path, name: str) -> NpzParts:
             found=f"(channels, height, width) {train.shape} and {test.shape}",
             fix="store both parts with one shape",
         )
-    absent = np.setdiff1d(np.arange(len(classes)), train.labels)
-    if len(absent):
-        raise ToolkitError(
-            f"classes of {name} have no training image",
-            found=f"no label {', '.join(map(str, absent[:5].tolist()))} in y_train, for {len(classes)} classes",
-            fix="number the classes from 0 without a gap",
-        )
     return NpzParts(train, test)
 
 
@@ -61,16 +54,17 @@ def _arrays(path: Path) -> tuple[AnyArray, AnyArray, AnyArray, AnyArray, AnyArra
     if not path.is_file():
         raise ToolkitError("there is no such file", found=str(path), fix="name an existing archive: --data npz:FILE")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ToolkitError("the file holds one array, not an archive", found=str(path), fix=NEEDED)
+        opened = np.load(path, allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise ToolkitError("the file holds one array, not an archive", found=str(path), fix=NEEDED)
+        with opened as archive:
             keys = next((keys for keys in KEYS if set(keys) <= set(archive.files)), None)
             if keys is None:
                 found = ", ".join(archive.files[:8]) or "no arrays"
                 raise ToolkitError("the archive lacks arrays of images and labels", found=found, fix=NEEDED)
             x_train, y_train, x_test, y_test = (archive[key] for key in keys)
             return x_train, y_train, x_test, y_test, archive.get("class_names")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise ToolkitError(
             "the archive cannot be read",
             found=f"{path}: {str(error)[:100] or type(error).__name__}",
@@ -80,8 +74,14 @@ def _arrays(path: Path) -> tuple[AnyArray, AnyArray, AnyArray, AnyArray, AnyArra
 
 def _class_names(names: AnyArray | None, labels: AnyArray, name: str) -> tuple[str, ...]:
     if names is None:
-        usable = np.issubdtype(labels.dtype, np.integer) and labels.size
-        return tuple(str(number) for number in range(int(labels.max()) + 1)) if usable else ()
+        present = np.unique(labels) if np.issubdtype(labels.dtype, np.integer) else np.arange(1)
+        if not np.array_equal(present, np.arange(len(present))):
+            raise ToolkitError(
+                f"the labels of {name} do not number the classes from 0",
+                found=f"{len(present)} different training labels from {present[0]} to {present[-1]}",
+                fix="number the classes 0, 1, 2, ... without a gap, or name all of them in class_names",
+            )
+        return tuple(str(number) for number in range(len(present)))
     if names.ndim != 1 or names.dtype.kind != "U" or len(set(names.tolist())) != len(names):
         raise ToolkitError(
             f"the class names of {name} are not usable",

@@ -196,7 +196,12 @@ def _files_by_class(root: Path, class_names: Sequence[str] | None) -> dict[str, 
     layout = f"put images into one folder per class: {root.name}/CLASS/IMAGE, IMAGE ending in {' '.join(SUFFIXES)}"
     if not root.is_dir():
         raise ToolkitError("there is no such image folder", found=str(root), fix=layout)
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise ToolkitError(
+            "the image folder cannot be opened", found=f"{root}: {error.strerror}", fix=layout
+        ) from error
     unknown = [name for name in names if class_names is not None and name not in class_names]
     if unknown:
         raise ToolkitError(
