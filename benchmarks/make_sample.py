@@ -2,7 +2,7 @@
 
     python benchmarks/make_sample.py [OUTPUT.npz]
 
-The same command gives the same bytes. The hold-out of the sample (a tenth of its training part, the images of smallest
+The same command gives the same arrays. The hold-out of the sample (a tenth of its training part, the images of smallest
 hash) lies within the hold-out of the full data set, so a network trained on the one can be judged on the other.
 """
 

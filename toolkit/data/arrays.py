@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from toolkit.data.images import ArrayImages
 from toolkit.errors import ToolkitError
 
 AnyArray = npt.NDArray[np.generic]
+FiveArrays = tuple[AnyArray, AnyArray, AnyArray, AnyArray, AnyArray | None]
 
 KEYS = (("x_train", "y_train", "x_test", "y_test"), ("train_images", "train_labels", "test_images", "test_labels"))
 """Names of the four arrays: the common ones, and those of MedMNIST."""
@@ -50,26 +52,30 @@ def read_npz(path: Path, name: str) -> NpzParts:
     return NpzParts(train, test)
 
 
-def _arrays(path: Path) -> tuple[AnyArray, AnyArray, AnyArray, AnyArray, AnyArray | None]:
+def _arrays(path: Path) -> FiveArrays:
     if not path.is_file():
         raise ToolkitError("there is no such file", found=str(path), fix="name an existing archive: --data npz:FILE")
     try:
-        opened = np.load(path, allow_pickle=False)
-        if not isinstance(opened, np.lib.npyio.NpzFile):
-            raise ToolkitError("the file holds one array, not an archive", found=str(path), fix=NEEDED)
-        with opened as archive:
-            keys = next((keys for keys in KEYS if set(keys) <= set(archive.files)), None)
-            if keys is None:
-                found = ", ".join(archive.files[:8]) or "no arrays"
-                raise ToolkitError("the archive lacks arrays of images and labels", found=found, fix=NEEDED)
-            x_train, y_train, x_test, y_test = (archive[key] for key in keys)
-            return x_train, y_train, x_test, y_test, archive.get("class_names")
+        # Opened here, not by NumPy, which leaves the files of broken archives open.
+        with path.open("rb") as file:
+            return _choose(np.load(file, allow_pickle=False))
     except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise ToolkitError(
             "the archive cannot be read",
             found=f"{path}: {str(error)[:100] or type(error).__name__}",
             fix=f"{NEEDED}, as plain numbers (no objects)",
         ) from error
+
+
+def _choose(archive: Any) -> FiveArrays:
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ToolkitError("the file holds one array, not an archive", found=f"shape {archive.shape}", fix=NEEDED)
+    keys = next((keys for keys in KEYS if set(keys) <= set(archive.files)), None)
+    if keys is None:
+        found = ", ".join(archive.files[:8]) or "no arrays"
+        raise ToolkitError("the archive lacks arrays of images and labels", found=found, fix=NEEDED)
+    x_train, y_train, x_test, y_test = (archive[key] for key in keys)
+    return x_train, y_train, x_test, y_test, archive.get("class_names")
 
 
 def _class_names(names: AnyArray | None, labels: AnyArray, name: str) -> tuple[str, ...]:
