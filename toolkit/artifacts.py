@@ -80,7 +80,7 @@ class ImageSet(Protocol):
     def labels(self) -> Int64Array: ...
     @property
     def hashes(self) -> HashArray:
-        """The first 64 bits of each image's BLAKE2b hash; equal images have equal hashes."""
+        """Each image's 64-bit BLAKE2b hash; equal images have equal hashes."""
         ...
 
     def pixels(self, indices: Int64Array) -> UInt8Array:

@@ -1,0 +1,61 @@
+"""Projected gradient descent (Madry et al. 2018): all steps on all images, the last iterate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from toolkit.artifacts import Normalization
+from toolkit.attacks.projections import ASCEND, PROJECT, START
+from toolkit.attacks.surrogate import Surrogate
+from toolkit.attacks.threat import PgdPlan, ThreatModel
+
+
+def pgd(
+    surrogate: Surrogate, images: Tensor, labels: Tensor, plan: PgdPlan, generator: torch.Generator | None = None
+) -> Tensor:
+    """Attacked images, float32 [n, C, H, W], within the threat model around `images`.
+
+    Args:
+        surrogate: whose loss is raised.
+        images: float32 [n, C, H, W] in [0, 1].
+        labels: int64 [n], the true classes.
+        plan: threat model, steps, step size and start; its restarts are the caller's to make.
+        generator: of the random start; needed if `plan.random_start`.
+    """
+    images, labels = images.to(surrogate.device), labels.to(surrogate.device)
+    threat = plan.threat
+    scale = threat.pixel_scale(surrogate.normalization).to(images.device)
+    ascend = ASCEND[threat.norm]
+    if plan.random_start:
+        if generator is None:
+            raise ValueError("a random start needs a generator")
+        start = START[threat.norm](images.shape, threat.eps, generator).to(images.device)
+        attacked = constrain(images + scale * start, images, threat, scale)
+    else:
+        attacked = images
+    for _ in range(plan.steps):
+        direction = ascend(surrogate.gradient(attacked, labels) * scale)
+        attacked = constrain(attacked + (plan.step_size * scale) * direction, images, threat, scale)
+    return attacked
+
+
+def constrain(attacked: Tensor, images: Tensor, threat: ThreatModel, scale: Tensor) -> Tensor:
+    """Bring attacked images back into the threat model: the ball first, then the pixel range.
+
+    Clipping cannot leave the ball again, because the image itself is within the pixel range.
+    """
+    delta = PROJECT[threat.norm]((attacked - images) / scale, threat.eps)
+    inside = images + scale * delta
+    return inside.clamp_(0.0, 1.0) if threat.clip else inside
+
+
+def largest_violation(attacked: Tensor, images: Tensor, threat: ThreatModel, normalization: Normalization) -> float:
+    """By how much attacked images leave the threat model, in units of the ball; at most rounding is right."""
+    scale = threat.pixel_scale(normalization).to(images.device)
+    delta = ((attacked - images) / scale).flatten(1)
+    size = delta.abs().amax(dim=1) if threat.norm == "linf" else delta.norm(dim=1)
+    over = float((size - threat.eps).max())
+    if threat.clip:
+        over = max(over, float(-attacked.min()), float(attacked.max()) - 1.0)
+    return over
