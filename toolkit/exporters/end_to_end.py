@@ -108,7 +108,14 @@ class EndToEndModel:
             ToolkitError: the bytes are no JPEG or PNG image, or are damaged.
         """
         open_image(data).close()
-        (probabilities,) = self._session.run(None, {"image": np.frombuffer(data, dtype=np.uint8)})
+        try:
+            (probabilities,) = self._session.run(None, {"image": np.frombuffer(data, dtype=np.uint8)})
+        except Exception as error:  # ONNX Runtime's own exceptions share no public base class
+            raise ToolkitError(
+                "the graph's decoder refuses an image that Pillow reads",
+                found=str(error).splitlines()[0][-160:],
+                fix="save the image again as a plain JPEG or PNG file",
+            ) from error
         return np.asarray(probabilities[0], dtype=np.float32)
 
 

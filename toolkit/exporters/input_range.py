@@ -56,7 +56,7 @@ def pixel_map(model: ModelProto) -> PixelMap:
     constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     consumers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
-        for name in node.input:
+        for name in () if node.op_type == "Shape" else node.input:  # Shape reads no values
             consumers.setdefault(name, []).append(node)
     tensor = model.graph.input[0].name
     scale, shift = np.ones(1), np.zeros(1)

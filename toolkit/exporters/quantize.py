@@ -89,6 +89,7 @@ def quantize_int8(
     margin = float(np.max(np.atleast_1d(input_margin)))
     prepared = rewrite(float_model)
     mapping = pixel_map(prepared)
+    _read_shape_from_image(prepared, mapping)
     folded = _fold_normalization(prepared, mapping, margin)
     grid = covering_grid(float(mapping.of(-margin).min()), float(mapping.of(1 + margin).max()))
     if folded is not None:
@@ -192,6 +193,14 @@ def _refuse_bad_weights(model: ModelProto, path: Path) -> None:
                 "are NaN or infinite",
                 fix="the training diverged: train again with a lower --learning-rate, or take an earlier checkpoint",
             )
+
+
+def _read_shape_from_image(model: ModelProto, mapping: PixelMap) -> None:
+    """Let Shape nodes read the image instead of the normalised image, which has the same shape, in place."""
+    normalised = {node.output[0] for node in mapping.nodes}
+    for node in model.graph.node:
+        if node.op_type == "Shape" and node.input[0] in normalised:
+            node.input[0] = model.graph.input[0].name
 
 
 @dataclass(frozen=True, slots=True)
