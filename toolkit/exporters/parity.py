@@ -88,13 +88,13 @@ def measure_parity(
         images: how many to use; at most all.
     """
     inputs = split.take(np.arange(min(images, len(split)), dtype=np.int64)).images
-    wanted = torch.cat([reference.predict(part) for part in inputs.split(max(batch_sizes))])
+    wanted = torch.cat([reference.predict(part) for part in torch.split(inputs, max(batch_sizes))])
     spread = float(wanted.std())
     return Parity(spread, tuple(_compare(candidate, inputs, wanted, spread, size) for size in batch_sizes))
 
 
 def _compare(candidate: Predictor, inputs: Tensor, wanted: Tensor, spread: float, size: int) -> BatchParity:
-    found = torch.cat([candidate.predict(part) for part in inputs.split(size)])
+    found = torch.cat([candidate.predict(part) for part in torch.split(inputs, size)])
     difference = float((found - wanted).abs().max())
     if not torch.isfinite(found).all():
         difference = float("inf")
