@@ -23,6 +23,11 @@ Int64Array = npt.NDArray[np.int64]
 HashArray = npt.NDArray[np.uint64]
 
 
+def derive_seed(*parts: int) -> int:
+    """One 32-bit seed from several numbers (say: seed, epoch, step), so that no generator's state has to be kept."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
 @dataclass(frozen=True, slots=True)
 class Proportion:
     """A share with its count: `correct` of `total`, and its 95 % Wilson score interval (Wilson 1927)."""

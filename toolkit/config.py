@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -118,14 +120,37 @@ class GateConfig(StageConfig):
     min_integer_coverage: Share | None = None
 
 
-class HardenConfig(StageConfig):
-    """Everything `toolkit harden` needs; written resolved into the bundle as config.yaml."""
+class ModelConfig(StageConfig):
+    """Which network, and how to read its file."""
 
-    model: Path
+    path: Path
+    """A checkpoint, state dict or pickled module; `shipped:NAME` is one that comes with the package."""
     arch: str | None = None
     trust_pickle: bool = False
+    mean: tuple[float, ...] | None = None
+    """Per-channel mean of the input that a bare state dict was trained on, in pixels [0, 1]; None: the data set's."""
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+
+
+class MachineConfig(StageConfig):
+    """What makes a run repeatable."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads of torch and ONNX Runtime; None: all that this process may use."""
+
+
+class ModelRunConfig(MachineConfig):
+    """A run on one network and one data set; every command that measures or changes a network has one."""
+
+    model: ModelConfig
     data: DataConfig = DataConfig()
     threat: ThreatConfig = ThreatConfig()
+
+
+class HardenConfig(ModelRunConfig):
+    """Everything `toolkit harden` needs; written resolved into the bundle as config.yaml."""
+
     prune: PruneConfig = PruneConfig()
     finetune: TrainConfig = TrainConfig()
     export: ExportConfig = ExportConfig()
@@ -133,35 +158,40 @@ class HardenConfig(StageConfig):
     benchmark: BenchmarkConfig = BenchmarkConfig()
     gates: GateConfig = GateConfig()
     allow_float: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
-    threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads of torch and ONNX Runtime; None: all that this process may use."""
+    """Ship a float model.onnx where `--int8` is not given."""
+
+
+class TrainRunConfig(MachineConfig):
+    """Everything `toolkit train` needs."""
+
+    arch: str
+    data: DataConfig = DataConfig(source="fashion-mnist")
+    threat: ThreatConfig = ThreatConfig()
+    training: TrainConfig = TrainConfig(objective="standard", epochs=8)
 
 
 Config = TypeVar("Config", bound=StageConfig)
 
 
-def flag_of(location: tuple[int | str, ...]) -> str:
-    """The command-line flag that sets the field at `location`, for error messages."""
-    names = [str(part) for part in location if not isinstance(part, int)]
-    special = {"prune.ratio": "--prune", "finetune.objective": "--finetune", "quantize.int8": "--int8",
-               "threat.preset": "--threat", "data.source": "--data", "data.evaluation": "--n",
-               "benchmark.batches": "--batch"}  # fmt: skip
-    path = ".".join(names)
-    return special.get(path, "--" + (names[-1] if names else "config").replace("_", "-"))
+def build(kind: type[Config], values: dict[str, Any], flags: Mapping[str, str] = MappingProxyType({})) -> Config:
+    """Validate `values` as a `kind`; what pydantic refuses becomes a `ToolkitError` that quotes the flag.
 
-
-def build(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Validate `values` as a `kind`; what pydantic refuses becomes a `ToolkitError` that quotes the flag."""
+    Args:
+        kind: the configuration's class.
+        values: nested settings.
+        flags: command-line flag by dotted path of the setting, e.g. `{"prune.ratio": "--prune"}`.
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        location = first["loc"]
+        path = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        name = flags.get(path, f"the setting '{path}'")
+        problem = f"{name} is missing" if first["type"] == "missing" else f"{name} has no usable value"
         raise ToolkitError(
-            f"{flag_of(location)} has no usable value",
-            found=f"{'.'.join(map(str, location))} = {first['input']!r} ({first['msg'].lower()})",
-            fix=f"give {flag_of(location)} a value that fits; see `toolkit COMMAND --help`",
+            problem,
+            found=f"{path} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}",
+            fix=f"correct {name}; `--help` shows what it takes",
         ) from error
 
 

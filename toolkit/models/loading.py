@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import pathlib
 import pickle
+import types
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy._core import multiarray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from toolkit.artifacts import HashArray, ModelSpec, Normalization, Normalized, TorchModel
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, unknown_name
 from toolkit.models.checkpoint import is_checkpoint, parse_checkpoint
 from toolkit.models.registry import build_network, import_folder
 from toolkit.progress import notice
@@ -25,10 +30,43 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "ema", 
 """Keys under which training scripts put the weights."""
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 """What DataParallel, torch.compile and wrapping modules put before every key."""
+MAX_NESTING = 4
+"""Wrappers within wrappers that are opened."""
 PICKLED = "pickle:"
 """Architecture prefix of a network that only its pickled file can rebuild."""
 
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    types.SimpleNamespace,
+    *((pathlib.PurePath, f"pathlib.{kind}") for kind in ("PosixPath", "WindowsPath", "PurePosixPath")),
+    *((multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((multiarray._reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
+]
+"""What training scripts save beside the weights and what runs no code when it is unpickled."""
+
 SAVE_INSTEAD = "save it with torch.save(model.state_dict(), 'model.pt') and name the network with --arch"
+
+
+SHIPPED = "shipped:"
+"""Path prefix of the networks that come with the package."""
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def resolve_path(path: Path) -> Path:
+    """The file that `path` names; `shipped:NAME` is one that comes with the package.
+
+    Raises:
+        ToolkitError: no shipped network has that name.
+    """
+    if not str(path).startswith(SHIPPED):
+        return path
+    name = str(path).removeprefix(SHIPPED)
+    if not (WEIGHTS / f"{name}.pt").is_file():
+        raise unknown_name("shipped network", name, [file.stem for file in WEIGHTS.glob("*.pt")])
+    return WEIGHTS / f"{name}.pt"
 
 
 @dataclass(frozen=True)
@@ -98,11 +136,11 @@ def _refuse_other_formats(path: Path) -> None:
 
 def _load(path: Path, trust_pickle: bool) -> object:
     try:
-        content: object = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(HARMLESS):
+            content: object = torch.load(path, map_location="cpu", weights_only=True)
         return content
     except pickle.UnpicklingError as error:
-        holds_objects = "Unsupported" in str(error) or "GLOBAL" in str(error)
-        if not holds_objects:
+        if not _is_pickle(path) or "Unsupported" not in str(error):
             raise _not_a_checkpoint(path, error) from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, OSError, TypeError) as error:
         raise _not_a_checkpoint(path, error) from error
@@ -122,6 +160,11 @@ def _load(path: Path, trust_pickle: bool) -> object:
         ) from error
 
 
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1) == pickle.PROTO or zipfile.is_zipfile(path)
+
+
 def _not_a_checkpoint(path: Path, error: Exception) -> ToolkitError:
     reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
     return ToolkitError(
@@ -133,7 +176,9 @@ def _not_a_checkpoint(path: Path, error: Exception) -> ToolkitError:
 
 def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
     """The state dict inside the usual wrappers of training scripts."""
-    while isinstance(content, Mapping):
+    for _ in range(MAX_NESTING):
+        if not isinstance(content, Mapping):
+            break
         if content and all(isinstance(value, Tensor) for value in content.values()):
             return {str(key): value for key, value in content.items()}
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), (Mapping, nn.Module))), None)
@@ -256,10 +301,10 @@ def _check_outputs(model: TorchModel, path: Path) -> None:
     shape, classes = model.spec.input_shape, len(model.spec.class_names)
     try:
         logits = model.predict(torch.full((2, *shape), 0.5))
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # user code may raise anything, torchvision raises AssertionError
         raise ToolkitError(
             "the network does not take the data set's images",
-            found=f"{path}: images {list(shape)}: {str(error).splitlines()[0]}",
+            found=f"{path}: images {list(shape)}: {str(error).partition(chr(10))[0]}",
             fix="name the data set it was trained on with --data (and --size)",
         ) from error
     if tuple(logits.shape) != (2, classes):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from toolkit.artifacts import Normalized, Proportion, Split, TorchModel
+from toolkit.artifacts import Normalized, Proportion, Split, TorchModel, derive_seed
 from toolkit.attacks.pgd import pgd
 from toolkit.attacks.surrogate import Surrogate, compute_device, resolve_precision
 from toolkit.attacks.threat import RELATIVE_STEP, PgdPlan
@@ -130,6 +130,8 @@ class _Run:
         # a last batch of one image would break batch norm, so incomplete batches are dropped where there are others
         self.steps_per_epoch = max(1, len(train_split) // config.batch_size)
         self.step = 0
+        self.order = np.empty(0, dtype=np.int64)
+        self.order_epoch = -1
         self.losses: list[float] = []
         self.epochs: list[EpochRecord] = []
         self.best: dict[str, Tensor] = {}
@@ -155,11 +157,13 @@ class _Run:
         epoch, position = divmod(self.step, self.steps_per_epoch)
         if position == 0:
             self.losses = []
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train_split))
+        if self.order_epoch != epoch:
+            self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train_split))
+            self.order_epoch = epoch
         size = self.config.batch_size
-        batch = self.train_split.take(order[position * size : (position + 1) * size])
+        batch = self.train_split.take(self.order[position * size : (position + 1) * size])
         # every step has its own seeds, so that a resumed run needs no generator's state
-        step_seed = int(np.random.SeedSequence([self.seed, epoch, position]).generate_state(1)[0])
+        step_seed = derive_seed(self.seed, epoch, position)
         generator = torch.Generator().manual_seed(step_seed)
         torch.manual_seed(step_seed)
         images = augment(batch.images, generator) if self.config.augment else batch.images

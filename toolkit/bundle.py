@@ -1,0 +1,219 @@
+"""The bundle on disk: whole or absent, with a manifest of every file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from toolkit.errors import ToolkitError
+from toolkit.reports.schema import Report
+
+MANIFEST = "manifest.json"
+REPORT = "report.json"
+DEPLOYED = "model.onnx"
+FLOAT_TWIN = "model.fp32.onnx"
+END_TO_END = "model.e2e.onnx"
+CHECKPOINT = "model.pt"
+CONFIG = "config.yaml"
+SUMMARY = "report.md"
+REQUIRED = (DEPLOYED, FLOAT_TWIN, CHECKPOINT, CONFIG, REPORT, SUMMARY, MANIFEST)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The hidden folder beside the output in which a bundle grows."""
+
+    output: Path
+    root: Path
+
+    @property
+    def files(self) -> Path:
+        """Where the bundle's files are written."""
+        return self.root / "bundle"
+
+    @property
+    def training_checkpoint(self) -> Path:
+        """Where the fine-tuning keeps its state."""
+        return self.root / "training.pt"
+
+    @property
+    def resumable(self) -> bool:
+        return self.training_checkpoint.is_file()
+
+    def scratch(self, name: str) -> Path:
+        """A file that the bundle does not keep."""
+        return self.root / name
+
+
+@contextlib.contextmanager
+def open_workspace(output: Path, *, force: bool, resume: bool) -> Iterator[Workspace]:
+    """A workspace that becomes `output` when the block ends without an error.
+
+    After an error or an interrupt `output` is as it was before; the workspace stays only if a training can be resumed
+    from it.
+
+    Raises:
+        ToolkitError: `output` exists and `force` is not set, cannot be written, or the disk is full.
+    """
+    workspace = Workspace(output, output.parent / f".{output.name}.partial")
+    if output.exists() and not force:
+        raise ToolkitError(
+            "the output exists", found=str(output), fix="name another folder with --output, or replace it with --force"
+        )
+    if resume and not workspace.resumable:
+        raise ToolkitError(
+            "there is nothing to resume",
+            found=f"no interrupted run beside {output}",
+            fix="start without --resume, or name the --output of the interrupted run",
+        )
+    with disk_errors(output):
+        if workspace.root.exists() and not resume:
+            shutil.rmtree(workspace.root)
+        if workspace.files.exists():
+            shutil.rmtree(workspace.files)
+        workspace.files.mkdir(parents=True)
+    try:
+        with disk_errors(output):
+            yield workspace
+            _move_into_place(workspace)
+    except BaseException:
+        if workspace.resumable:
+            shutil.rmtree(workspace.files, ignore_errors=True)
+        else:
+            shutil.rmtree(workspace.root, ignore_errors=True)
+        raise
+
+
+def _move_into_place(workspace: Workspace) -> None:
+    old = workspace.output.parent / f".{workspace.output.name}.old"
+    if workspace.output.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        workspace.output.rename(old)
+    try:
+        workspace.files.rename(workspace.output)
+    except OSError:
+        if old.exists():
+            old.rename(workspace.output)
+        raise
+    shutil.rmtree(workspace.root, ignore_errors=True)
+    if old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.unlink()
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SMALLEST_FREE = 1 << 20
+"""Below so many free bytes a failed write is put down to a full disk, whatever a library says of it."""
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with the disk at `path` into a `ToolkitError`; other errors pass."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in FULL or _free_bytes(path) < SMALLEST_FREE:
+            raise ToolkitError(
+                "the disk is full", found=f"{path}: {error}", fix="free some space, or name another disk with --output"
+            ) from error
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST):
+            raise ToolkitError(
+                "the output cannot be written", found=f"{path}: {error}", fix="name a writable folder with --output"
+            ) from error
+        raise
+
+
+def _free_bytes(path: Path) -> int:
+    existing = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), Path())
+    return shutil.disk_usage(existing).free
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write manifest.json: SHA-256 and size of every other file in `folder`, and `facts` beside them."""
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    text = json.dumps({**facts, "files": files}, indent=2)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_report(folder: Path) -> Report:
+    """The report of the bundle in `folder`.
+
+    Raises:
+        ToolkitError: no bundle, or a report that does not fit its schema.
+    """
+    path = folder / REPORT
+    if not path.is_file():
+        raise ToolkitError(
+            "this is no bundle", found=f"no {REPORT} in {folder}", fix="name a folder that `toolkit harden` wrote"
+        )
+    try:
+        return Report.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ToolkitError(
+            "the report does not fit its schema",
+            found=f"{path}: {where}: {first['msg']}",
+            fix="harden again, or use the version of the toolkit that wrote it",
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One claim of the manifest, checked."""
+
+    file: str
+    passed: bool
+    detail: str
+
+
+def verify_files(folder: Path) -> tuple[Finding, ...]:
+    """Check every file of a bundle against its manifest; files that it does not name fail too.
+
+    Raises:
+        ToolkitError: no manifest, or one that cannot be read.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ToolkitError(
+            "this is no bundle", found=f"no {MANIFEST} in {folder}", fix="name a folder that `toolkit harden` wrote"
+        )
+    try:
+        claimed = {str(name): entry["sha256"] for name, entry in json.loads(path.read_text("utf-8"))["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ToolkitError(
+            "the manifest is damaged", found=f"{path}: {type(error).__name__}", fix="use another copy of the bundle"
+        ) from error
+    present = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} - {MANIFEST}
+    findings = []
+    for name in sorted(present | set(claimed) | (set(REQUIRED) - {MANIFEST})):
+        if name not in present:
+            findings.append(Finding(name, False, "missing"))
+        elif name not in claimed:
+            findings.append(Finding(name, False, "not in the manifest"))
+        else:
+            same = sha256(folder / name) == claimed[name]
+            findings.append(Finding(name, same, "SHA-256 agrees" if same else "SHA-256 differs: the file was changed"))
+    return tuple(findings)

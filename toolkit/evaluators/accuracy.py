@@ -1,0 +1,21 @@
+"""Clean accuracy of anything that gives logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from toolkit.artifacts import Predictor, Proportion, Split
+
+
+def correct(predictor: Predictor, images: Tensor, labels: Tensor) -> Tensor:
+    """Which images are classified rightly, bool [n] on the CPU; logits that are not finite count as wrong."""
+    logits = predictor.predict(images).cpu()
+    return logits.argmax(dim=1).eq(labels.cpu()) & logits.isfinite().all(dim=1)
+
+
+def measure_accuracy(predictor: Predictor, split: Split, batch_size: int = 256) -> Proportion:
+    """Share of the images of `split` that are classified rightly."""
+    return Proportion.of(
+        torch.cat([correct(predictor, batch.images, batch.labels) for batch in split.batches(batch_size)])
+    )

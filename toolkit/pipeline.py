@@ -1,0 +1,297 @@
+"""`toolkit harden`: prune, fine-tune, export, quantise, evaluate, benchmark, and put it all into a bundle."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from toolkit import __version__, bundle
+from toolkit.artifacts import OnnxModel, Split, TorchModel
+from toolkit.config import HardenConfig, write_yaml
+from toolkit.errors import ToolkitError
+from toolkit.evaluators.accuracy import measure_accuracy
+from toolkit.evaluators.cost import integer_coverage, layer_macs
+from toolkit.evaluators.environment import environment_record
+from toolkit.evaluators.latency import LatencyRow, benchmark
+from toolkit.evaluators.robustness import Robustness, evaluate_robustness
+from toolkit.evaluators.soundness import integer_above_float
+from toolkit.exporters.end_to_end import EndToEndComparison, compare_end_to_end, export_end_to_end
+from toolkit.exporters.onnx import export_onnx, write_metadata
+from toolkit.exporters.parity import Parity, check_parity, measure_parity
+from toolkit.exporters.quantize import QuantizedModel, quantize_int8
+from toolkit.exporters.session import OnnxPredictor
+from toolkit.models.checkpoint import save_checkpoint
+from toolkit.prepare import Prepared, prepare, resolved_data, resolved_threat
+from toolkit.pruning import PruningResult, prune
+from toolkit.reports.build import Evidence, build_report, public_name
+from toolkit.reports.markdown import render_markdown
+from toolkit.reports.schema import Report
+from toolkit.training.loop import TrainingResult, train
+
+BASELINE_IMAGES = 1000
+"""So many evaluation images show how robust the network was that came in."""
+END_TO_END_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class HardenResult:
+    """The bundle, and what it claims."""
+
+    output: Path
+    report: Report
+
+    @property
+    def gates_met(self) -> bool:
+        return all(gate.met for gate in self.report.gates)
+
+
+class Stopwatch:
+    """Seconds by stage, in the order in which the stages ran."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a block."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def check_deployable(config: HardenConfig) -> None:
+    """Refuse a run whose model.onnx would be float without the user having said so."""
+    if not config.quantize.int8 and not config.allow_float:
+        raise ToolkitError(
+            "model.onnx would be a float graph",
+            found="neither --int8 nor --allow-float",
+            fix="add --int8 for an integer graph, or --allow-float to ship a float one",
+        )
+
+
+def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: bool = False) -> HardenResult:
+    """Run the whole pipeline and write the bundle to `output`.
+
+    Args:
+        config: every setting; what is None is resolved, and the bundle's config.yaml holds the resolved one.
+        output: the bundle's folder; appears whole, or not at all.
+        force: replace an existing folder.
+        resume: continue the fine-tuning of a run to the same `output` that was interrupted.
+
+    Raises:
+        ToolkitError: bad input, or a stage that cannot handle the network.
+    """
+    check_deployable(config)
+    watch = Stopwatch()
+    with bundle.open_workspace(output, force=force, resume=resume) as workspace:
+        with watch.stage("load"):
+            prepared = prepare(config)
+        config = _resolve(config, prepared)
+        with watch.stage("prune"):
+            pruned = prune(prepared.model, config.prune)
+        with watch.stage("finetune"):
+            tuned = train(
+                pruned.model,
+                prepared.splits.train,
+                prepared.splits.validation,
+                config.finetune,
+                prepared.plan,
+                seed=config.seed,
+                label="fine-tuning",
+                checkpoint=workspace.training_checkpoint,
+                resume=resume,
+            )
+        graphs = _write_graphs(config, prepared, tuned.model, workspace, watch)
+        evidence = _gather(config, prepared, pruned, tuned, graphs, watch)
+        report = build_report(config, evidence)
+        _write_documents(config, prepared, report, workspace)
+    return HardenResult(output, report)
+
+
+def _resolve(config: HardenConfig, prepared: Prepared) -> HardenConfig:
+    threads = prepared.threads
+    return config.model_copy(
+        update={
+            "data": resolved_data(config.data, prepared.source),
+            "threat": resolved_threat(config.threat, prepared.plan),
+            "benchmark": config.benchmark.model_copy(update={"threads": config.benchmark.threads or threads}),
+            "threads": threads,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The ONNX files of a run, and how faithful they are."""
+
+    original: OnnxModel
+    fp32: OnnxModel
+    deployed: OnnxModel
+    quantized: QuantizedModel | None
+    parity_fp32: Parity
+    parity_deployed: Parity
+    end_to_end: EndToEndComparison | None
+
+
+def _write_graphs(
+    config: HardenConfig, prepared: Prepared, model: TorchModel, workspace: bundle.Workspace, watch: Stopwatch
+) -> Graphs:
+    files, evaluation = workspace.files, prepared.splits.evaluation
+    metadata = describe(prepared)
+    save_checkpoint(model, files / bundle.CHECKPOINT)
+    with watch.stage("export"):
+        original = export_onnx(prepared.model, workspace.scratch("original.onnx"), config.export)
+        fp32 = export_onnx(model, files / bundle.FLOAT_TWIN, config.export, metadata=metadata)
+        parity_fp32 = measure_parity(model, OnnxPredictor(fp32.path), evaluation)
+        check_parity(parity_fp32)
+    quantized = None
+    deployed_path = files / bundle.DEPLOYED
+    with watch.stage("quantize"):
+        if config.quantize.int8:
+            margin = prepared.plan.threat.margin(model.spec.normalization)
+            quantized = quantize_int8(
+                fp32, deployed_path, prepared.splits.calibration, config.quantize, input_margin=margin
+            )
+            write_metadata(deployed_path, metadata)
+        else:
+            deployed_path.write_bytes(fp32.path.read_bytes())
+        parity_deployed = measure_parity(model, OnnxPredictor(deployed_path), evaluation)
+    with watch.stage("end_to_end"):
+        end_to_end = _end_to_end(config, model, deployed_path, evaluation, workspace)
+    deployed = OnnxModel(deployed_path, "deployed")
+    return Graphs(original, fp32, deployed, quantized, parity_fp32, parity_deployed, end_to_end)
+
+
+def _end_to_end(
+    config: HardenConfig, model: TorchModel, deployed: Path, evaluation: Split, workspace: bundle.Workspace
+) -> EndToEndComparison | None:
+    if not config.export.end_to_end or model.spec.input_shape[0] not in (1, 3):
+        return None
+    path = workspace.files / bundle.END_TO_END
+    export_end_to_end(deployed, path, input_shape=model.spec.input_shape, class_names=model.spec.class_names)
+    folder = workspace.scratch("images")
+    folder.mkdir()
+    encoded = write_images(evaluation.first(END_TO_END_IMAGES), folder)
+    return compare_end_to_end(path, encoded, OnnxPredictor(deployed))
+
+
+def write_images(split: Split, folder: Path) -> tuple[Path, ...]:
+    """Write the images of `split` as files, in turn PNG and JPEG (quality 95)."""
+    paths = []
+    for number, pixels in enumerate(split.images.pixels(split.indices)):
+        image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0).squeeze()))
+        path = folder / f"{number:04d}.{'jpg' if number % 2 else 'png'}"
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG" if number % 2 else "PNG", **({"quality": 95} if number % 2 else {}))
+        path.write_bytes(buffer.getvalue())
+        paths.append(path)
+    return tuple(paths)
+
+
+def describe(prepared: Prepared) -> dict[str, str]:
+    """What the ONNX files say of themselves; nothing of the machine that made them."""
+    spec, threat = prepared.model.spec, prepared.plan.record()
+    return {
+        "toolkit_version": __version__,
+        "architecture": public_name(spec.architecture),
+        "class_names": json.dumps(list(spec.class_names)),
+        "normalization": json.dumps({"mean": spec.normalization.mean, "std": spec.normalization.std, "inside": True}),
+        "threat_model": json.dumps(threat),
+    }
+
+
+def _gather(
+    config: HardenConfig,
+    prepared: Prepared,
+    pruned: PruningResult,
+    tuned: TrainingResult,
+    graphs: Graphs,
+    watch: Stopwatch,
+) -> Evidence:
+    evaluation = prepared.splits.evaluation
+    with watch.stage("evaluate"):
+        first = evaluation.first(BASELINE_IMAGES)
+        baseline = evaluate_robustness(
+            prepared.model, {"torch": prepared.model}, first, prepared.plan, seed=config.seed, surrogate="original"
+        )
+        baseline_accuracy = measure_accuracy(prepared.model, evaluation)
+        robustness = _robustness(config, prepared, tuned.model, graphs)
+    with watch.stage("profile"):
+        coverage = integer_coverage(graphs.deployed.path, provider=config.benchmark.provider)
+    with watch.stage("benchmark"):
+        latency = _latency(config, prepared, graphs)
+    return Evidence(
+        original=prepared.model,
+        splits=prepared.splits,
+        plan=prepared.plan,
+        pruned=pruned,
+        tuned=tuned,
+        macs=(layer_macs(prepared.model), layer_macs(tuned.model)),
+        bytes=(graphs.original.path.stat().st_size, graphs.deployed.path.stat().st_size),
+        baseline_accuracy=baseline_accuracy,
+        baseline_robust=baseline.worst_case["torch"],
+        robustness=robustness,
+        alarms=integer_above_float(robustness.worst_case),
+        parity={"fp32": graphs.parity_fp32, "deployed": graphs.parity_deployed},
+        end_to_end=graphs.end_to_end,
+        quantized=graphs.quantized,
+        coverage=coverage,
+        latency=latency,
+        environment=environment_record(prepared.threads),
+        timings=watch.seconds,
+    )
+
+
+def _robustness(config: HardenConfig, prepared: Prepared, model: TorchModel, graphs: Graphs) -> Robustness:
+    quantized = graphs.quantized
+    return evaluate_robustness(
+        model,
+        {"torch": model, "fp32": OnnxPredictor(graphs.fp32.path), "deployed": OnnxPredictor(graphs.deployed.path)},
+        prepared.splits.evaluation,
+        prepared.plan,
+        seed=config.seed,
+        input_range=(quantized.input_low, quantized.input_high) if quantized else None,
+    )
+
+
+def _latency(config: HardenConfig, prepared: Prepared, graphs: Graphs) -> tuple[LatencyRow, ...]:
+    files = {"fp32": graphs.fp32.path, "deployed": graphs.deployed.path, "original": graphs.original.path}
+    images = prepared.splits.evaluation.first(max(config.benchmark.batches))
+    pixels = images.take(np.arange(len(images))).images.numpy()
+    shape = prepared.model.spec.input_shape
+    return benchmark(files, config.benchmark, shape, baseline="fp32", seed=config.seed, images=pixels)
+
+
+def _write_documents(config: HardenConfig, prepared: Prepared, report: Report, workspace: bundle.Workspace) -> None:
+    files = workspace.files
+    headline = {
+        "accuracy": report.accuracy.deployed.model_dump(),
+        "robust_accuracy": report.robust_accuracy.deployed.model_dump(),
+        "integer_coverage": report.quantization.integer_coverage,
+        "alarms": [alarm.name for alarm in report.soundness],
+    }
+    for name in (bundle.DEPLOYED, bundle.END_TO_END):
+        if (files / name).exists():
+            write_metadata(files / name, {"results": json.dumps(headline)})
+    write_yaml(config, files / bundle.CONFIG)
+    (files / bundle.REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (files / bundle.SUMMARY).write_text(render_markdown(report), encoding="utf-8")
+    bundle.write_manifest(
+        files,
+        {
+            "schema_version": report.schema_version,
+            "toolkit_version": report.toolkit_version,
+            "seed": config.seed,
+            "splits": prepared.splits.record(),
+            "training_images_of_the_checkpoint": len(prepared.model.training_hashes),
+            "environment": report.environment,
+        },
+    )

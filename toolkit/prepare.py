@@ -1,0 +1,104 @@
+"""From a run's configuration to its model, images and threat model, all checked against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from toolkit.artifacts import Normalization, Splits, TorchModel
+from toolkit.attacks.threat import PgdPlan, resolve_plan
+from toolkit.config import DataConfig, ModelConfig, ModelRunConfig, ThreatConfig
+from toolkit.data.sources import DataSource, check_fits, load_source
+from toolkit.data.splits import check_trained_on, make_splits
+from toolkit.errors import ToolkitError
+from toolkit.evaluators.environment import usable_threads
+from toolkit.models.loading import assemble, read_model_file, resolve_path
+from toolkit.progress import notice
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What every run on a network starts from."""
+
+    model: TorchModel
+    source: DataSource
+    splits: Splits
+    plan: PgdPlan
+    threads: int
+
+
+def set_threads(requested: int | None) -> int:
+    """Let torch compute with `requested` CPU threads (None: all allowed), and say how many those are."""
+    threads = usable_threads(requested)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def prepare(config: ModelRunConfig) -> Prepared:
+    """Load and check everything that `config` names; nothing is written.
+
+    Raises:
+        ToolkitError: any bad input: the model's file, its data set, the threat model, or two that do not fit.
+    """
+    threads = set_threads(config.threads)
+    torch.manual_seed(config.seed)
+    file = read_model_file(resolve_path(config.model.path), trust_pickle=config.model.trust_pickle)
+    wanted = config.data.source or (file.spec.dataset if file.spec else None)
+    if wanted is None:
+        raise ToolkitError(
+            "the model's file does not say what data set it was trained on",
+            found=str(config.model.path),
+            fix="name it with --data: sample, fashion-mnist, cifar10, folder:DIR or npz:FILE",
+        )
+    source = load_source(config.data.model_copy(update={"source": wanted}))
+    normalization = _normalization(config.model, source)
+    if file.spec is None:
+        notice(f"normalisation: mean {normalization.mean}, std {normalization.std} (set it with --mean and --std)")
+    model = assemble(
+        file,
+        arch=config.model.arch,
+        class_names=source.train.class_names,
+        input_shape=source.train.shape,
+        normalization=normalization,
+        dataset=wanted,
+    )
+    check_fits(source, model.spec)
+    splits = make_splits(source, config.data, config.seed)
+    check_trained_on(splits, model.training_hashes)
+    return Prepared(model, source, splits, resolve_plan(config.threat, source.threat_key), threads)
+
+
+def resolved_data(config: DataConfig, source: DataSource) -> DataConfig:
+    """`config` with the data set's name filled in."""
+    return config.model_copy(update={"source": source.name})
+
+
+def resolved_threat(config: ThreatConfig, plan: PgdPlan) -> ThreatConfig:
+    """`config` with everything that the preset gave filled in."""
+    return config.model_copy(
+        update={
+            "eps": plan.threat.eps,
+            "steps": plan.steps,
+            "step_size": plan.step_size,
+            "random_start": plan.random_start,
+        }
+    )
+
+
+def _normalization(config: ModelConfig, source: DataSource) -> Normalization:
+    channels = source.train.shape[0]
+    hint = source.normalization_hint
+    values = {}
+    for name, given, default in (("mean", config.mean, hint.mean), ("std", config.std, hint.std)):
+        found = default if given is None else given
+        if len(found) == 1:
+            found = found * channels
+        if len(found) != channels:
+            raise ToolkitError(
+                f"--{name} does not fit the images",
+                found=f"{len(found)} values for {channels} channel(s)",
+                fix=f"give one value, or one per channel: --{name} {','.join(['0.5'] * channels)}",
+            )
+        values[name] = found
+    return Normalization(values["mean"], values["std"])

@@ -1,0 +1,262 @@
+"""From the results of all stages to the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from toolkit import __version__
+from toolkit.artifacts import Proportion, Splits, TorchModel
+from toolkit.attacks.threat import PgdPlan
+from toolkit.config import DataConfig, GateConfig, HardenConfig
+from toolkit.evaluators.cost import IntegerCoverage
+from toolkit.evaluators.latency import LatencyRow
+from toolkit.evaluators.robustness import Robustness
+from toolkit.evaluators.soundness import Alarm
+from toolkit.exporters.end_to_end import EndToEndComparison
+from toolkit.exporters.parity import Parity
+from toolkit.exporters.quantize import QuantizedModel
+from toolkit.pruning import PruningResult
+from toolkit.reports import schema
+from toolkit.reports.schema import Change, Report, Share
+from toolkit.training.loop import TrainingResult
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the stages of one run came to."""
+
+    original: TorchModel
+    splits: Splits
+    plan: PgdPlan
+    pruned: PruningResult
+    tuned: TrainingResult
+    macs: tuple[Mapping[str, int], Mapping[str, int]]
+    """By module name, of the network that came in and of the one that ships."""
+    bytes: tuple[int, int]
+    """Of the original network's float ONNX file and of model.onnx."""
+    baseline_accuracy: Proportion
+    baseline_robust: Proportion
+    robustness: Robustness
+    alarms: tuple[Alarm, ...]
+    parity: Mapping[Literal["fp32", "deployed"], Parity]
+    end_to_end: EndToEndComparison | None
+    quantized: QuantizedModel | None
+    coverage: IntegerCoverage
+    latency: tuple[LatencyRow, ...]
+    environment: Mapping[str, Any]
+    timings: Mapping[str, float]
+
+
+def build_report(config: HardenConfig, evidence: Evidence) -> Report:
+    """Assemble the report; nothing is measured here."""
+    worst = evidence.robustness.worst_case
+    clean = evidence.robustness.clean
+    tuned = evidence.tuned
+    return Report(
+        schema_version=schema.SCHEMA_VERSION,
+        toolkit_version=__version__,
+        seed=config.seed,
+        model=_model(config, evidence),
+        data=_data(config.data, evidence),
+        threat=schema.Threat(**evidence.plan.record()),
+        finetuning=schema.Finetuning(
+            objective=config.finetune.objective,
+            epochs=[
+                schema.Epoch(
+                    epoch=record.epoch,
+                    loss=record.loss,
+                    accuracy=Share.of(record.accuracy),
+                    robust=Share.of(record.robust) if record.robust else None,
+                )
+                for record in tuned.epochs
+            ],
+            best_epoch=tuned.best_epoch,
+            precision=tuned.precision,
+        ),
+        baseline=schema.Baseline(
+            accuracy=Share.of(evidence.baseline_accuracy), robust_accuracy=Share.of(evidence.baseline_robust)
+        ),
+        accuracy=schema.Accuracy(**{name: Share.of(clean[name]) for name in ("torch", "fp32", "deployed")}),
+        robustness=_attacks(evidence),
+        robust_accuracy=schema.RobustAccuracy(fp32=Share.of(worst["fp32"]), deployed=Share.of(worst["deployed"])),
+        soundness=[
+            schema.AlarmRecord(name=alarm.name, message=alarm.message, value=alarm.value, limit=alarm.limit)
+            for alarm in evidence.alarms
+        ],
+        parity=_parity(evidence),
+        end_to_end=_end_to_end(evidence.end_to_end),
+        quantization=_quantization(config, evidence),
+        latency=[schema.Latency(**row.as_dict()) for row in evidence.latency],
+        gates=_gates(config.gates, worst["deployed"], clean["deployed"], evidence.coverage.share),
+        environment=dict(evidence.environment),
+        timings=dict(evidence.timings),
+    )
+
+
+def _model(config: HardenConfig, evidence: Evidence) -> schema.Model:
+    spec = evidence.original.spec
+    macs_before, macs_after = evidence.macs
+    before, after = _layer_parameters(evidence.original), _layer_parameters(evidence.tuned.model)
+    layers = [
+        schema.Layer(
+            name=layer.name,
+            filters=Change(before=layer.before, after=layer.after),
+            parameters=Change(before=before[layer.name], after=after[layer.name]),
+            macs=Change(before=_macs_of(macs_before, layer.name), after=_macs_of(macs_after, layer.name)),
+        )
+        for layer in evidence.pruned.layers
+    ]
+    return schema.Model(
+        architecture=public_name(spec.architecture),
+        class_names=list(spec.class_names),
+        input_shape=list(spec.input_shape),
+        mean=list(spec.normalization.mean),
+        std=list(spec.normalization.std),
+        params=Change(before=evidence.pruned.parameters_before, after=evidence.pruned.parameters_after),
+        macs=Change(before=sum(macs_before.values()), after=sum(macs_after.values())),
+        bytes=Change(before=evidence.bytes[0], after=evidence.bytes[1]),
+        prune_ratio=config.prune.ratio,
+        prune_scope=config.prune.scope,
+        round_to=config.prune.round_to,
+        layers=layers,
+    )
+
+
+def public_name(architecture: str) -> str:
+    """The architecture without the folders of the machine that it came from."""
+    return architecture.replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def _layer_parameters(model: TorchModel) -> dict[str, int]:
+    return {
+        name: sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        for name, module in model.network.named_modules()
+    }
+
+
+def _macs_of(macs: Mapping[str, int], layer: str) -> int:
+    """Of a layer of the network; the module around it holds it as `network`."""
+    return macs.get(f"network.{layer}", 0)
+
+
+def _data(config: DataConfig, evidence: Evidence) -> schema.Data:
+    record = evidence.splits.record()
+    count = len(evidence.splits.evaluation)
+    choice = f"all {count} of the test part" if config.evaluation is None else f"{count} drawn by class with the seed"
+    assert config.source is not None
+    return schema.Data(source=config.source, evaluation_choice=choice, **record)
+
+
+def _attacks(evidence: Evidence) -> list[schema.Attack]:
+    plan = evidence.plan
+    return [
+        schema.Attack(
+            attack=cell.attack,
+            threat=schema.Threat(**plan.record()),
+            steps=plan.steps,
+            step_size=plan.step_size,
+            restarts=plan.restarts,
+            random_start=plan.random_start,
+            surrogate=cell.surrogate,
+            target=cell.target,
+            **cell.robust.as_dict(),
+            transfer_rate=cell.transfer_rate.value if cell.transfer_rate else None,
+            transfer_n=cell.transfer_rate.total if cell.transfer_rate else 0,
+        )
+        for cell in evidence.robustness.transfers
+    ]
+
+
+def _parity(evidence: Evidence) -> list[schema.ParityRecord]:
+    return [
+        schema.ParityRecord(
+            graph=graph,
+            batch_size=batch.batch_size,
+            max_difference=batch.max_difference,
+            relative=batch.relative,
+            agreement=Share.of(batch.agreement),
+        )
+        for graph, parity in evidence.parity.items()
+        for batch in parity.batches
+    ]
+
+
+def _end_to_end(found: EndToEndComparison | None) -> schema.EndToEnd | None:
+    if found is None:
+        return None
+    return schema.EndToEnd(
+        files=found.agreement.total,
+        max_difference=found.max_difference,
+        agreement=Share.of(found.agreement),
+        lossless_difference=found.lossless_difference,
+        lossless_agreement=Share.of(found.lossless_agreement),
+    )
+
+
+def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantization:
+    coverage, quantized = evidence.coverage, evidence.quantized
+    granularity = "per channel" if config.quantize.per_channel else "per tensor"
+    return schema.Quantization(
+        engine="onnxruntime" if quantized else "none",
+        weights=f"int8 symmetric {granularity}" if quantized else "float32",
+        activations="uint8 asymmetric" if quantized else "float32",
+        calibration=quantized.calibration if quantized else None,
+        calibration_images=quantized.calibration_images if quantized else 0,
+        input_range=[quantized.input_low, quantized.input_high] if quantized else None,
+        clipped_share=evidence.robustness.clipped_share,
+        integer_coverage=coverage.share,
+        macs_integer=coverage.macs_integer,
+        macs_total=coverage.macs_total,
+        provider=coverage.provider,
+        layers=[
+            schema.KernelRow(layer=row.layer, kernel=row.kernel, domain=row.domain, macs=row.macs, integer=row.integer)
+            for row in coverage.layers
+        ],
+        leftovers=dict(coverage.leftovers),
+        kernel_time=schema.KernelTime(
+            integer_share=coverage.kernel_time_share_integer,
+            float_islands=[
+                schema.IslandRecord(operator=island.operator, count=island.count, time_share=island.time_share)
+                for island in coverage.islands
+            ],
+        ),
+        verdict=verdict(quantized is not None, coverage, evidence.latency),
+    )
+
+
+def verdict(int8: bool, coverage: IntegerCoverage, latency: tuple[LatencyRow, ...]) -> str:
+    """In one sentence: does the deployed graph run in integers, and does that pay on this machine."""
+    if not int8:
+        return "float: --int8 was not given, and --allow-float allowed it."
+    rows = [row for row in latency if row.file == "deployed"]
+    told = ", ".join(
+        f"{row.speedup:.2f}x at batch {row.batch} [{row.speedup_low:.2f}, {row.speedup_high:.2f}]" for row in rows
+    )
+    if not rows:
+        pays = "speed was not measured"
+    elif all(row.ratio_high < 1 for row in rows):
+        pays = "int8 pays here"
+    elif all(row.ratio_low > 1 for row in rows):
+        pays = "int8 does NOT pay here: it is slower than the float twin"
+    else:
+        pays = "int8 pays at some batch sizes only"
+    return (
+        f"{coverage.share:.1%} of the multiply-accumulates run in integers; {pays}"
+        + (f" (speed relative to the float twin: {told})" if told else "")
+        + "."
+    )
+
+
+def _gates(gates: GateConfig, robust: Proportion, accuracy: Proportion, coverage: float) -> list[schema.Gate]:
+    limits = {
+        "--min-accuracy": (gates.min_accuracy, accuracy.value),
+        "--min-robust": (gates.min_robust, robust.value),
+        "--min-integer-coverage": (gates.min_integer_coverage, coverage),
+    }
+    return [
+        schema.Gate(name=name, limit=limit, value=value, met=value >= limit)
+        for name, (limit, value) in limits.items()
+        if limit is not None
+    ]

@@ -1,0 +1,218 @@
+"""report.md: the report in words that a manager can read, numbers with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from toolkit.reports.schema import Latency, Report, Share, Threat
+
+
+def render_markdown(report: Report) -> str:
+    """The whole report as Markdown."""
+    sections = [
+        _headline(report),
+        _alarms(report),
+        _robustness(report),
+        _size(report),
+        _speed(report),
+        _integers(report),
+        _parity(report),
+        _training(report),
+        _gates(report),
+        _origin(report),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def percent(share: Share) -> str:
+    """A share with its interval and count."""
+    return f"{share.value:.2%} [{share.low:.2%}, {share.high:.2%}] (n={share.total})"
+
+
+def threat_text(threat: Threat) -> str:
+    """The threat model in words."""
+    norm = "l-inf" if threat.norm == "linf" else "l2"
+    space = "pixels in [0, 1]" if threat.space == "pixels" else "the normalised space"
+    clip = "clipped to valid pixels" if threat.clip else "not clipped to valid pixels"
+    return f"{norm}, eps {threat.eps:.4g} in {space}, {clip} (preset `{threat.preset}`)"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _headline(report: Report) -> str:
+    before, after = report.baseline, report
+    size = report.model.bytes
+    fastest = [row for row in report.latency if row.file == "deployed"]
+    rows = [
+        ("accuracy on clean images", percent(before.accuracy), percent(after.accuracy.deployed)),
+        ("accuracy under attack", percent(before.robust_accuracy), percent(after.robust_accuracy.deployed)),
+        ("parameters", f"{report.model.params.before:,}", f"{report.model.params.after:,}"),
+        ("multiply-accumulates per image", f"{report.model.macs.before:,}", f"{report.model.macs.after:,}"),
+        ("file size", f"{size.before / 1e6:.2f} MB", f"{size.after / 1e6:.2f} MB"),
+        *(_latency_row(report, row) for row in fastest),
+    ]
+    return (
+        f"# {report.model.architecture}, hardened\n\n"
+        f"What ships (`model.onnx`) beside the network that came in.\n\n"
+        f"{table(('', 'before', 'deployed'), rows)}\n\n"
+        f"Attack: {threat_text(report.threat)}. Intervals are 95 % Wilson intervals. "
+        f"The verdict on integers: {report.quantization.verdict}"
+    )
+
+
+def _latency_row(report: Report, row: Latency) -> tuple[str, str, str]:
+    original = next((r for r in report.latency if r.file == "original" and r.batch == row.batch), None)
+    before = f"{original.p50:.3f} ms" if original else "not measured"
+    return (f"time for {row.batch} image{'s' if row.batch > 1 else ''} (median)", before, f"{row.p50:.3f} ms")
+
+
+def _alarms(report: Report) -> str:
+    return "\n".join(f"> **ALARM {alarm.name}**: {alarm.message}" for alarm in report.soundness)
+
+
+def _robustness(report: Report) -> str:
+    rows = [
+        (
+            f"{cell.attack} ({cell.steps} steps of {cell.step_size:.4g}, {cell.restarts} start(s))",
+            cell.surrogate,
+            cell.target,
+            f"{cell.value:.2%} [{cell.low:.2%}, {cell.high:.2%}]",
+            "none to transfer" if cell.transfer_rate is None else f"{cell.transfer_rate:.2%} (n={cell.transfer_n})",
+        )
+        for cell in report.robustness
+    ]
+    clean = report.accuracy
+    clean_rows = [("torch", percent(clean.torch)), ("fp32", percent(clean.fp32)), ("deployed", percent(clean.deployed))]
+    robust = report.robust_accuracy
+    worst = [("fp32", percent(robust.fp32)), ("deployed", percent(robust.deployed))]
+    return (
+        "## Accuracy and robustness\n\n"
+        f"{table(('graph', 'accuracy on clean images'), clean_rows)}\n\n"
+        f"{table(('attack', 'made on', 'scored on', 'still right', 'transfer rate'), rows)}\n\n"
+        "Worst case per image, over clean and all attacks above:\n\n"
+        f"{table(('graph', 'robust accuracy'), worst)}"
+    )
+
+
+def _size(report: Report) -> str:
+    model = report.model
+    rows = [
+        (
+            layer.name,
+            f"{layer.filters.before} → {layer.filters.after}",
+            f"{layer.parameters.before:,} → {layer.parameters.after:,}",
+            f"{layer.macs.before:,} → {layer.macs.after:,}",
+        )
+        for layer in model.layers
+    ]
+    rounding = f"widths rounded to multiples of {model.round_to}" if model.round_to > 1 else "widths not rounded"
+    return (
+        f"## What was removed\n\nPruned by {model.prune_ratio:g} of the filters per {model.prune_scope} "
+        f"(l1 norm; {rounding}, so a layer's share can differ).\n\n"
+        f"{table(('layer', 'filters', 'parameters', 'multiply-accumulates'), rows)}"
+    )
+
+
+def _speed(report: Report) -> str:
+    if not report.latency:
+        return ""
+    rows = [
+        (
+            row.file,
+            row.batch,
+            f"{row.p50:.3f}",
+            f"{row.p90:.3f}",
+            f"{row.p99:.3f}",
+            f"{row.throughput:,.0f}",
+            f"{row.ratio:.3f} [{row.ratio_low:.3f}, {row.ratio_high:.3f}]",
+        )
+        for row in report.latency
+    ]
+    first = report.latency[0]
+    return (
+        f"## Speed\n\nONNX Runtime, {first.provider}, {first.threads} thread(s), files interleaved; "
+        "milliseconds per call; ratio = time / time of the float twin, below 1 is faster.\n\n"
+        f"{table(('file', 'batch', 'p50', 'p90', 'p99', 'images/s', 'ratio'), rows)}"
+    )
+
+
+def _integers(report: Report) -> str:
+    found = report.quantization
+    rows = [(row.layer, row.kernel, f"{row.macs:,}", "yes" if row.integer else "no") for row in found.layers]
+    islands = ", ".join(f"{i.count} {i.operator} ({i.time_share:.1%})" for i in found.kernel_time.float_islands)
+    left = ", ".join(f"{count} {name}" for name, count in found.leftovers.items() if count) or "none"
+    clipped = (
+        "" if found.clipped_share is None else f" Attacked pixels outside the input range: {found.clipped_share:.2%}."
+    )
+    input_text = (
+        ""
+        if found.input_range is None
+        else f" The input quantiser represents {found.input_range[0]:.3f} to {found.input_range[1]:.3f}.{clipped}"
+    )
+    return (
+        f"## Integer arithmetic\n\nEngine {found.engine}; weights {found.weights}; activations {found.activations}; "
+        f"calibration {found.calibration or 'none'} on {found.calibration_images} images.{input_text}\n\n"
+        f"In the graph after ONNX Runtime's optimisation ({found.provider}): **{found.integer_coverage:.2%}** of the "
+        f"multiply-accumulates and {found.kernel_time.integer_share:.1%} of the kernel time run in integers. "
+        f"Float islands: {islands or 'none'}. Conversions left: {left}.\n\n"
+        f"{table(('layer', 'kernel', 'multiply-accumulates', 'integer'), rows)}"
+    )
+
+
+def _parity(report: Report) -> str:
+    rows = [
+        (row.graph, row.batch_size, f"{row.max_difference:.2e}", f"{row.relative:.2e}", percent(row.agreement))
+        for row in report.parity
+    ]
+    header = ("graph", "batch", "largest logit difference", "relative to spread", "same label")
+    text = f"## Agreement with the torch network\n\n{table(header, rows)}"
+    if report.end_to_end is not None:
+        found = report.end_to_end
+        text += (
+            f"\n\n`model.e2e.onnx` against torchvision's preprocessing on {found.files} encoded images: largest "
+            f"difference of a probability {found.max_difference:.2e}, same label {percent(found.agreement)}; with "
+            f"the pixels handed over without loss {found.lossless_difference:.2e} and "
+            f"{percent(found.lossless_agreement)}."
+        )
+    return text
+
+
+def _training(report: Report) -> str:
+    tuning = report.finetuning
+    if not tuning.epochs:
+        return "## Fine-tuning\n\nNone."
+    rows = [
+        (e.epoch, f"{e.loss:.4f}", percent(e.accuracy), percent(e.robust) if e.robust else "not measured")
+        for e in tuning.epochs
+    ]
+    return (
+        f"## Fine-tuning\n\nObjective {tuning.objective}, {tuning.precision}; epoch {tuning.best_epoch} was kept "
+        f"(best on the validation images).\n\n"
+        f"{table(('epoch', 'loss', 'validation, clean', 'validation, attacked'), rows)}"
+    )
+
+
+def _gates(report: Report) -> str:
+    if not report.gates:
+        return ""
+    rows = [(g.name, f"{g.limit:.4f}", f"{g.value:.4f}", "met" if g.met else "**not met**") for g in report.gates]
+    return f"## Limits set by the user\n\n{table(('limit', 'at least', 'measured', ''), rows)}"
+
+
+def _origin(report: Report) -> str:
+    data, machine = report.data, report.environment
+    parts = ("train", "calibration", "validation", "evaluation")
+    rows = [(name, getattr(data, name).images, f"`{getattr(data, name).sha256[:16]}`") for name in parts]
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.timings.items())
+    versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
+    return (
+        f"## Where this comes from\n\nData set `{data.source}`; evaluation images: {data.evaluation_choice}. Parts are "
+        f"disjoint by image hash; {data.dropped_duplicates} duplicate(s) dropped.\n\n"
+        f"{table(('part', 'images', 'SHA-256 of the set'), rows)}\n\n"
+        f"Machine: {machine.get('cpu', 'unknown')}, {machine.get('threads', '?')} thread(s). "
+        f"Seed {report.seed}. Versions: {versions}. Stages: {stages}."
+    )

@@ -1,0 +1,297 @@
+"""The report of a bundle as types; its JSON Schema in docs/ is generated from them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from toolkit.artifacts import Proportion
+
+SCHEMA_VERSION: Literal["1.0"] = "1.0"
+
+SurrogateName = Literal["original", "float", "fake_quantised", "twin"]
+TargetName = Literal["torch", "fp32", "deployed", "deployed_unoptimised"]
+
+
+class Part(BaseModel):
+    """Base of all parts: unknown fields are errors, so that the schema says everything."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Share(Part):
+    """A share of images with its 95 % Wilson interval."""
+
+    correct: int = Field(ge=0)
+    total: int = Field(ge=1)
+    value: float = Field(ge=0, le=1)
+    low: float = Field(ge=0, le=1)
+    high: float = Field(ge=0, le=1)
+
+    @classmethod
+    def of(cls, proportion: Proportion) -> Share:
+        """The same share as a part of a report."""
+        return cls.model_validate(proportion.as_dict())
+
+
+class Change(Part):
+    """A quantity of the network that came in, and of what ships."""
+
+    before: int
+    after: int
+
+
+class Layer(Part):
+    """One layer with weights before and after pruning; MACs are of one image."""
+
+    name: str
+    filters: Change
+    parameters: Change
+    macs: Change
+
+
+class Model(Part):
+    """The network: what it is, and what pruning and quantisation made of it."""
+
+    architecture: str
+    class_names: list[str]
+    input_shape: list[int]
+    mean: list[float]
+    std: list[float]
+    params: Change
+    macs: Change
+    bytes: Change
+    """Size of the original network's float ONNX file, and of model.onnx."""
+    prune_ratio: float
+    prune_scope: str
+    round_to: int
+    layers: list[Layer]
+
+
+class SplitRecord(Part):
+    """Number of images and the digest of the set."""
+
+    images: int
+    sha256: str
+
+
+class Data(Part):
+    """Images and what they served for; the four parts are disjoint."""
+
+    source: str
+    train: SplitRecord
+    calibration: SplitRecord
+    validation: SplitRecord
+    evaluation: SplitRecord
+    dropped_duplicates: int
+    evaluation_choice: str
+
+
+class Threat(Part):
+    """What the attacker may do; eps in pixels, or behind the normalisation."""
+
+    preset: str
+    norm: Literal["linf", "l2"]
+    eps: float
+    space: Literal["pixels", "normalised"]
+    clip: bool
+
+
+class Epoch(Part):
+    """One epoch of fine-tuning on the validation part."""
+
+    epoch: int
+    loss: float
+    accuracy: Share
+    robust: Share | None
+
+
+class Finetuning(Part):
+    """Training after pruning."""
+
+    objective: str
+    epochs: list[Epoch]
+    best_epoch: int
+    precision: str
+
+
+class Accuracy(Part):
+    """Clean accuracy of the same network in three forms, on the same images."""
+
+    torch: Share
+    fp32: Share
+    deployed: Share
+
+
+class Baseline(Part):
+    """The network that came in, attacked in the same way on the first evaluation images."""
+
+    accuracy: Share
+    robust_accuracy: Share
+
+
+class Attack(Part):
+    """One attack made on a surrogate and scored on a target, all steps on all images."""
+
+    attack: str
+    threat: Threat
+    steps: int
+    step_size: float
+    restarts: int
+    random_start: bool
+    surrogate: SurrogateName
+    target: TargetName
+    correct: int
+    total: int
+    value: float
+    low: float
+    high: float
+    transfer_rate: float | None
+    """Of the images clean-correct on both and fooled on the surrogate, the share that fools the target too."""
+    transfer_n: int
+
+
+class RobustAccuracy(Part):
+    """Worst case per image over clean and all attacks, the same attacks for both."""
+
+    fp32: Share
+    deployed: Share
+
+
+class AlarmRecord(Part):
+    """A reason to doubt a robustness figure."""
+
+    name: str
+    message: str
+    value: float
+    limit: float
+
+
+class ParityRecord(Part):
+    """Logits of a graph against those of the torch network at one batch size, on real images."""
+
+    graph: Literal["fp32", "deployed"]
+    batch_size: int
+    max_difference: float
+    relative: float
+    """Largest logit difference over the standard deviation of the reference logits."""
+    agreement: Share
+
+
+class EndToEnd(Part):
+    """model.e2e.onnx against torchvision's preprocessing and the deployed graph, on image files."""
+
+    files: int
+    max_difference: float
+    """Largest difference of a probability."""
+    agreement: Share
+    lossless_difference: float
+    """The same with the pixels handed over as PNG: decoders of JPEG differ among themselves."""
+    lossless_agreement: Share
+
+
+class KernelRow(Part):
+    """The kernel that runs a layer in the graph after ONNX Runtime's optimisation."""
+
+    layer: str
+    kernel: str
+    domain: str
+    macs: int
+    integer: bool
+
+
+class IslandRecord(Part):
+    """Float kernels of one operator in the optimised graph."""
+
+    operator: str
+    count: int
+    time_share: float
+
+
+class KernelTime(Part):
+    """Where the time goes, measured at batch 1; differs from run to run."""
+
+    integer_share: float
+    float_islands: list[IslandRecord]
+
+
+class Quantization(Part):
+    """What of the deployed graph runs in integers, and how it came about."""
+
+    engine: Literal["onnxruntime", "none"]
+    weights: str
+    activations: str
+    calibration: str | None
+    calibration_images: int
+    input_range: list[float] | None
+    """Pixels that the input quantiser represents."""
+    clipped_share: float | None
+    """Share of attacked pixels outside that range."""
+    integer_coverage: float = Field(ge=0, le=1)
+    macs_integer: int
+    macs_total: int
+    provider: str
+    layers: list[KernelRow]
+    leftovers: dict[str, int]
+    kernel_time: KernelTime
+    verdict: str
+
+
+class Latency(Part):
+    """One file at one batch size; times in milliseconds per call, `ratio` = time(file) / time(float twin)."""
+
+    file: str
+    provider: str
+    batch: int
+    threads: int
+    p50: float
+    p90: float
+    p99: float
+    throughput: float
+    runs: int
+    rounds: int
+    baseline: str
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    foreign_load: float
+    """Share of the CPU time that other processes took meanwhile."""
+    isolation: str
+
+
+class Gate(Part):
+    """A limit that the user set, and what was measured."""
+
+    name: str
+    limit: float
+    value: float
+    met: bool
+
+
+class Report(Part):
+    """Everything that is claimed of a bundle."""
+
+    schema_version: Literal["1.0"]
+    toolkit_version: str
+    seed: int
+    model: Model
+    data: Data
+    threat: Threat
+    finetuning: Finetuning
+    baseline: Baseline
+    accuracy: Accuracy
+    robustness: list[Attack]
+    robust_accuracy: RobustAccuracy
+    soundness: list[AlarmRecord]
+    parity: list[ParityRecord]
+    end_to_end: EndToEnd | None
+    quantization: Quantization
+    latency: list[Latency]
+    gates: list[Gate]
+    environment: dict[str, Any]
+    timings: dict[str, float]
+    """Seconds of every stage."""
