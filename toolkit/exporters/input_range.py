@@ -86,7 +86,11 @@ def _affine(
         return None
     value = other.astype(np.float64).ravel()
     one, zero = np.ones_like(value), np.zeros_like(value)
-    return {"Sub": (one, -value), "Add": (one, value), "Mul": (value, zero), "Div": (1 / value, zero)}[node.op_type]
+    if node.op_type in {"Sub", "Add"}:
+        return one, value if node.op_type == "Add" else -value
+    if not value.all():
+        return None
+    return value if node.op_type == "Mul" else 1 / value, zero
 
 
 def covering_grid(low: float, high: float) -> InputGrid:
@@ -94,13 +98,11 @@ def covering_grid(low: float, high: float) -> InputGrid:
     low, high = min(low, 0.0), max(high, 0.0)
     if high <= low:
         return InputGrid(np.ones(1), 0)
-    nearest = -low / (high - low) * LEVELS
-    grids = []
-    for zero_point in {int(np.floor(nearest)), int(np.ceil(nearest))}:
-        below = -low / zero_point if zero_point else (np.inf if low < 0 else 0.0)
-        above = high / (LEVELS - zero_point) if zero_point < LEVELS else (np.inf if high > 0 else 0.0)
-        grids.append((max(below, above), zero_point))
-    step, zero_point = min(grids)
+    nearest = np.clip(-low / (high - low) * LEVELS, 1 if low < 0 else 0, LEVELS - 1 if high > 0 else LEVELS)
+    step, zero_point = min(
+        (max(-low / max(zero_point, 1), high / max(LEVELS - zero_point, 1)), zero_point)
+        for zero_point in {int(np.floor(nearest)), int(np.ceil(nearest))}
+    )
     return InputGrid(np.array([step]), zero_point)
 
 

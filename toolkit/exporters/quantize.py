@@ -331,6 +331,10 @@ def _finish(model: ModelProto, source: ModelProto) -> None:
     remove_unused_initializers(model.graph)
     del model.graph.value_info[:]  # names of float tensors that are gone
     strip_metadata(model)
+    used = {node.domain for node in model.graph.node}  # onnxruntime declares every domain that it knows
+    kept = [entry for entry in model.opset_import if entry.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
     model.producer_name, model.producer_version = source.producer_name, source.producer_version
     helper.set_model_props(model, {entry.key: entry.value for entry in source.metadata_props})
 
