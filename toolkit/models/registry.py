@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import inspect
 import sys
+import sysconfig
+import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,15 +81,20 @@ def _from_file(architecture: str, classes: int, input_shape: tuple[int, int, int
 
 
 def _import_file(path: Path) -> object:
-    module_name = f"_user_network_{path.stem}"
+    """Import `path` as a member of a package of its own that stands for its folder, so `from .layers import` works."""
+    folder = path.resolve().parent
+    package = f"_user_network_{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
+    module_name = f"{package}.{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
         raise ToolkitError("the architecture's file is no Python module", found=str(path), fix="name a .py file")
+    parent = types.ModuleType(package)
+    parent.__path__ = [str(folder)]
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
+    sys.modules.update({package: parent, module_name: module})
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # user code may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise _user_code_error(f"importing {path.name} failed", error) from error
     return module
 
@@ -96,29 +104,37 @@ def _call(builder: Callable[..., object], architecture: str, offered: dict[str, 
     try:
         parameters = inspect.signature(builder).parameters
         return builder(**{key: value for key, value in offered.items() if key in parameters})
-    except Exception as error:  # user code may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise _user_code_error(f"calling {architecture} failed", error) from error
 
 
-def _user_code_error(problem: str, error: Exception) -> ToolkitError:
+def _user_code_error(problem: str, error: BaseException) -> ToolkitError:
     return ToolkitError(problem, found=f"{type(error).__name__}: {error}", fix="correct the file; it is your own code")
 
 
 @contextlib.contextmanager
 def import_folder(folder: Path) -> Iterator[None]:
-    """Put `folder` first on the import path, and hide our own package if the folder has one of that name.
+    """Put `folder` first on the import path, and hide what would shadow its modules: our own package, and modules of
+    one name from the folder of another network.
 
-    What is imported meanwhile keeps its modules; afterwards path and package are as before.
+    Networks built meanwhile keep their modules; afterwards the path and what was hidden are as before.
     """
-    ours: dict[str, Any] = {}
-    if (folder / "toolkit").exists() or (folder / "toolkit.py").exists():
-        ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "toolkit"}
+    own = {entry.stem for entry in folder.iterdir() if entry.suffix == ".py" or entry.is_dir()}
+    shadowing = {name for name in own & set(sys.modules) if name == "toolkit" or not _installed(name)}
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in shadowing}
+    importlib.invalidate_caches()
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
         sys.path.remove(str(folder))
-        if ours:
-            for name in [name for name in sys.modules if name.split(".")[0] == "toolkit"]:
-                del sys.modules[name]
-            sys.modules.update(ours)
+        for name in [name for name in sys.modules if name.split(".")[0] in shadowing]:
+            del sys.modules[name]
+        sys.modules.update(hidden)
+
+
+def _installed(name: str) -> bool:
+    """Whether the imported module `name` belongs to Python or to an installed package."""
+    file = getattr(sys.modules[name], "__file__", None)
+    places = [sysconfig.get_path(place) for place in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return file is None or any(Path(file).is_relative_to(place) for place in places)
