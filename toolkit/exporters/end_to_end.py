@@ -2,8 +2,8 @@
 
 The graph decodes, chooses the channels, resizes and crops as torchvision does on PIL images (`Resize` of the shorter
 side with antialiasing, `CenterCrop`, division by 255), runs the network and ends in a softmax; its batch is 1.
-The library's own `Resize` step rounds the longer side where torchvision cuts it off, and hands on grey JPEG files with
-one channel and CMYK files with four; so the steps here are our own, of ONNX's operators, around its decoder.
+The library's own steps round the longer side where torchvision cuts it off, resize with errors at the borders, and hand
+on grey JPEG files with one channel and CMYK files with four; so all but its decoder is of ONNX's own operators here.
 
 Traps of the decoder (onnxruntime-extensions 0.15): a damaged JPEG ends the PROCESS (libjpeg's `exit`), it raises
 nothing. The graph refuses bytes that are no whole JPEG or PNG file before they reach it; what is damaged inside still
@@ -12,6 +12,7 @@ does that, so `EndToEndModel.predict` lets Pillow read the image first, and a se
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, compose, helper, parser
 
@@ -36,10 +38,17 @@ class EndToEndComparison:
     """model.e2e.onnx against Pillow's and torchvision's preprocessing before the same network, on the same files."""
 
     max_difference: float
-    """Largest difference of a probability."""
+    """Largest difference of a probability, over the files as they are."""
     worst_file: str
     agreement: Proportion
     """Files on which both name the same class."""
+    lossless_difference: float
+    """The same with Pillow's pixels handed over as PNG: what the graph's own steps contribute, without its decoder.
+
+    Two correct decoders give different colours for JPEG files with subsampled chroma: libjpeg-turbo, in Pillow, blends
+    neighbours, libjpeg 9, in the graph, interpolates by cosines; at edges in small images they are 50 levels apart.
+    """
+    lossless_agreement: Proportion
 
 
 def export_end_to_end(
@@ -140,17 +149,42 @@ def compare_end_to_end(path: Path, files: Sequence[Path], reference: Predictor) 
     if not files:
         raise ToolkitError("no files to compare on", found="an empty list", fix="name at least one JPEG or PNG file")
     model = EndToEndModel(path)
-    worst, worst_file, agreed = -1.0, files[0].name, 0
+    pairs, lossless = [], []
     for file in files:
         data = file.read_bytes()
-        measured = model.predict(data)
         logits = reference.predict(torch.from_numpy(model.preprocessing.reference(data)))
         expected = torch.softmax(logits.double(), dim=1)[0].numpy()
-        difference = float(np.abs(measured - expected).max())
-        agreed += int(measured.argmax() == expected.argmax())
-        if difference > worst:
-            worst, worst_file = difference, file.name
-    return EndToEndComparison(worst, worst_file, Proportion(agreed, len(files)))
+        pairs.append((model.predict(data), expected))
+        lossless.append((model.predict(_as_png(data)), expected))
+    differences = [_difference(*pair) for pair in pairs]
+    worst = int(np.argmax(differences))
+    return EndToEndComparison(
+        max_difference=differences[worst],
+        worst_file=files[worst].name,
+        agreement=_agreement(pairs),
+        lossless_difference=max(_difference(*pair) for pair in lossless),
+        lossless_agreement=_agreement(lossless),
+    )
+
+
+Pair = tuple[FloatArray, npt.NDArray[np.float64]]
+
+
+def _difference(measured: FloatArray, expected: npt.NDArray[np.float64]) -> float:
+    return float(np.abs(measured - expected).max())
+
+
+def _agreement(pairs: Sequence[Pair]) -> Proportion:
+    return Proportion(sum(bool(ours.argmax() == theirs.argmax()) for ours, theirs in pairs), len(pairs))
+
+
+def _as_png(data: bytes) -> bytes:
+    """The image that Pillow decodes, packed without loss."""
+    packed = io.BytesIO()
+    with open_image(data) as image:
+        grey = image.mode in ("1", "L", "LA")
+        image.convert("L" if grey else "RGB").save(packed, "PNG", compress_level=1)
+    return packed.getvalue()
 
 
 def _after_text(classes: int) -> str:
@@ -185,7 +219,7 @@ def _check_network(network: onnx.ModelProto, path: Path, shape: tuple[int, int, 
             )
     if _opset(network) < 18:
         raise ToolkitError(
-            "the antialiased resize needs opset 18 or later",
+            "the preprocessing needs opset 18 or later",
             found=f"{path.name} with opset {_opset(network)}",
             fix="export the network again with --opset 18 or more",
         )

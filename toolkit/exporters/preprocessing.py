@@ -202,10 +202,20 @@ def preprocessing_graph(rule: Preprocessing) -> onnx.GraphProto:
         long_height = Div (down, image_width)
         new_height = Where (wide, cover_height, long_height)
         new_width = Where (wide, long_width, cover_width)
-        kept = Constant <value = int64[2] {{1, {channels}}}> ()
-        sizes = Concat <axis = 0> (kept, new_height, new_width)
-        resized = Resize <mode = "linear", antialias = 1, coordinate_transformation_mode = "half_pixel">
-            (single, , , sizes)
+        zero_double = Constant <value = double {{0.0}}> ()
+        half_double = Constant <value = double {{0.5}}> ()
+        one_double = Constant <value = double {{1.0}}> ()
+        half_level = Constant <value = float {{0.5}}> ()
+        {_weights_text("x", "image_width", "new_width")}
+        {_weights_text("y", "image_height", "new_height")}
+        levels_in = Cast <to = 1> (single)
+        x_columns = Transpose <perm = [1, 0]> (x_weights)
+        narrow = MatMul (levels_in, x_columns)
+        narrow_half = Add (narrow, half_level)
+        narrow_rounded = Floor (narrow_half)
+        low = MatMul (y_weights, narrow_rounded)
+        low_half = Add (low, half_level)
+        resized = Floor (low_half)
 
         crop_size = Constant <value = int64[2] {{{height}, {width}}}> ()
         new_size = Concat <axis = 0> (new_height, new_width)
@@ -217,11 +227,38 @@ def preprocessing_graph(rule: Preprocessing) -> onnx.GraphProto:
         beyond = Add (first, crop_size)
         axes = Constant <value = int64[2] {{2, 3}}> ()
         cropped = Slice (resized, first, beyond, axes)
-        cropped_float = Cast <to = 1> (cropped)
         levels = Constant <value = float {{255}}> ()
-        pixels = Div (cropped_float, levels)
+        pixels = Div (cropped, levels)
     }}""")
     for node in graph.node:
         if "tested" in node.output:
             node.name = GUARD
     return graph
+
+
+def _weights_text(axis: str, old: str, new: str) -> str:
+    """Pillow's bilinear weights, antialiased, as a matrix [new, old]: a triangle as wide as the reduction, normalised.
+
+    ONNX Runtime's own antialiased `Resize` is up to 8 levels of 255 off at the borders (1.31), in float and in uint8.
+    """
+    return f"""
+        {axis}_old_one = Cast <to = 11> ({old})
+        {axis}_new_one = Cast <to = 11> ({new})
+        {axis}_old = Squeeze ({axis}_old_one)
+        {axis}_new = Squeeze ({axis}_new_one)
+        {axis}_scale = Div ({axis}_old, {axis}_new)
+        {axis}_support = Max ({axis}_scale, one_double)
+        {axis}_to = Range (zero_double, {axis}_new, one_double)
+        {axis}_to_middle = Add ({axis}_to, half_double)
+        {axis}_centre = Mul ({axis}_to_middle, {axis}_scale)
+        {axis}_rows = Unsqueeze ({axis}_centre, one)
+        {axis}_from = Range (zero_double, {axis}_old, one_double)
+        {axis}_from_middle = Add ({axis}_from, half_double)
+        {axis}_apart = Sub ({axis}_from_middle, {axis}_rows)
+        {axis}_distance = Abs ({axis}_apart)
+        {axis}_part = Div ({axis}_distance, {axis}_support)
+        {axis}_left = Sub (one_double, {axis}_part)
+        {axis}_triangle = Max ({axis}_left, zero_double)
+        {axis}_sum = ReduceSum <keepdims = 1> ({axis}_triangle, one)
+        {axis}_normal = Div ({axis}_triangle, {axis}_sum)
+        {axis}_weights = Cast <to = 1> ({axis}_normal)"""
