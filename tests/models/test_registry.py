@@ -109,7 +109,12 @@ def test_a_users_own_toolkit_package_is_not_shadowed_by_ours(tmp_path: Path) -> 
     write(
         tmp_path,
         {
-            "net.py": "from toolkit.errors import WIDTH\nimport torch\ndef build():\n    return torch.nn.Linear(WIDTH, 2)\n",
+            "net.py": """
+                from toolkit.errors import WIDTH
+                import torch
+                def build():
+                    return torch.nn.Linear(WIDTH, 2)
+            """,
             "toolkit/__init__.py": "",
             "toolkit/errors.py": "WIDTH = 7",
         },

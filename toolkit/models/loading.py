@@ -6,6 +6,7 @@ import argparse
 import pathlib
 import pickle
 import types
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -136,7 +137,8 @@ def _refuse_other_formats(path: Path) -> None:
 
 def _load(path: Path, trust_pickle: bool) -> object:
     try:
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it cannot read is an error below
             content: object = torch.load(path, map_location="cpu", weights_only=True)
         return content
     except pickle.UnpicklingError as error:
@@ -183,6 +185,9 @@ def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
             return {str(key): value for key, value in content.items()}
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), (Mapping, nn.Module))), None)
         if inner is None:
+            beside = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+            if any("." in key for key in beside):
+                return beside  # weights with the epoch and its like among them
             break
         content = inner.state_dict() if isinstance(inner, nn.Module) else inner
     keys = list(content)[:5] if isinstance(content, Mapping) else []
