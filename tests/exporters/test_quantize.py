@@ -149,8 +149,9 @@ def test_the_input_quantiser_covers_the_margin_and_no_more_than_it_must(
 
 def test_attacked_pixels_in_the_margin_are_not_clipped(tmp_path: Path) -> None:
     model = wrap(tiny(), (1, 8, 8))
-    twin, split = export(model, tmp_path), pictures(64, (1, 8, 8))
-    images = split.take(split.indices).images.round() * 1.2 - 0.1
+    black_and_white = np.random.default_rng(0).choice(np.array([0, 255], dtype=np.uint8), (64, 1, 8, 8))
+    twin, split = export(model, tmp_path), Split(Pictures(black_and_white), np.arange(64, dtype=np.int64))
+    images = split.take(split.indices).images * 1.2 - 0.1
     wanted = model.predict(images)
     for margin, follows in ((0.0, False), (0.1, True)):
         config = QuantizeConfig()
@@ -214,6 +215,17 @@ def test_images_are_streamed_in_batches_of_one_size() -> None:
     assert reader.images == 150
     assert isinstance(split.images, Pictures)
     assert split.images.largest_request == 50
+
+
+def test_a_margin_lets_every_batch_come_again_stretched_over_it() -> None:
+    split = pictures(40, (1, 8, 8))
+    reader = CalibrationReader(split, "image", margin=0.1)
+    feeds = [feed["image"] for feed in iter(reader.get_next, None)]
+    plain = split.take(split.indices).images.numpy()
+    assert (len(reader), reader.images, len(feeds)) == (2, 40, 2)
+    assert np.array_equal(feeds[0], plain)
+    assert np.allclose(feeds[1], plain * 1.2 - 0.1)
+    assert feeds[1].min() < -0.09
 
 
 @given(images=st.integers(1, 5000), pixels=st.integers(1, 10**7))

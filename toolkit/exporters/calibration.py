@@ -38,29 +38,39 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]  # onnxrun
     Args:
         split: the calibration images.
         input_name: the graph's input.
-        progress: advanced by one per batch.
+        margin: pixels by which attacked images may leave [0, 1]. If there are any, every batch comes a second time with
+            its contrast stretched over [-margin, 1 + margin], so that activations behind the input have room as well.
 
     Raises:
         ToolkitError: the split is empty.
     """
 
-    def __init__(self, split: Split, input_name: str, progress: Task | None = None) -> None:
+    def __init__(self, split: Split, input_name: str, *, margin: float = 0.0) -> None:
         if len(split) == 0:
             raise ToolkitError(
                 "there are no calibration images", found="an empty calibration split", fix="raise --calibration"
             )
-        self._split, self._input_name, self._progress = split, input_name, progress
+        self._split, self._input_name, self._margin = split, input_name, margin
+        self._task: Task | None = None
         self.batch_size = calibration_batch(len(split), int(np.prod(split.images.shape)))
         self._next, self._end = 0, len(self)
 
     def __len__(self) -> int:
-        """The number of batches."""
+        """The number of batches, stretched ones included."""
+        return self._plain * (2 if self._margin > 0 else 1)
+
+    @property
+    def _plain(self) -> int:
         return len(self._split) // self.batch_size
 
     @property
     def images(self) -> int:
-        """The number of images in all batches."""
-        return len(self) * self.batch_size
+        """The number of images in all batches, each counted once."""
+        return self._plain * self.batch_size
+
+    def report_to(self, task: Task) -> None:
+        """Advance `task` by one per batch."""
+        self._task = task
 
     def set_range(self, start_index: int, end_index: int) -> None:
         self._next, self._end = start_index, end_index
@@ -68,9 +78,11 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]  # onnxrun
     def get_next(self) -> dict[str, npt.NDArray[np.float32]] | None:
         if self._next >= self._end:
             return None
-        start = self._next * self.batch_size
+        stretched, position = divmod(self._next, self._plain)
+        start = position * self.batch_size
         self._next += 1
         batch = self._split.take(np.arange(start, start + self.batch_size, dtype=np.int64))
-        if self._progress is not None:
-            self._progress.advance()
-        return {self._input_name: batch.images.numpy()}
+        if self._task is not None:
+            self._task.advance()
+        margin = self._margin if stretched else 0.0
+        return {self._input_name: (batch.images * (1 + 2 * margin) - margin).numpy()}

@@ -94,7 +94,8 @@ def quantize_int8(
     grid = covering_grid(float(mapping.of(-margin).min()), float(mapping.of(1 + margin).max()))
     if folded is not None:
         grid = InputGrid(np.ones(1), folded.quantiser.zero_point + folded.mean_steps)
-    quantised, images = _run_onnxruntime(prepared, mapping.tensor, grid, calibration, config)
+    reader = CalibrationReader(calibration, prepared.graph.input[0].name, margin=margin)
+    quantised = _run_onnxruntime(prepared, reader, _options(mapping.tensor, grid, config), config)
     if folded is not None:
         _move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
     _keep_logits_float(quantised)
@@ -108,7 +109,7 @@ def quantize_int8(
         OnnxModel(output, "deployed"),
         layer_precision(quantised),
         config.calibrate,
-        images,
+        reader.images,
         config.per_channel,
         low,
         high,
@@ -116,30 +117,31 @@ def quantize_int8(
 
 
 def _run_onnxruntime(
-    prepared: ModelProto, tensor: str, grid: InputGrid, calibration: Split, config: QuantizeConfig
-) -> tuple[ModelProto, int]:
+    prepared: ModelProto, reader: CalibrationReader, options: dict[str, Any], config: QuantizeConfig
+) -> ModelProto:
     hide_log()
-    batches = len(CalibrationReader(calibration, ""))
-    with tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as folder, progress.task("calibrate", batches) as task:
+    with (
+        tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as folder,
+        progress.task("calibrate", len(reader)) as task,
+    ):
         before, after = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
-        reader = CalibrationReader(calibration, prepared.graph.input[0].name, task)
+        reader.report_to(task)
         with _silence():
             quant_pre_process(prepared, str(before))
-            optimised = onnx.load(before)
             quantize_static(
                 before,
                 after,
                 reader,
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=QUANTISED_OPERATORS,
-                nodes_to_exclude=_tail(optimised),
+                nodes_to_exclude=_tail(onnx.load(before)),
                 per_channel=config.per_channel,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=METHODS[config.calibrate],
-                extra_options=_options(tensor, grid, config),
+                extra_options=options,
             )
-        return onnx.load(after), reader.images
+        return onnx.load(after)
 
 
 def _options(tensor: str, grid: InputGrid, config: QuantizeConfig) -> dict[str, Any]:
