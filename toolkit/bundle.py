@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from toolkit.config import HardenConfig, build, read_yaml
 from toolkit.errors import ToolkitError
 from toolkit.reports.schema import Report
 
@@ -54,6 +55,11 @@ class Workspace:
         return self.root / name
 
 
+def workspace_of(output: Path) -> Workspace:
+    """Where the bundle `output` grows; the folder need not exist."""
+    return Workspace(output, output.parent / f".{output.name}.partial")
+
+
 @contextlib.contextmanager
 def open_workspace(output: Path, *, force: bool, resume: bool) -> Iterator[Workspace]:
     """A workspace that becomes `output` when the block ends without an error.
@@ -64,7 +70,7 @@ def open_workspace(output: Path, *, force: bool, resume: bool) -> Iterator[Works
     Raises:
         ToolkitError: `output` exists and `force` is not set, cannot be written, or the disk is full.
     """
-    workspace = Workspace(output, output.parent / f".{output.name}.partial")
+    workspace = workspace_of(output)
     if output.exists() and not force:
         raise ToolkitError(
             "the output exists", found=str(output), fix="name another folder with --output, or replace it with --force"
@@ -146,10 +152,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _entry(path: Path) -> dict[str, Any]:
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write manifest.json: SHA-256 and size of every other file in `folder`, and `facts` beside them."""
     files = {
-        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        path.relative_to(folder).as_posix(): _entry(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
@@ -178,6 +188,20 @@ def read_report(folder: Path) -> Report:
             found=f"{path}: {where}: {first['msg']}",
             fix="harden again, or use the version of the toolkit that wrote it",
         ) from error
+
+
+def read_config(folder: Path) -> HardenConfig:
+    """The resolved configuration of the bundle in `folder`."""
+    return build(HardenConfig, read_yaml(folder / CONFIG))
+
+
+def replace_summary(folder: Path, text: str) -> None:
+    """Write report.md anew, and its hash into the manifest."""
+    with disk_errors(folder):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        (folder / SUMMARY).write_text(text, encoding="utf-8")
+        manifest["files"][SUMMARY] = _entry(folder / SUMMARY)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)

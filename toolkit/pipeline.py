@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from toolkit import __version__, bundle
+from toolkit import bundle
 from toolkit.artifacts import OnnxModel, Split, TorchModel
+from toolkit.attacks.surrogate import Surrogate, resolve_precision
 from toolkit.config import HardenConfig, write_yaml
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import measure_accuracy
@@ -29,9 +31,9 @@ from toolkit.exporters.parity import Parity, check_parity, measure_parity
 from toolkit.exporters.quantize import QuantizedModel, quantize_int8
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.models.checkpoint import save_checkpoint
-from toolkit.prepare import Prepared, prepare, resolved_data, resolved_threat
+from toolkit.prepare import Prepared, describe, prepare, resolved_data, resolved_threat
 from toolkit.pruning import PruningResult, prune
-from toolkit.reports.build import Evidence, build_report, public_name
+from toolkit.reports.build import Evidence, build_report
 from toolkit.reports.markdown import render_markdown
 from toolkit.reports.schema import Report
 from toolkit.training.loop import TrainingResult, train
@@ -116,6 +118,47 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
     return HardenResult(output, report)
 
 
+def dry_run(config: HardenConfig, output: Path) -> str:
+    """What `harden` would do, and about how long each stage would take here; loads everything, writes nothing."""
+    check_deployable(config)
+    prepared = prepare(config)
+    config = _resolve(config, prepared)
+    pruned = prune(prepared.model, config.prune)
+    gradient, forward = _seconds_per_image(prepared.model), _seconds_per_image(pruned.model)
+    tuning, evaluated = config.finetune, len(prepared.splits.evaluation)
+    attack = tuning.attack_steps if tuning.objective == "adversarial" else 0
+    images = tuning.epochs * len(prepared.splits.train) if tuning.objective != "none" else 0
+    steps = prepared.plan.steps * prepared.plan.restarts
+    estimates = {
+        f"prune      {config.prune.ratio:g} of the filters per {config.prune.scope}: "
+        f"{pruned.parameters_before:,} -> {pruned.parameters_after:,} parameters": 1.0,
+        f"fine-tune  {tuning.objective}, {tuning.epochs} epoch(s) of {len(prepared.splits.train):,} images": images
+        * (attack + 2)
+        * forward,
+        f"export     opset {config.export.opset}, parity, end-to-end graph": 5.0,
+        f"quantise   {'int8, ' + config.quantize.calibrate if config.quantize.int8 else 'not asked for'}": 2.0,
+        f"evaluate   PGD-{prepared.plan.steps} on {evaluated:,} images": steps
+        * (evaluated * forward + min(BASELINE_IMAGES, evaluated) * gradient)
+        + 10 * evaluated * forward,
+        f"benchmark  {config.benchmark.provider}, batches {', '.join(map(str, config.benchmark.batches))}": 15.0,
+    }
+    lines = [f"{text}   about {seconds:.0f} s" for text, seconds in estimates.items()]
+    total = sum(estimates.values())
+    return "\n".join([*lines, f"in all about {total / 60:.1f} minutes; the bundle would be written to {output}"])
+
+
+def _seconds_per_image(model: TorchModel) -> float:
+    """Measured: one gradient with respect to the image, per image."""
+    surrogate = Surrogate(model.module, model.spec.normalization, resolve_precision("auto"))
+    images = torch.rand(64, *model.spec.input_shape)
+    labels = torch.zeros(64, dtype=torch.int64)
+    surrogate.gradient(images, labels)
+    start = time.perf_counter()
+    surrogate.gradient(images, labels)
+    surrogate.gradient(images, labels)
+    return (time.perf_counter() - start) / 128
+
+
 def _resolve(config: HardenConfig, prepared: Prepared) -> HardenConfig:
     threads = prepared.threads
     return config.model_copy(
@@ -145,7 +188,7 @@ def _write_graphs(
     config: HardenConfig, prepared: Prepared, model: TorchModel, workspace: bundle.Workspace, watch: Stopwatch
 ) -> Graphs:
     files, evaluation = workspace.files, prepared.splits.evaluation
-    metadata = describe(prepared)
+    metadata = describe(model, prepared.plan)
     save_checkpoint(model, files / bundle.CHECKPOINT)
     with watch.stage("export"):
         original = export_onnx(prepared.model, workspace.scratch("original.onnx"), config.export)
@@ -194,18 +237,6 @@ def write_images(split: Split, folder: Path) -> tuple[Path, ...]:
         path.write_bytes(buffer.getvalue())
         paths.append(path)
     return tuple(paths)
-
-
-def describe(prepared: Prepared) -> dict[str, str]:
-    """What the ONNX files say of themselves; nothing of the machine that made them."""
-    spec, threat = prepared.model.spec, prepared.plan.record()
-    return {
-        "toolkit_version": __version__,
-        "architecture": public_name(spec.architecture),
-        "class_names": json.dumps(list(spec.class_names)),
-        "normalization": json.dumps({"mean": spec.normalization.mean, "std": spec.normalization.std, "inside": True}),
-        "threat_model": json.dumps(threat),
-    }
 
 
 def _gather(

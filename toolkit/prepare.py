@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import torch
 
+from toolkit import __version__
 from toolkit.artifacts import Normalization, Splits, TorchModel
 from toolkit.attacks.threat import PgdPlan, resolve_plan
 from toolkit.config import DataConfig, ModelConfig, ModelRunConfig, ThreatConfig
@@ -15,6 +17,7 @@ from toolkit.errors import ToolkitError
 from toolkit.evaluators.environment import usable_threads
 from toolkit.models.loading import assemble, read_model_file, resolve_path
 from toolkit.progress import notice
+from toolkit.reports.build import public_name
 
 
 @dataclass(frozen=True)
@@ -102,3 +105,15 @@ def _normalization(config: ModelConfig, source: DataSource) -> Normalization:
             )
         values[name] = found
     return Normalization(values["mean"], values["std"])
+
+
+def describe(model: TorchModel, plan: PgdPlan) -> dict[str, str]:
+    """What the ONNX files say of themselves; nothing of the machine that made them."""
+    spec, threat = model.spec, plan.record()
+    return {
+        "toolkit_version": __version__,
+        "architecture": public_name(spec.architecture),
+        "class_names": json.dumps(list(spec.class_names)),
+        "normalization": json.dumps({"mean": spec.normalization.mean, "std": spec.normalization.std, "inside": True}),
+        "threat_model": json.dumps(threat),
+    }

@@ -1,0 +1,520 @@
+"""The command line: one thin command a verb. Heavy imports live inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from toolkit import __version__, flags, progress
+from toolkit.config import (
+    BenchmarkConfig,
+    DataConfig,
+    ExportConfig,
+    HardenConfig,
+    MachineConfig,
+    ModelRunConfig,
+    PruneConfig,
+    QuantizeConfig,
+    TrainRunConfig,
+    build,
+    merge,
+    read_yaml,
+)
+from toolkit.errors import ToolkitError
+
+if TYPE_CHECKING:
+    from toolkit.reports.schema import Report
+
+DONE, DEFECT, BAD_INPUT, GATE_UNMET, INTERRUPTED = 0, 1, 2, 3, 130
+
+app = typer.Typer(
+    help="Prune, fine-tune adversarially, quantise to integer ONNX, and prove what ships.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Settings = dict[str, Any]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint, state dict, or shipped:cnn8.")]
+
+_verbose = False
+_on_interrupt: Callable[[], str] | None = None
+
+
+def _start(quiet: bool, verbose: bool) -> None:
+    global _verbose
+    _verbose = verbose
+    progress.set_quiet(quiet)
+
+
+HARDEN_FLAGS = (
+    *(flags.Flag("--finetune", "finetune.objective", "adversarial, standard or none."),),
+    *flags.PRUNE,
+    flags.Flag("--int8", "quantize.int8", "Quantise to int8; without it --allow-float is needed.", bool),
+    *flags.under("finetune", flags.TRAINING),
+    *flags.MODEL,
+    *flags.DATA,
+    *flags.EVALUATION,
+    *flags.THREAT,
+    *flags.EXPORT,
+    *flags.QUANTIZE,
+    *flags.BENCHMARK,
+    *flags.GATES,
+    flags.Flag("--allow-float", "allow_float", "Ship a float model.onnx where --int8 is not given.", bool),
+    *flags.MACHINE,
+)
+
+
+@app.command()
+@flags.with_flags(HARDEN_FLAGS, HardenConfig)
+def harden(
+    settings: Settings,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Checkpoint, or shipped:cnn8.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")] = Path("out"),
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A config.yaml; flags win over it.")] = None,
+    force: Force = False,
+    resume: Resume = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with an estimate; write nothing.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """The whole pipeline: prune, fine-tune, export, quantise, attack, benchmark, bundle."""
+    _start(quiet, verbose)
+    given = flags.nested(settings | ({"model.path": model} if model else {}))
+    values = merge(read_yaml(config) if config else {}, given)
+    if "model" not in values:
+        raise ToolkitError(
+            "no model is named", found="neither MODEL nor --config", fix="toolkit harden model.pt --prune 0.5 --int8"
+        )
+    resolved = build(HardenConfig, values, flags.names_by_path(HARDEN_FLAGS))
+    from toolkit import bundle, pipeline
+
+    if dry_run:
+        print(pipeline.dry_run(resolved, output))
+        return
+    _resume_hint(lambda: bundle.workspace_of(output).resumable, str(output))
+    result = pipeline.harden(resolved, output, force=force, resume=resume)
+    _print_report(result.report, output, as_json)
+    if not result.gates_met:
+        raise typer.Exit(GATE_UNMET)
+
+
+TRAIN_FLAGS = (
+    flags.Flag("--objective", "training.objective", "standard or adversarial."),
+    *flags.under("training", flags.TRAINING),
+    *flags.DATA,
+    *flags.THREAT,
+    *flags.MACHINE,
+)
+
+
+@app.command()
+@flags.with_flags(TRAIN_FLAGS, TrainRunConfig)
+def train(
+    settings: Settings,
+    arch: Annotated[str, typer.Argument(metavar="ARCH", help="cnn8, resnet18, torchvision:NAME or file.py:callable.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint to write.")] = Path("model.pt"),
+    force: Force = False,
+    resume: Resume = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a reference network, standard or adversarially."""
+    _start(quiet, verbose)
+    values = flags.nested(settings | {"arch": arch})
+    config = build(TrainRunConfig, values, flags.names_by_path(TRAIN_FLAGS))
+    from toolkit import stages
+
+    _resume_hint(lambda: stages.training_checkpoint(output).is_file(), str(output))
+    result = stages.train_network(config, output, force=force, resume=resume)
+    best = next((epoch for epoch in result.epochs if epoch.epoch == result.best_epoch), None)
+    if as_json:
+        record = dict(result.model.spec.training[-1]) if result.model.spec.training else {}
+        print(json.dumps({"output": str(output), **record}))
+        return
+    if best is not None:
+        robust = f"; attacked {best.robust}" if best.robust else ""
+        print(f"epoch {best.epoch} kept; validation: clean {best.accuracy}{robust}")
+    print(f"\nwritten: {output}\nnext:    toolkit harden {output} --prune 0.5 --int8")
+
+
+PRUNE_FLAGS = (*flags.PRUNE, *flags.MODEL, *flags.DATA)
+
+
+@app.command()
+@flags.with_flags(PRUNE_FLAGS, HardenConfig)
+def prune(
+    settings: Settings,
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint to write.")] = Path("pruned.pt"),
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Remove filters, without fine-tuning."""
+    _start(quiet, verbose)
+    values = flags.nested(settings | {"model.path": model})
+    how = build(PruneConfig, values.pop("prune", {}), _tails(flags.PRUNE))
+    config = _model_run(values, PRUNE_FLAGS)
+    from toolkit import stages
+
+    result = stages.prune_file(config, how, output, force=force)
+    layers = [{"name": row.name, "before": row.before, "after": row.after} for row in result.layers]
+    if as_json:
+        sizes = {"before": result.parameters_before, "after": result.parameters_after}
+        print(json.dumps({"output": str(output), "parameters": sizes, "layers": layers}))
+        return
+    _table(("layer", "filters before", "after"), [tuple(row.values()) for row in layers])
+    print(f"parameters: {result.parameters_before:,} -> {result.parameters_after:,}")
+    print(f"\nwritten: {output}\nnext:    toolkit harden {output} --prune 0 --int8")
+
+
+EXPORT_FLAGS = (flags.EXPORT[0], *flags.MODEL, *flags.DATA)
+
+
+@app.command()
+@flags.with_flags(EXPORT_FLAGS, HardenConfig)
+def export(
+    settings: Settings,
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")] = Path("model.fp32.onnx"),
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Export a float ONNX file, checked against torch on real images."""
+    _start(quiet, verbose)
+    values = flags.nested(settings | {"model.path": model})
+    how = build(ExportConfig, values.pop("export", {}), _tails(flags.EXPORT))
+    config = _model_run(values, EXPORT_FLAGS)
+    from toolkit import stages
+
+    parity = stages.export_file(config, how, output, force=force)
+    if as_json:
+        print(json.dumps({"output": str(output), "parity": parity.as_dict()}))
+        return
+    _table(
+        ("batch", "largest logit difference", "same label"),
+        [(row.batch_size, f"{row.max_difference:.2e}", str(row.agreement)) for row in parity.batches],
+    )
+    print(f"\nwritten: {output}\nnext:    toolkit quantize {output}")
+
+
+QUANTIZE_FLAGS = (*flags.QUANTIZE, *flags.DATA, *flags.MACHINE)
+
+
+@app.command()
+@flags.with_flags(QUANTIZE_FLAGS, HardenConfig)
+def quantize(
+    settings: Settings,
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="A float ONNX classifier.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")] = Path("model.onnx"),
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Quantise an ONNX file to int8, and prove that integers run."""
+    _start(quiet, verbose)
+    values = flags.nested(settings)
+    how = build(QuantizeConfig, values.pop("quantize", {}), _tails(flags.QUANTIZE))
+    data = build(DataConfig, values.pop("data", {}), _tails(flags.DATA))
+    machine = build(MachineConfig, values, flags.names_by_path(flags.MACHINE))
+    from toolkit import stages
+
+    made = stages.quantize_file(file, data, how, output, seed=machine.seed, threads=machine.threads, force=force)
+    coverage = made.coverage
+    if as_json:
+        layers = [{"layer": row.layer, "kernel": row.kernel, "macs": row.macs} for row in coverage.layers]
+        found = {"integer_coverage": coverage.share, "layers": layers, "parity": made.parity.as_dict()}
+        print(json.dumps({"output": str(output), **found}))
+        return
+    rows = [(row.layer, row.kernel, f"{row.macs:,}", "yes" if row.integer else "no") for row in coverage.layers]
+    _table(("layer", "kernel after optimisation", "MACs", "integer"), rows)
+    print(f"integer coverage {coverage.share:.2%} of MACs, {coverage.kernel_time_share_integer:.1%} of kernel time")
+    print(f"same label as the float file: {made.parity.agreement}")
+    print(f"\nwritten: {output}\nnext:    toolkit benchmark {file} {output}")
+
+
+ATTACK_FLAGS = (*flags.MODEL, *flags.DATA, *flags.EVALUATION, *flags.THREAT, *flags.MACHINE)
+
+
+@app.command()
+@flags.with_flags(ATTACK_FLAGS, HardenConfig)
+def attack(
+    settings: Settings,
+    model: Annotated[str, typer.Argument(metavar="MODEL|BUNDLE", help="A checkpoint or a bundle.")],
+    target: Annotated[Path | None, typer.Option("--target", help="An ONNX file made from the checkpoint.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Attack a network by PGD, and score it and its ONNX graphs."""
+    _start(quiet, verbose)
+    config = _model_run(flags.nested(settings | {"model.path": model}), ATTACK_FLAGS)
+    from toolkit import stages
+
+    report = stages.attack(config, target)
+    found = report.robustness
+    if as_json:
+        cells = [
+            {
+                "attack": cell.attack,
+                "surrogate": cell.surrogate,
+                "target": cell.target,
+                **cell.robust.as_dict(),
+                "transfer_rate": cell.transfer_rate.value if cell.transfer_rate else None,
+                "transfer_n": cell.transfer_rate.total if cell.transfer_rate else 0,
+            }
+            for cell in found.transfers
+        ]
+        result = {
+            "data": report.source,
+            "images": report.images,
+            "threat": report.plan.record(),
+            "steps": report.plan.steps,
+            "step_size": report.plan.step_size,
+            "accuracy": {name: share.as_dict() for name, share in found.clean.items()},
+            "robustness": cells,
+            "robust_accuracy": {name: share.as_dict() for name, share in found.worst_case.items()},
+        }
+        print(json.dumps(result))
+        return
+    print(f"{report.source}, {report.images} images; {report.plan}")
+    rows = [
+        (
+            cell.target,
+            str(found.clean[cell.target]),
+            str(cell.robust),
+            str(cell.transfer_rate) if cell.transfer_rate else "none to transfer",
+            str(found.worst_case[cell.target]),
+        )
+        for cell in found.transfers
+    ]
+    _table(("scored on", "clean", f"{found.transfers[0].attack} on float", "transfer rate", "worst case"), rows)
+
+
+BENCHMARK_FLAGS = (*flags.BENCHMARK, *flags.MACHINE)
+
+
+@app.command()
+@flags.with_flags(BENCHMARK_FLAGS, HardenConfig)
+def benchmark(
+    settings: Settings,
+    files: Annotated[list[Path], typer.Argument(metavar="BUNDLE|FILE.onnx...", help="Bundles or ONNX files.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Latency and throughput, side by side and interleaved."""
+    _start(quiet, verbose)
+    values = flags.nested(settings)
+    how = dict(values.pop("benchmark", {}))
+    if "threads" in values:
+        how["threads"] = values["threads"]
+    config = build(BenchmarkConfig, how, _tails(flags.BENCHMARK) | {"threads": "--threads"})
+    from toolkit import stages
+
+    rows = stages.benchmark_files(files, config, int(values.get("seed", 0)))
+    if as_json:
+        print(json.dumps([row.as_dict() for row in rows]))
+        return
+    print(f"{rows[0].provider}, {rows[0].threads} thread(s), milliseconds per call; ratio = time / {rows[0].baseline}")
+    cells = [
+        (
+            row.file,
+            row.batch,
+            f"{row.p50:.3f}",
+            f"{row.p90:.3f}",
+            f"{row.p99:.3f}",
+            f"{row.throughput:,.0f}",
+            f"{row.ratio:.3f} [{row.ratio_low:.3f}, {row.ratio_high:.3f}]",
+        )
+        for row in rows
+    ]
+    _table(("file", "batch", "p50", "p90", "p99", "images/s", "ratio"), cells)
+
+
+Folder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that harden wrote.")]
+
+
+@app.command()
+def report(folder: Folder, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Write report.md again from report.json, and print the summary."""
+    _start(quiet, verbose)
+    from toolkit import bundle
+    from toolkit.reports.markdown import render_markdown
+
+    found = bundle.read_report(folder)
+    bundle.replace_summary(folder, render_markdown(found))
+    _print_report(found, folder, as_json)
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Two or more bundles.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Several bundles side by side."""
+    _start(quiet, verbose)
+    from toolkit import bundle
+    from toolkit.reports.summary import comparison
+
+    reports = {str(folder): bundle.read_report(folder) for folder in folders}
+    header, rows = comparison(reports)
+    if as_json:
+        print(json.dumps([dict(zip(header, row, strict=True)) for row in rows]))
+        return
+    _table(header, rows)
+
+
+@app.command()
+def verify(folder: Folder, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Check a bundle's files against its manifest, and its report against the schema."""
+    _start(quiet, verbose)
+    from toolkit import bundle
+
+    findings = bundle.verify_files(folder)
+    if all(finding.passed for finding in findings):
+        bundle.read_report(folder)
+    if as_json:
+        print(json.dumps([{"file": f.file, "passed": f.passed, "detail": f.detail} for f in findings]))
+    else:
+        _table(("file", "", ""), [(f.file, "ok" if f.passed else "FAILED", f.detail) for f in findings])
+    failed = [finding for finding in findings if not finding.passed]
+    if failed:
+        raise ToolkitError(
+            "the bundle is not what was written",
+            found="; ".join(f"{finding.file}: {finding.detail}" for finding in failed[:5]),
+            fix="copy the bundle again, or harden again",
+        )
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What is wrong with this machine's set-up, and the fix."""
+    from toolkit.doctor import diagnose, render
+
+    findings = diagnose()
+    if as_json:
+        keys = ("level", "topic", "found", "fix")
+        print(json.dumps([{key: getattr(finding, key) for key in keys} for finding in findings]))
+    else:
+        print(render(findings))
+    if any(finding.level == "problem" for finding in findings):
+        raise typer.Exit(BAD_INPUT)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _show: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _model_run(values: Mapping[str, Any], known: Sequence[flags.Flag]) -> ModelRunConfig:
+    return build(ModelRunConfig, dict(values), flags.names_by_path(known))
+
+
+def _tails(group: Sequence[flags.Flag]) -> dict[str, str]:
+    """Flags by the last part of their path, for a configuration that is built on its own."""
+    return {flag.path.split(".")[-1]: flag.name.split("/")[0] for flag in group}
+
+
+def _print_report(found: Report, folder: Path, as_json: bool) -> None:
+    if as_json:
+        print(found.model_dump_json())
+        return
+    from toolkit.reports.summary import render_summary
+
+    print(render_summary(found, folder))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    from toolkit.reports.summary import text_table
+
+    print(text_table(header, rows))
+
+
+def _resume_hint(resumable: Callable[[], bool], output: str) -> None:
+    """What to say if this command is interrupted."""
+    global _on_interrupt
+
+    def hint() -> str:
+        if not resumable():
+            return f"nothing was written to {output}; start again with the same command"
+        arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+        return f"nothing was written to {output}; continue with: toolkit {' '.join(arguments)} --resume"
+
+    _on_interrupt = hint
+
+
+def main() -> None:
+    """Entry point: runs a command and turns every outcome into its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        outcome = app(args=list(arguments), prog_name="toolkit", standalone_mode=False)
+    except ToolkitError as error:
+        _panel(error)
+        return BAD_INPUT
+    except (KeyboardInterrupt, click.Abort):
+        hint = _on_interrupt() if _on_interrupt else "nothing was written"
+        print(f"\ninterrupted: {hint}", file=sys.stderr)
+        return INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return BAD_INPUT
+    except Exception as error:  # anything else is a defect of ours, and says so
+        if _verbose:
+            traceback.print_exc()
+        print(f"toolkit: a defect of the toolkit: {type(error).__name__}: {error}", file=sys.stderr)
+        print("         run the command again with --verbose and report what it prints", file=sys.stderr)
+        return DEFECT
+    return outcome if isinstance(outcome, int) else DONE
+
+
+def _panel(error: ToolkitError) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    if _verbose:
+        traceback.print_exc()
+    body = Text.assemble((error.problem, "bold"), "\n\nfound: ", error.found, "\nfix:   ", error.fix)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
+    console.print(Panel(body, title="error", title_align="left", border_style="red"))
+
+
+if __name__ == "__main__":
+    main()

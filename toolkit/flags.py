@@ -1,0 +1,166 @@
+"""The command line's flags: each sets one field of a configuration, and takes its default from there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One flag: the field that it sets (dotted path), its help, and its type on the command line."""
+
+    name: str
+    path: str
+    help: str
+    type: type = str
+    short: str | None = None
+
+
+MODEL = (
+    Flag("--arch", "model.arch", "Network of a bare state dict: cnn8, resnet18, torchvision:NAME, file.py:callable."),
+    Flag("--trust-pickle", "model.trust_pickle", "Unpickle a whole module; this runs code from the file.", bool),
+    Flag("--mean", "model.mean", "Normalisation of a bare state dict: mean per channel, e.g. 0.5 or 0.49,0.48,0.45."),
+    Flag("--std", "model.std", "Normalisation of a bare state dict: standard deviation per channel."),
+)
+DATA = (
+    Flag("--data", "data.source", "sample, fashion-mnist, cifar10, folder:DIR or npz:FILE.", short="-d"),
+    Flag("--data-dir", "data.data_dir", "Folder that holds the data set's files.", Path),
+    Flag("--download", "data.download", "Let torchvision download a data set that is not there.", bool),
+    Flag("--size", "data.size", "Side to which the images of a folder are resized and cropped.", int),
+    Flag("--calibration", "data.calibration", "Number of calibration images.", int),
+)
+EVALUATION = (Flag("--n", "data.evaluation", "Number of evaluation images, drawn by class with the seed.", int, "-n"),)
+THREAT = (
+    Flag("--threat", "threat.preset", "Preset of the threat model: pixel (sound) or paper.", short="-t"),
+    Flag("--norm", "threat.norm", "Norm of the ball: linf or l2."),
+    Flag("--eps", "threat.eps", "Radius of the ball, e.g. 8/255."),
+    Flag("--steps", "threat.steps", "PGD steps.", int),
+    Flag("--step-size", "threat.step_size", "PGD step size."),
+    Flag("--random-start/--zero-start", "threat.random_start", "Where PGD starts.", bool),
+    Flag("--restarts", "threat.restarts", "PGD restarts; the worst counts.", int),
+)
+PRUNE = (
+    Flag("--prune", "prune.ratio", "Share of the filters to remove, in [0, 1).", float, "-p"),
+    Flag("--scope", "prune.scope", "layer: the same share in every layer; global: the weakest of all."),
+    Flag("--round-to", "prune.round_to", "Widths become multiples of this; 1: no rounding.", int),
+)
+TRAINING = (
+    Flag("--epochs", "epochs", "Epochs.", int, "-e"),
+    Flag("--batch-size", "batch_size", "Images per step.", int),
+    Flag("--learning-rate", "learning_rate", "Peak learning rate.", float),
+    Flag("--momentum", "momentum", "SGD momentum.", float),
+    Flag("--weight-decay", "weight_decay", "SGD weight decay.", float),
+    Flag("--schedule", "schedule", "one-cycle, or stepped as in the paper."),
+    Flag("--attack-steps", "attack_steps", "PGD steps of adversarial training.", int),
+    Flag("--precision", "precision", "auto, float32 or bfloat16."),
+    Flag("--augment/--no-augment", "augment", "Random flips and shifts.", bool),
+)
+EXPORT = (
+    Flag("--opset", "export.opset", "ONNX opset.", int),
+    Flag("--end-to-end/--no-end-to-end", "export.end_to_end", "Write model.e2e.onnx as well.", bool),
+)
+QUANTIZE = (
+    Flag("--calibrate", "quantize.calibrate", "minmax or percentile."),
+    Flag("--percentile", "quantize.percentile", "Percentile of --calibrate percentile.", float),
+    Flag("--per-channel/--per-tensor", "quantize.per_channel", "Granularity of weight scales.", bool),
+)
+BENCHMARK = (
+    Flag("--provider", "benchmark.provider", "cpu or cuda."),
+    Flag("--batch", "benchmark.batches", "Batch sizes, e.g. 1,64."),
+    Flag("--rounds", "benchmark.rounds", "Interleaved rounds.", int),
+)
+GATES = (
+    Flag("--min-accuracy", "gates.min_accuracy", "Least clean accuracy of model.onnx, as a fraction.", float),
+    Flag("--min-robust", "gates.min_robust", "Least robust accuracy of model.onnx, as a fraction.", float),
+    Flag("--min-integer-coverage", "gates.min_integer_coverage", "Least integer share of MACs, as a fraction.", float),
+)
+MACHINE = (
+    Flag("--seed", "seed", "Seed of everything random.", int),
+    Flag("--threads", "threads", "CPU threads.", int),
+)
+LISTS = ("model.mean", "model.std", "benchmark.batches")
+"""Fields whose flags take several values with commas between."""
+
+
+def under(prefix: str, flags: Sequence[Flag]) -> tuple[Flag, ...]:
+    """The same flags for fields of the part `prefix`."""
+    return tuple(Flag(f.name, f"{prefix}.{f.path}", f.help, f.type, f.short) for f in flags)
+
+
+def with_flags(flags: Sequence[Flag], config: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: give a command the flags, and pass what was set as its argument `settings`, by dotted path.
+
+    Args:
+        flags: the flags, in the order of the help.
+        config: the configuration whose defaults the help shows.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
+        names = {f"set_{index}": flag for index, flag in enumerate(flags)}
+
+        def run(**values: Any) -> None:
+            settings = {flag.path: values.pop(name) for name, flag in names.items()}
+            command(settings={path: value for path, value in settings.items() if value is not None}, **values)
+
+        added = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[flag.type | None, _option(flag, config)],
+            )
+            for name, flag in names.items()
+        ]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__doc__, run.__name__ = command.__doc__, command.__name__
+        return run
+
+    return decorate
+
+
+def _option(flag: Flag, config: type[BaseModel]) -> Any:
+    names = [flag.name, *([flag.short] if flag.short else [])]
+    default = _default(config, flag.path.split("."))
+    return typer.Option(*names, help=flag.help, show_default=default or False)
+
+
+def _default(config: type[BaseModel], path: Sequence[str]) -> str:
+    """The default of a field in words; empty where there is none."""
+    field = config.model_fields[path[0]]
+    if len(path) > 1 and field.default is PydanticUndefined:
+        part = field.annotation
+        return _default(part, path[1:]) if isinstance(part, type) and issubclass(part, BaseModel) else ""
+    value = field.default
+    for name in path[1:]:
+        value = getattr(value, name)
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value))
+    return "" if value is None or value is PydanticUndefined or isinstance(value, bool) else str(value)
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted path as nested mappings, lists split."""
+    values: dict[str, Any] = {}
+    for path, value in settings.items():
+        *parts, last = path.split(".")
+        inner = values
+        for part in parts:
+            inner = inner.setdefault(part, {})
+        inner[last] = [item.strip() for item in str(value).split(",")] if path in LISTS else value
+    return values
+
+
+def names_by_path(flags: Sequence[Flag]) -> dict[str, str]:
+    """The flag that sets each field, for error messages."""
+    return {flag.path: flag.name.split("/")[0] for flag in flags}

@@ -1,0 +1,281 @@
+"""One stage alone, as the commands beside `harden` run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from toolkit import bundle
+from toolkit.artifacts import ModelSpec, Normalized, OnnxModel, Predictor, TorchModel
+from toolkit.attacks.threat import PgdPlan, resolve_plan
+from toolkit.config import (
+    BenchmarkConfig,
+    DataConfig,
+    ExportConfig,
+    ModelConfig,
+    ModelRunConfig,
+    PruneConfig,
+    QuantizeConfig,
+    ThreatConfig,
+    TrainRunConfig,
+)
+from toolkit.data.sources import load_source
+from toolkit.data.splits import make_splits
+from toolkit.errors import ToolkitError
+from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
+from toolkit.evaluators.latency import LatencyRow, benchmark
+from toolkit.evaluators.robustness import Robustness, TargetName, evaluate_robustness
+from toolkit.exporters.onnx import export_onnx, read_metadata, write_metadata
+from toolkit.exporters.parity import Parity, check_parity, measure_parity
+from toolkit.exporters.quantize import QuantizedModel, quantize_int8
+from toolkit.exporters.session import OnnxPredictor
+from toolkit.models.checkpoint import save_checkpoint
+from toolkit.models.registry import build_network
+from toolkit.prepare import describe, prepare, set_threads
+from toolkit.pruning import PruningResult, prune
+from toolkit.training.loop import TrainingResult, train
+
+
+def training_checkpoint(output: Path) -> Path:
+    """Where `toolkit train` keeps the state of a training under way."""
+    return output.parent / f".{output.name}.partial"
+
+
+def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: bool) -> TrainingResult:
+    """Train a reference network from scratch and write it as a checkpoint.
+
+    Raises:
+        ToolkitError: bad input, or a training that diverged; `output` is then as it was before.
+    """
+    _refuse_existing(output, force=force)
+    checkpoint = training_checkpoint(output)
+    if resume and not checkpoint.is_file():
+        raise ToolkitError(
+            "there is nothing to resume", found=f"no interrupted training beside {output}", fix="start without --resume"
+        )
+    set_threads(config.threads)
+    source = load_source(config.data)
+    splits = make_splits(source, config.data, config.seed)
+    plan = _training_plan(config, source.threat_key)
+    torch.manual_seed(config.seed)
+    shape, classes = source.train.shape, source.train.class_names
+    network = build_network(config.arch, len(classes), shape)
+    spec = ModelSpec(config.arch, classes, shape, source.normalization_hint, source.name)
+    model = TorchModel(Normalized(network, source.normalization_hint).eval(), spec)
+    with bundle.disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        result = train(
+            model,
+            splits.train,
+            splits.validation,
+            config.training,
+            plan,
+            seed=config.seed,
+            checkpoint=checkpoint,
+            resume=resume,
+        )
+        _save(result.model, output)
+        checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def _training_plan(config: TrainRunConfig, key: str | None) -> PgdPlan:
+    """Standard training needs no threat model, so a data set without presets must not stop it."""
+    threat = config.threat
+    if config.training.objective == "standard" and key is None and threat.eps is None:
+        threat = threat.model_copy(update={"eps": 8 / 255})
+    return resolve_plan(threat, key)
+
+
+def _refuse_existing(output: Path, *, force: bool) -> None:
+    if output.is_dir():
+        raise ToolkitError("the output is a folder", found=str(output), fix="name a file with --output")
+    if output.exists() and not force:
+        raise ToolkitError(
+            "the output exists", found=str(output), fix="name another file with --output, or replace it with --force"
+        )
+
+
+def _save(model: TorchModel, output: Path) -> None:
+    """Write beside `output` first, so that it is whole or as it was."""
+    with bundle.disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = output.with_name(f".{output.name}.tmp")
+        try:
+            save_checkpoint(model, partial)
+            partial.replace(output)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def prune_file(config: ModelRunConfig, how: PruneConfig, output: Path, *, force: bool) -> PruningResult:
+    """Prune a network and write it as a checkpoint."""
+    _refuse_existing(output, force=force)
+    result = prune(prepare(config).model, how)
+    _save(result.model, output)
+    return result
+
+
+def export_file(config: ModelRunConfig, how: ExportConfig, output: Path, *, force: bool) -> Parity:
+    """Export a network as a float ONNX file and measure its parity with torch on evaluation images."""
+    _refuse_existing(output, force=force)
+    prepared = prepare(config)
+    partial = output.with_name(f".{output.name}.tmp")
+    with bundle.disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            metadata = {**describe(prepared.model, prepared.plan), "dataset": prepared.source.name.split(":")[0]}
+            exported = export_onnx(prepared.model, partial, how, metadata=metadata)
+            parity = measure_parity(prepared.model, OnnxPredictor(exported.path), prepared.splits.evaluation)
+            check_parity(parity)
+            partial.replace(output)
+        finally:
+            partial.unlink(missing_ok=True)
+    return parity
+
+
+@dataclass(frozen=True)
+class QuantizedFile:
+    """An integer file with the proof that integers run."""
+
+    quantized: QuantizedModel
+    coverage: IntegerCoverage
+    parity: Parity
+
+
+def quantize_file(
+    path: Path, data: DataConfig, how: QuantizeConfig, output: Path, *, seed: int, threads: int | None, force: bool
+) -> QuantizedFile:
+    """Quantise a float ONNX classifier with calibration images of `data`."""
+    _refuse_existing(output, force=force)
+    set_threads(threads)
+    reference = OnnxPredictor(path)
+    if data.source is None:
+        known = read_metadata(path).get("dataset")
+        data = data.model_copy(update={"source": known if known and known not in ("folder", "npz") else None})
+    source = load_source(data)
+    if reference.input_shape != source.train.shape and None not in reference.input_shape:
+        raise ToolkitError(
+            "the file and the data set disagree in the shape of images",
+            found=f"{path} takes {list(reference.input_shape)}, {source.name} has {list(source.train.shape)}",
+            fix="name the data set that the network was trained on with --data (and --size)",
+        )
+    splits = make_splits(source, data, seed)
+    partial = output.with_name(f".{output.name}.tmp")
+    with bundle.disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            quantized = quantize_int8(OnnxModel(path, "fp32"), partial, splits.calibration, how)
+            write_metadata(partial, read_metadata(path))
+            coverage = integer_coverage(partial)
+            parity = measure_parity(reference, OnnxPredictor(partial), splits.evaluation)
+            partial.replace(output)
+        finally:
+            partial.unlink(missing_ok=True)
+    return QuantizedFile(quantized, coverage, parity)
+
+
+@dataclass(frozen=True)
+class AttackReport:
+    """Robustness of a network and of the graphs made from it."""
+
+    robustness: Robustness
+    plan: PgdPlan
+    images: int
+    source: str
+
+
+def attack(config: ModelRunConfig, target: Path | None) -> AttackReport:
+    """Attack a checkpoint, and score it and its graphs.
+
+    Args:
+        config: `config.model.path` is a checkpoint or a bundle; of a bundle, model.pt is the surrogate and both of its
+            graphs are targets.
+        target: an ONNX file to be scored as `deployed`.
+
+    Raises:
+        ToolkitError: bad input, among it an ONNX file in the model's place.
+    """
+    folder = config.model.path
+    files: dict[TargetName, Path] = {}
+    if folder.is_dir():
+        if target is not None:
+            raise ToolkitError(
+                "a bundle brings its own targets",
+                found=f"{folder} and --target {target}",
+                fix=f"name {folder / bundle.CHECKPOINT} as the model, or leave --target away",
+            )
+        bundle.read_report(folder)
+        files = {"fp32": folder / bundle.FLOAT_TWIN, "deployed": folder / bundle.DEPLOYED}
+        saved = bundle.read_config(folder)
+        config = _with_bundle_settings(config, folder, saved.data, saved.threat)
+    elif folder.suffix == ".onnx":
+        raise ToolkitError(
+            "an ONNX file gives no gradients to attack with",
+            found=str(folder),
+            fix=f"name the checkpoint that it was made from, and the file as the target: MODEL.pt --target {folder}",
+        )
+    elif target is not None:
+        files = {"deployed": target}
+    prepared = prepare(config)
+    targets: dict[TargetName, Predictor] = {"torch": prepared.model}
+    for name, path in files.items():
+        targets[name] = _checked(OnnxPredictor(path), prepared.model, path)
+    found = evaluate_robustness(
+        prepared.model, targets, prepared.splits.evaluation, prepared.plan, seed=config.seed, surrogate="float"
+    )
+    return AttackReport(found, prepared.plan, len(prepared.splits.evaluation), prepared.source.name)
+
+
+def _with_bundle_settings(
+    config: ModelRunConfig, folder: Path, data: DataConfig, threat: ThreatConfig
+) -> ModelRunConfig:
+    """The bundle's own data set and threat model, where the user set none."""
+    changes: dict[str, object] = {"model": ModelConfig(path=folder / bundle.CHECKPOINT)}
+    if config.threat == ThreatConfig():
+        changes["threat"] = threat
+    if config.data.source is None:
+        changes["data"] = data.model_copy(update={"evaluation": config.data.evaluation})
+    return config.model_copy(update=changes)
+
+
+def _checked(predictor: OnnxPredictor, model: TorchModel, path: Path) -> OnnxPredictor:
+    shape = predictor.input_shape
+    fits = all(size in (None, wanted) for size, wanted in zip(shape, model.spec.input_shape, strict=True))
+    classes = predictor.predict(torch.zeros(1, *model.spec.input_shape)).shape[-1] if fits else 0
+    if not fits or classes != len(model.spec.class_names):
+        raise ToolkitError(
+            "the target is no form of the model",
+            found=f"{path}: images {list(shape)}, {classes} classes; the model: {list(model.spec.input_shape)}, "
+            f"{len(model.spec.class_names)} classes",
+            fix="name an ONNX file that was made from this model with --target",
+        )
+    return predictor
+
+
+def benchmark_files(paths: Sequence[Path], config: BenchmarkConfig, seed: int) -> tuple[LatencyRow, ...]:
+    """Time ONNX files side by side; of a bundle its two graphs. Ratios refer to the first float twin, or file."""
+    files: dict[str, Path] = {}
+    for path in paths:
+        if path.is_dir():
+            bundle.read_report(path)
+            prefix = f"{path.name}/" if len(paths) > 1 else ""
+            files[f"{prefix}fp32"] = path / bundle.FLOAT_TWIN
+            files[f"{prefix}deployed"] = path / bundle.DEPLOYED
+        else:
+            name = path.name if path.name not in files else str(path)
+            files[name] = path
+    set_threads(config.threads)
+    shapes = {OnnxPredictor(path).input_shape for path in files.values()}
+    shape = next(iter(shapes))
+    if len(shapes) > 1 or None in shape:
+        raise ToolkitError(
+            "the files do not take the same images",
+            found=", ".join(str(list(found)) for found in shapes),
+            fix="compare files of one fixed input shape",
+        )
+    channels, height, width = (int(size or 0) for size in shape)
+    return benchmark(files, config, (channels, height, width), baseline=next(iter(files)), seed=seed)
