@@ -18,6 +18,7 @@ from torch import nn
 from toolkit.artifacts import Normalization, OnnxModel, Split, TorchModel
 from toolkit.config import ExportConfig, QuantizeConfig
 from toolkit.errors import ToolkitError
+from toolkit.evaluators.cost import integer_coverage
 from toolkit.exporters.calibration import MAX_BATCH, CalibrationReader, calibration_batch
 from toolkit.exporters.input_range import covering_grid, folding_grid, input_range
 from toolkit.exporters.onnx import export_onnx, load_onnx, read_metadata
@@ -286,6 +287,35 @@ def test_planted_defects_are_found(tmp_path: Path) -> None:
     assert precision_faults(load_onnx(good)) == ()
     whole = QuantizeConfig(per_channel=False)
     assert not quantize_int8(twin, tmp_path / "whole.onnx", split, whole).per_channel
+
+
+class Tokens(nn.Module):
+    """Patches, a residual block, LayerNorm, the mean of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = nn.Conv2d(3, 16, 4, stride=4)
+        self.block = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        self.norm = nn.LayerNorm(16)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = tokens + self.block(tokens)
+        logits: torch.Tensor = self.last(self.norm(tokens).mean(1))
+        return logits
+
+
+def test_transformers_keep_their_residual_stream_float_and_their_products_integer(tmp_path: Path) -> None:
+    model, split = wrap(Tokens(), (3, 16, 16)), pictures(64, (3, 16, 16))
+    found = quantize_int8(export(model, tmp_path), tmp_path / "q.onnx", split, QuantizeConfig())
+    assert {layer.precision for layer in found.layers} == {"int8"}
+    assert integer_coverage(found.model.path).share == 1
+    nodes = onnx.load(found.model.path).graph.node
+    producers = {node.output[0]: node.op_type for node in nodes}
+    assert [producers[node.input[0]] for node in nodes if node.op_type == "LayerNormalization"][-1] == "Add"
+    assert measure_parity(model, OnnxPredictor(found.model.path), split).relative < 0.3
 
 
 def test_nothing_is_printed_and_the_file_holds_no_path(

