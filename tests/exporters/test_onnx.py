@@ -62,7 +62,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "cnn8": (cnn8, (1, 28, 28)),
     "resnet18": (resnet18, (3, 32, 32)),
     "squeezenet": (lambda: torchvision.models.squeezenet1_1(num_classes=10), (3, 64, 64)),
-    "shufflenet": (lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=10), (3, 32, 32)),
+    "vision transformer": (
+        lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 32, 64, num_classes=10),
+        (3, 32, 32),
+    ),
 }
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import functools
 import math
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,18 @@ def export(model: TorchModel, folder: Path) -> OnnxModel:
     return export_onnx(model, folder / "float.onnx", ExportConfig(), metadata={"classes": "a b c"})
 
 
+@functools.cache
+def _tiny_file(channels: int, normalization: Normalization) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return export(wrap(tiny(channels), (channels, 8, 8), normalization), Path(folder)).path.read_bytes()
+
+
+def tiny_twin(folder: Path, channels: int = 1, normalization: Normalization = GREY) -> OnnxModel:
+    """The exported tiny network; exporting takes long, so each is exported once."""
+    (folder / "float.onnx").write_bytes(_tiny_file(channels, normalization))
+    return OnnxModel(folder / "float.onnx", "fp32")
+
+
 def constants_of(path: Path) -> dict[str, Any]:
     return {item.name: numpy_helper.to_array(item) for item in onnx.load(path).graph.initializer}
 
@@ -70,7 +84,7 @@ def test_logits_are_float_so_that_ties_are_rare(trained: Trained, tmp_path: Path
 def test_the_integer_graph_is_what_numpy_makes_of_its_integers(channels: int, optimized: bool, tmp_path: Path) -> None:
     shape = (channels, 8, 8)
     split = pictures(32, shape)
-    model = export(wrap(tiny(channels), shape), tmp_path)
+    model = tiny_twin(tmp_path, channels, GREY if channels == 1 else CIFAR)
     path = quantize_int8(model, tmp_path / "int8.onnx", split, QuantizeConfig()).model.path
     images = split.take(split.indices).images
     wanted, bound = dequantised_reference(path, images)
@@ -118,7 +132,7 @@ def test_weights_are_within_half_a_step_of_the_float_ones_and_padding_is_the_mea
 ) -> None:
     split = pictures(64, (3, 8, 8))
     model = wrap(tiny(3), (3, 8, 8), normalization)
-    path = quantize_int8(export(model, tmp_path), tmp_path / "q.onnx", split, QuantizeConfig()).model.path
+    path = quantize_int8(tiny_twin(tmp_path, 3, normalization), tmp_path / "q.onnx", split, QuantizeConfig()).model.path
     constants = constants_of(path)
     linear = next(node for node in onnx.load(path).graph.node if node.op_type == "Gemm")
     producer = next(node for node in onnx.load(path).graph.node if node.output[0] == linear.input[1])
@@ -135,10 +149,11 @@ def test_weights_are_within_half_a_step_of_the_float_ones_and_padding_is_the_mea
 def test_the_input_quantiser_covers_the_margin_and_no_more_than_it_must(
     margin: Any, normalization: Normalization, tmp_path: Path
 ) -> None:
-    network = wrap(tiny(3), (3, 8, 8), normalization)
     # Calibration images that stay in the middle: the range must not come from them.
     split = Split(Pictures(np.full((16, 3, 8, 8), 128, dtype=np.uint8)), np.arange(16, dtype=np.int64))
-    found = quantize_int8(export(network, tmp_path), tmp_path / "q.onnx", split, QuantizeConfig(), input_margin=margin)
+    found = quantize_int8(
+        tiny_twin(tmp_path, 3, normalization), tmp_path / "q.onnx", split, QuantizeConfig(), input_margin=margin
+    )
     widest = float(np.max(margin))
     assert (found.input_low, found.input_high) == input_range(tmp_path / "q.onnx")
     assert found.input_low <= -widest + 1e-6
@@ -151,7 +166,7 @@ def test_the_input_quantiser_covers_the_margin_and_no_more_than_it_must(
 def test_attacked_pixels_in_the_margin_are_not_clipped(tmp_path: Path) -> None:
     model = wrap(tiny(), (1, 8, 8))
     black_and_white = np.random.default_rng(0).choice(np.array([0, 255], dtype=np.uint8), (64, 1, 8, 8))
-    twin, split = export(model, tmp_path), Split(Pictures(black_and_white), np.arange(64, dtype=np.int64))
+    twin, split = tiny_twin(tmp_path), Split(Pictures(black_and_white), np.arange(64, dtype=np.int64))
     images = split.take(split.indices).images * 1.2 - 0.1
     wanted = model.predict(images)
     for margin, follows in ((0.0, False), (0.1, True)):
@@ -191,7 +206,7 @@ def test_a_folding_grid_covers_and_puts_every_mean_on_it(means: list[float], mar
 
 def test_grey_images_fold_into_the_quantiser(tmp_path: Path) -> None:
     path = tmp_path / "q.onnx"
-    quantize_int8(export(wrap(tiny(), (1, 8, 8), GREY), tmp_path), path, pictures(16, (1, 8, 8)), QuantizeConfig())
+    quantize_int8(tiny_twin(tmp_path), path, pictures(16, (1, 8, 8)), QuantizeConfig())
     assert not {"Sub", "Div"} & {node.op_type for node in onnx.load(path).graph.node}
     assert onnx.load(path).graph.node[0].input[0] == "image"
 
@@ -252,25 +267,25 @@ def test_weights_that_are_no_numbers_are_refused_with_their_layer(tmp_path: Path
 
 def test_a_quantised_graph_is_not_quantised_again(tmp_path: Path) -> None:
     split, path = pictures(8, (1, 8, 8)), tmp_path / "q.onnx"
-    quantize_int8(export(wrap(tiny(), (1, 8, 8)), tmp_path), path, split, QuantizeConfig())
+    quantize_int8(tiny_twin(tmp_path), path, split, QuantizeConfig())
     with pytest.raises(ToolkitError, match="quantised already") as caught:
         quantize_int8(OnnxModel(path, "deployed"), tmp_path / "r.onnx", split, QuantizeConfig())
     assert "QuantizeLinear" in caught.value.found
 
 
 def test_no_calibration_images_are_an_error(tmp_path: Path) -> None:
-    twin = export(wrap(tiny(), (1, 8, 8)), tmp_path)
+    twin = tiny_twin(tmp_path)
     with pytest.raises(ToolkitError, match="no calibration images"):
         quantize_int8(twin, tmp_path / "q.onnx", pictures(8, (1, 8, 8)).first(0), QuantizeConfig())
 
 
 def test_a_float_graph_has_no_input_quantiser(tmp_path: Path) -> None:
     with pytest.raises(ToolkitError, match="no input quantiser"):
-        input_range(export(wrap(tiny(), (1, 8, 8)), tmp_path).path)
+        input_range(tiny_twin(tmp_path).path)
 
 
 def test_planted_defects_are_found(tmp_path: Path) -> None:
-    twin, split = export(wrap(tiny(), (1, 8, 8)), tmp_path), pictures(8, (1, 8, 8))
+    twin, split = tiny_twin(tmp_path), pictures(8, (1, 8, 8))
     for name, options, fault in (
         ("per-tensor", {"per_channel": False, "activation_type": QuantType.QUInt8}, "1 scale(s) for"),
         ("s8s8", {"per_channel": True, "activation_type": QuantType.QInt8}, "activations are int8"),
