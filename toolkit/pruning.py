@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch_pruning
 from torch import Tensor, nn
+from torch_pruning.dependency import index_mapping
 
 from toolkit.artifacts import TorchModel
 from toolkit.config import PruneConfig
@@ -19,6 +22,9 @@ from toolkit.progress import notice
 History = Sequence[Sequence[Any]]
 """torch-pruning's record: (module name, whether output channels, indices removed) per step, plain data."""
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+
+MAX_GLOBAL_RATIO = 0.95
+"""Global ranking takes at most this share of any one layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,36 +50,30 @@ def prune(model: TorchModel, config: PruneConfig) -> PruningResult:
     """Remove the filters of least l1 norm (Li et al. 2017) with torch-pruning's dependency graph.
 
     Every convolution and linear layer but the classifier loses the share `config.ratio` (scope `layer`), or the
-    weakest filters of the whole network go (scope `global`). Widths are rounded to multiples of `config.round_to`.
+    weakest filters of the whole network go (scope `global`; norms relative to their layer's mean). Widths are rounded
+    to multiples of `config.round_to`. Layers that torch-pruning cannot follow stay whole, and a notice names them, as
+    long as others can be pruned.
 
     Raises:
         ToolkitError: torch-pruning cannot follow the network, or nothing could be removed.
     """
     copied = model.copy()
-    network = copied.network
-    before = _widths(network)
-    parameters_before = _parameters(network)
+    before = _widths(copied.network)
+    parameters_before = _parameters(copied.network)
     if config.ratio == 0:
         same = tuple(LayerWidth(name, width, width) for name, width in before.items())
         return PruningResult(copied, same, parameters_before, parameters_before)
-    network.eval()
-    for parameter in network.parameters():
+    copied.network.eval()
+    for parameter in copied.network.parameters():
         parameter.requires_grad_(True)  # frozen parameters are silently not pruned
-    example = torch.zeros(1, *model.spec.input_shape)
-    classifier = find_classifier(copied)
-    try:
-        history = _run_pruner(network, example, classifier, config)
-        network.zero_grad(set_to_none=True)
-        logits = copied.predict(example.expand(2, -1, -1, -1))
-    except ToolkitError:
-        raise
-    except Exception as error:  # torch-pruning fails in many ways on networks that it cannot trace
-        raise _cannot_follow(network, error) from error
-    after = _widths(network)
+    pruned, history = _prune_what_can_be_followed(copied, config)
+    after = _widths(pruned.network)
     layers = tuple(LayerWidth(name, width, after[name]) for name, width in before.items())
-    if logits.shape[-1] != len(model.spec.class_names):
-        raise _cannot_follow(network, RuntimeError(f"{logits.shape[-1]} outputs after pruning"))
     if all(layer.before == layer.after for layer in layers):
+        classifier = find_classifier(copied)
+        prunable = [w for name, w in before.items() if copied.network.get_submodule(name) is not classifier]
+        if any(rounded_width(width, config.ratio, config.round_to) < width for width in prunable):
+            raise _cannot_follow(copied.network, RuntimeError("every layer would stay whole"))
         raise ToolkitError(
             "pruning removed nothing",
             found=f"--prune {config.ratio:g} with --round-to {config.round_to} on {sorted(set(before.values()))}",
@@ -81,7 +81,7 @@ def prune(model: TorchModel, config: PruneConfig) -> PruningResult:
         )
     entry = {"ratio": config.ratio, "scope": config.scope, "round_to": config.round_to, "history": history}
     spec = replace(model.spec, pruning=(*model.spec.pruning, entry))
-    return PruningResult(replace(copied, spec=spec), layers, parameters_before, _parameters(network))
+    return PruningResult(replace(pruned, spec=spec), layers, parameters_before, _parameters(pruned.network))
 
 
 def replay(network: nn.Module, history: History, input_shape: tuple[int, int, int]) -> nn.Module:
@@ -92,8 +92,7 @@ def replay(network: nn.Module, history: History, input_shape: tuple[int, int, in
     for parameter in network.parameters():
         parameter.requires_grad_(True)
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _tracing(network):
             graph = torch_pruning.DependencyGraph().build_dependency(network.eval(), torch.zeros(1, *input_shape))
             graph.load_pruning_history([(name, bool(out), list(indices)) for name, out, indices in history])
     except Exception as error:  # see prune
@@ -141,33 +140,135 @@ def find_classifier(model: TorchModel) -> nn.Module:
     )
 
 
-def _run_pruner(network: nn.Module, example: Tensor, classifier: nn.Module, config: PruneConfig) -> list[list[Any]]:
-    ratios: dict[nn.Module, float] = {}
-    if config.scope == "layer":
-        for module in network.modules():
-            if isinstance(module, Layer) and module is not classifier:
-                width = _out_channels(module)
-                kept = rounded_width(width, config.ratio, config.round_to)
-                # torch-pruning keeps int(width * (1 - ratio)); half a filter more keeps that off the edge
-                ratios[module] = 1 - (kept + 0.5) / width
-    with torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        pruner = torch_pruning.pruner.BasePruner(
-            network,
-            example,
-            torch_pruning.importance.MagnitudeImportance(p=1, group_reduction="first", normalizer=None),
-            pruning_ratio=config.ratio,
-            pruning_ratio_dict=ratios,
-            ignored_layers=[classifier],
-            global_pruning=config.scope == "global",
-            max_pruning_ratio=1.0 if config.scope == "layer" else 0.95,
-            round_to=config.round_to if config.scope == "global" and config.round_to > 1 else None,
-            num_heads=_attention_heads(network),
-        )
-        pruner.step()
+def _prune_what_can_be_followed(model: TorchModel, config: PruneConfig) -> tuple[TorchModel, list[list[Any]]]:
+    """All layers but the classifier; if that fails, without those that torch-pruning cannot follow."""
+    try:
+        return _attempt(model, [], config)
+    except ToolkitError:
+        raise
+    except Exception as error:  # torch-pruning fails in many ways on networks that it cannot trace
+        try:
+            left_whole = _find_untraceable(model)
+            pruned = _attempt(model, left_whole, config) if left_whole else None
+        except Exception:
+            pruned = None
+        if pruned is None:
+            raise _cannot_follow(model.network, error) from error
+        names = [name for name, module in model.network.named_modules() if module in set(left_whole)]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        notice(f"pruning: layers that torch-pruning cannot follow stay whole: {', '.join(names[:5])}{more}")
+        return pruned
+
+
+def _attempt(model: TorchModel, left_whole: list[nn.Module], config: PruneConfig) -> tuple[TorchModel, list[list[Any]]]:
+    """Prune a copy of `model` and check that it still gives one logit per class."""
+    # copied together, so that the layers to ignore are those of the copy
+    pruned, ignored = copy.deepcopy((model, [find_classifier(model), *left_whole]))
+    example = torch.zeros(1, *model.spec.input_shape)
+    with _tracing(pruned.network) as caught:
+        history = _run_pruner(pruned.network, example, ignored, config)
+    pruned.network.zero_grad(set_to_none=True)
+    logits = pruned.predict(example.expand(2, -1, -1, -1))
+    if logits.shape[-1] != len(model.spec.class_names):
+        raise RuntimeError(f"{logits.shape[-1]} outputs after pruning")
     for message in sorted({str(item.message).splitlines()[0] for item in caught}):
         notice(f"pruning: {message}")
+    return pruned, history
+
+
+def _run_pruner(network: nn.Module, example: Tensor, ignored: list[nn.Module], config: PruneConfig) -> list[list[Any]]:
+    widths = {module: _out_channels(module) for module in network.modules() if isinstance(module, Layer)}
+    wanted: dict[nn.Module, float] = {module: width * (1 - config.ratio) for module, width in widths.items()}
+    if config.scope == "global":
+        wanted.update(_global_widths(network, example, ignored, config.ratio))
+    ratios: dict[nn.Module, float] = {}
+    for module, width in widths.items():
+        kept = rounded_width(width, 1 - wanted[module] / width, config.round_to)
+        # torch-pruning keeps int(width * (1 - ratio)); half a filter more keeps that off the edge
+        ratios[module] = 1 - (kept + 0.5) / width
+    pruner = torch_pruning.pruner.BasePruner(
+        network,
+        example,
+        _filter_norm(),
+        pruning_ratio=config.ratio,
+        pruning_ratio_dict=ratios,
+        ignored_layers=ignored,
+        max_pruning_ratio=1.0,
+        num_heads=_attention_heads(network),
+    )
+    pruner.step()
     return [[name, bool(out), [int(i) for i in indices]] for name, out, indices in pruner.pruning_history()]
+
+
+def _filter_norm(normalizer: str | None = None) -> Any:
+    return torch_pruning.importance.MagnitudeImportance(p=1, group_reduction="first", normalizer=normalizer)
+
+
+def _global_widths(
+    network: nn.Module, example: Tensor, ignored: list[nn.Module], ratio: float
+) -> dict[nn.Module, float]:
+    """How many filters of each layer are among those that stay, when the filters of all layers are ranked together.
+
+    Norms count relative to their layer's mean, because they grow with a filter's inputs. torch-pruning's own global
+    ranking leaves a layer whole if none of its filters is above the threshold; here it keeps its smallest share.
+    """
+    graph = torch_pruning.DependencyGraph().build_dependency(network, example)
+    importance = _filter_norm("mean")
+    groups = graph.get_all_groups(ignored_layers=ignored, root_module_types=list(Layer.__args__))
+    scores = {group[0].dep.target.module: importance(group) for group in groups}
+    if not scores:
+        return {}
+    together = torch.cat(list(scores.values()))
+    threshold = together.sort().values[min(len(together) - 1, round(ratio * len(together)))]
+    return {
+        module: max(float((score >= threshold).sum()), (1 - MAX_GLOBAL_RATIO) * len(score))
+        for module, score in scores.items()
+    }
+
+
+@contextlib.contextmanager
+def _tracing(network: nn.Module) -> Iterator[list[warnings.WarningMessage]]:
+    """What torch-pruning's tracing needs: gradients, its warnings caught, and an end to lists of indices that explode.
+
+    It takes every reshape for a flatten. Where windows of attention are cut out (Swin), each of them multiplies the
+    indices, for minutes and gigabytes; but an index must lie within some layer, so the widest layer bounds them.
+    """
+    widest = max((side for parameter in network.parameters() for side in parameter.shape), default=1)
+    flatten = index_mapping._FlattenIndexMapping
+    unbounded = flatten.__call__
+
+    def bounded(mapping: Any, indices: Sequence[Any]) -> Any:
+        if not mapping.reverse and len(indices) * mapping._stride > widest:
+            raise RuntimeError(f"a reshape that is no flatten: {len(indices) * mapping._stride} indices")
+        return unbounded(mapping, indices)
+
+    flatten.__call__ = bounded
+    try:
+        with torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield caught
+    finally:
+        flatten.__call__ = unbounded
+
+
+def _find_untraceable(model: TorchModel) -> list[nn.Module]:
+    """The layers whose filters torch-pruning cannot follow through the network, or only into bare parameters."""
+    found: list[nn.Module] = []
+    with _tracing(model.network):
+        example = torch.zeros(1, *model.spec.input_shape)
+        graph = torch_pruning.DependencyGraph().build_dependency(model.network, example)
+        for module in graph.module2node:
+            if isinstance(module, Layer):
+                try:
+                    pruner = graph.get_pruner_of_module(module)
+                    everything = list(range(_out_channels(module)))
+                    group = graph.get_pruning_group(module, pruner.prune_out_channels, everything)
+                    followed = not any(isinstance(dependency.target.module, nn.Parameter) for dependency, _ in group)
+                except Exception:
+                    followed = False
+                if not followed:
+                    found.append(module)
+    return found
 
 
 def _attention_heads(network: nn.Module) -> dict[nn.Module, int]:

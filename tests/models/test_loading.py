@@ -238,7 +238,7 @@ def test_the_harmless_list_gives_no_way_to_call_anything() -> None:
 def test_torchscript_is_refused_with_what_to_save_instead(network: nn.Module, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # writing the old format is what this test is about
-        torch.jit.save(torch.jit.trace(network, IMAGES), tmp_path / "a.pt")
+        torch.jit.save(torch.jit.trace(network, IMAGES), tmp_path / "a.pt")  # type: ignore[no-untyped-call]
     error = refusal(tmp_path / "a.pt", arch="cnn8", trust_pickle=True)
     assert "TorchScript" in error.problem and "model.state_dict()" in error.fix
 
