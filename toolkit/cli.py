@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from toolkit import __version__, flags, progress
 from toolkit.config import (
@@ -488,12 +488,16 @@ def run(arguments: Sequence[str]) -> int:
     except ToolkitError as error:
         _panel(error)
         return BAD_INPUT
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         hint = _on_interrupt() if _on_interrupt else "nothing was written"
         print(f"\ninterrupted: {hint}", file=sys.stderr)
         return INTERRUPTED
-    except click.ClickException as error:
-        error.show()
+    except TyperException as error:
+        show = getattr(error, "show", None)  # usage errors show themselves
+        if show is not None:
+            show()
+        else:
+            print(error, file=sys.stderr)
         return BAD_INPUT
     except Exception as error:  # anything else is a defect of ours, and says so
         if _verbose:
