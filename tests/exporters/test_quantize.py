@@ -279,6 +279,26 @@ def test_no_calibration_images_are_an_error(tmp_path: Path) -> None:
         quantize_int8(twin, tmp_path / "q.onnx", pictures(8, (1, 8, 8)).first(0), QuantizeConfig())
 
 
+def test_images_that_do_not_fit_the_graph_are_refused(tmp_path: Path) -> None:
+    for shape in ((3, 8, 8), (1, 9, 8)):
+        with pytest.raises(ToolkitError, match="do not fit the graph"):
+            quantize_int8(tiny_twin(tmp_path), tmp_path / "q.onnx", pictures(8, shape), QuantizeConfig())
+
+
+def test_a_graph_with_a_fixed_batch_is_calibrated_in_that(tmp_path: Path) -> None:
+    twin = tiny_twin(tmp_path)
+    proto = onnx.load(twin.path)
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 3
+    del proto.graph.value_info[:]
+    twin.path.write_bytes(proto.SerializeToString())
+    found = quantize_int8(twin, tmp_path / "q.onnx", pictures(8, (1, 8, 8)), QuantizeConfig())
+    assert found.calibration_images == 6
+    assert OnnxPredictor(found.model.path).predict(torch.rand(4, 1, 8, 8)).shape == (4, 3)
+    with pytest.raises(ToolkitError, match="too few calibration images"):
+        quantize_int8(twin, tmp_path / "q.onnx", pictures(2, (1, 8, 8)), QuantizeConfig())
+
+
 def test_a_float_graph_has_no_input_quantiser(tmp_path: Path) -> None:
     with pytest.raises(ToolkitError, match="no input quantiser"):
         input_range(tiny_twin(tmp_path).path)

@@ -40,19 +40,22 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]  # onnxrun
         input_name: the graph's input.
         margin: pixels by which attacked images may leave [0, 1]. If there are any, every batch comes a second time with
             its contrast stretched over [-margin, 1 + margin], so that activations behind the input have room as well.
+        batch_size: where the graph takes batches of one size only.
 
     Raises:
         ToolkitError: the split is empty.
     """
 
-    def __init__(self, split: Split, input_name: str, *, margin: float = 0.0) -> None:
-        if len(split) == 0:
+    def __init__(self, split: Split, input_name: str, *, margin: float = 0.0, batch_size: int | None = None) -> None:
+        if len(split) < (batch_size or 1):
             raise ToolkitError(
-                "there are no calibration images", found="an empty calibration split", fix="raise --calibration"
+                "there are no calibration images" if not len(split) else "there are too few calibration images",
+                found=f"{len(split)}, where the graph takes {batch_size or 'any number'} at a time",
+                fix="raise --calibration",
             )
         self._split, self._input_name, self._margin = split, input_name, margin
         self._task: Task | None = None
-        self.batch_size = calibration_batch(len(split), int(np.prod(split.images.shape)))
+        self.batch_size = batch_size or calibration_batch(len(split), int(np.prod(split.images.shape)))
         self._next, self._end = 0, len(self)
 
     def __len__(self) -> int:

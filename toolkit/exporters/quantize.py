@@ -86,6 +86,7 @@ def quantize_int8(
     float_model = load_onnx(model.path)
     _refuse_quantised(float_model, model.path)
     _refuse_bad_weights(float_model, model.path)
+    batch_size = _fixed_batch(float_model, model.path, calibration)
     margin = float(np.max(np.atleast_1d(input_margin)))
     prepared = rewrite(float_model)
     mapping = pixel_map(prepared)
@@ -94,7 +95,7 @@ def quantize_int8(
     grid = covering_grid(float(mapping.of(-margin).min()), float(mapping.of(1 + margin).max()))
     if folded is not None:
         grid = InputGrid(np.ones(1), folded.quantiser.zero_point + folded.mean_steps)
-    reader = CalibrationReader(calibration, prepared.graph.input[0].name, margin=margin)
+    reader = CalibrationReader(calibration, prepared.graph.input[0].name, margin=margin, batch_size=batch_size)
     quantised = _run_onnxruntime(prepared, reader, _options(mapping.tensor, grid, config), config)
     if folded is not None:
         _move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
@@ -181,6 +182,19 @@ def _refuse_quantised(model: ModelProto, path: Path) -> None:
             found=f"{path}: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items())),
             fix="give the float graph: model.fp32.onnx of a bundle, or `toolkit export` of the network",
         )
+
+
+def _fixed_batch(model: ModelProto, path: Path, calibration: Split) -> int | None:
+    """The batch size that the graph insists on, if it does; refuses images that do not fit the graph."""
+    sizes = [axis.dim_value or None for axis in model.graph.input[0].type.tensor_type.shape.dim]
+    shape = calibration.images.shape
+    if len(sizes) != 4 or any(size not in (None, given) for size, given in zip(sizes[1:], shape, strict=True)):
+        raise ToolkitError(
+            "the calibration images do not fit the graph",
+            found=f"images {list(shape)}; {path} takes {[size or 'any' for size in sizes]}",
+            fix="name data of the right size and channels (--data, --size)",
+        )
+    return sizes[0]
 
 
 def _refuse_bad_weights(model: ModelProto, path: Path) -> None:
