@@ -25,7 +25,8 @@ from toolkit.exporters.calibration import MAX_BATCH, CalibrationReader, calibrat
 from toolkit.exporters.input_range import covering_grid, folding_grid, input_range
 from toolkit.exporters.onnx import export_onnx, load_onnx, read_metadata
 from toolkit.exporters.parity import measure_parity
-from toolkit.exporters.quantize import layer_precision, precision_faults, quantize_int8
+from toolkit.exporters.precision import layer_precision, precision_faults
+from toolkit.exporters.quantize import quantize_int8
 from toolkit.exporters.session import OnnxPredictor
 
 from .conftest import Trained

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -23,27 +23,19 @@ from toolkit.artifacts import OnnxModel, Split
 from toolkit.config import QuantizeConfig
 from toolkit.errors import ToolkitError
 from toolkit.exporters.calibration import CalibrationReader
-from toolkit.exporters.input_range import InputGrid, PixelMap, covering_grid, folding_grid, input_range, pixel_map
+from toolkit.exporters.input_folding import fold_normalization, move_quantiser_to_pixels, read_shape_from_image
+from toolkit.exporters.input_range import InputGrid, covering_grid, input_range, pixel_map
 from toolkit.exporters.onnx import load_onnx, save_onnx
+from toolkit.exporters.precision import COMPUTE, LayerPrecision, layer_precision, precision_faults
 from toolkit.exporters.rewrites import remove_unused_initializers, rewrite, strip_metadata
 from toolkit.exporters.session import hide_log
 
-COMPUTE = ("Conv", "Gemm", "MatMul")
 QUANTISED_OPERATORS = [
     *COMPUTE, "Add", "Mul", "Relu", "LeakyRelu", "Clip", "Sigmoid", "MaxPool", "AveragePool", "GlobalAveragePool",
     "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Pad", "Split",
 ]  # fmt: skip
 """Operators with integer kernels in ONNX Runtime; LayerNormalization, Softmax and Gelu have none."""
 METHODS = {"minmax": CalibrationMethod.MinMax, "percentile": CalibrationMethod.Percentile}
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPrecision:
-    """One layer with weights (or a product of activations) and the precision it stands in."""
-
-    name: str
-    operator: str
-    precision: Literal["int8", "float32"]
 
 
 @dataclass(frozen=True)
@@ -90,15 +82,15 @@ def quantize_int8(
     margin = float(np.max(np.atleast_1d(input_margin)))
     prepared = rewrite(float_model)
     mapping = pixel_map(prepared)
-    _read_shape_from_image(prepared, mapping)
-    folded = _fold_normalization(prepared, mapping, margin)
+    read_shape_from_image(prepared, mapping)
+    folded = fold_normalization(prepared, mapping, margin)
     grid = covering_grid(float(mapping.of(-margin).min()), float(mapping.of(1 + margin).max()))
     if folded is not None:
         grid = InputGrid(np.ones(1), folded.quantiser.zero_point + folded.mean_steps)
     reader = CalibrationReader(calibration, prepared.graph.input[0].name, margin=margin, batch_size=batch_size)
     quantised = _run_onnxruntime(prepared, reader, _options(mapping.tensor, grid, config), config)
     if folded is not None:
-        _move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
+        move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
     _keep_logits_float(quantised)
     _finish(quantised, float_model)
     faults = precision_faults(quantised, per_channel=config.per_channel)
@@ -211,91 +203,6 @@ def _refuse_bad_weights(model: ModelProto, path: Path) -> None:
             )
 
 
-def _read_shape_from_image(model: ModelProto, mapping: PixelMap) -> None:
-    """Let Shape nodes read the image instead of the normalised image, which has the same shape, in place."""
-    normalised = {node.output[0] for node in mapping.nodes}
-    for node in model.graph.node:
-        if node.op_type == "Shape" and node.input[0] in normalised:
-            node.input[0] = model.graph.input[0].name
-
-
-@dataclass(frozen=True, slots=True)
-class _Folded:
-    quantiser: InputGrid
-    mean_steps: int
-
-
-def _fold_normalization(model: ModelProto, mapping: PixelMap, margin: float) -> _Folded | None:
-    """Rescale, in place, what the first convolutions read to whole steps of the pixel grid, and their weights back.
-
-    Returns None, and changes nothing, where the normalisation cannot be folded into the quantiser.
-    """
-    consumers = [node for node in model.graph.node if mapping.tensor in node.input]
-    weights = {item.name: item for item in model.graph.initializer}
-    readers = Counter(name for node in model.graph.node for name in node.input)
-    plain = all(
-        node.op_type == "Conv" and node.input[1] in weights and readers[node.input[1]] == 1 and _group(node) == 1
-        for node in consumers
-    )
-    found = folding_grid(-mapping.shift / mapping.scale, margin) if mapping.nodes and plain and consumers else None
-    if found is None:
-        return None
-    quantiser, mean_steps = found
-    factor = mapping.scale * quantiser.step  # one step of the grid, in normalised units
-    for node in consumers:
-        old = weights[node.input[1]]
-        scaled = numpy_helper.to_array(old) * factor.reshape(1, -1, 1, 1)
-        old.CopyFrom(numpy_helper.from_array(scaled.astype(np.float32), old.name))
-    mean, step = (f"{mapping.tensor}_{part}" for part in ("mean", "step"))
-    shape = (1, -1, 1, 1)
-    model.graph.initializer.append(_constant(mean, (mean_steps * quantiser.step).reshape(shape)))
-    model.graph.initializer.append(_constant(step, quantiser.step.reshape(shape)))
-    _replace_chain(
-        model,
-        mapping,
-        [
-            helper.make_node("Sub", [model.graph.input[0].name, mean], [f"{mapping.tensor}_centred"], "normalize_sub"),
-            helper.make_node("Div", [f"{mapping.tensor}_centred", step], [mapping.tensor], "normalize_div"),
-        ],
-    )
-    return _Folded(quantiser, mean_steps)
-
-
-def _group(node: NodeProto) -> int:
-    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-
-
-def _constant(name: str, values: Any) -> onnx.TensorProto:
-    return numpy_helper.from_array(np.asarray(values, dtype=np.float32), name)
-
-
-def _replace_chain(model: ModelProto, mapping: PixelMap, replacement: list[NodeProto]) -> None:
-    old = {node.output[0] for node in mapping.nodes}
-    kept = [node for node in model.graph.node if node.output[0] not in old]
-    del model.graph.node[:]
-    model.graph.node.extend([*replacement, *kept])
-    remove_unused_initializers(model.graph)
-
-
-def _move_quantiser_to_pixels(model: ModelProto, mapping: PixelMap, grid: InputGrid) -> None:
-    """Put the quantiser of the pixels in the place of the float normalisation and its quantiser, in place."""
-    (old,) = [node for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == mapping.tensor]
-    one_for_all = bool(np.ptp(grid.step) == 0)
-    step = grid.step[0] if one_for_all else grid.step
-    zero_point = np.full(np.shape(step), grid.zero_point, dtype=np.uint8)
-    model.graph.initializer.append(_constant("image_scale", step))
-    model.graph.initializer.append(numpy_helper.from_array(zero_point, "image_zero_point"))
-    image = model.graph.input[0].name
-    inputs = [image, "image_scale", "image_zero_point"]
-    new = helper.make_node("QuantizeLinear", inputs, [old.output[0]], "image_QuantizeLinear")
-    if not one_for_all:
-        new.attribute.append(helper.make_attribute("axis", 1))
-    drop = {old.output[0], mapping.tensor, f"{mapping.tensor}_centred"}
-    kept = [node for node in model.graph.node if node.output[0] not in drop]
-    del model.graph.node[:]
-    model.graph.node.extend([new, *kept])
-
-
 def _left_float(model: ModelProto) -> list[str]:
     return [*_tail(model), *_residual_stream(model)]
 
@@ -367,45 +274,3 @@ def _finish(model: ModelProto, source: ModelProto) -> None:
     model.opset_import.extend(kept)
     model.producer_name, model.producer_version = source.producer_name, source.producer_version
     helper.set_model_props(model, {entry.key: entry.value for entry in source.metadata_props})
-
-
-def layer_precision(model: ModelProto) -> tuple[LayerPrecision, ...]:
-    """Every Conv, Gemm and MatMul of a QDQ graph: int8 where both factors come out of a DequantizeLinear."""
-    dequantised = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    return tuple(
-        LayerPrecision(node.name, node.op_type, "int8" if set(node.input[:2]) <= dequantised else "float32")
-        for node in model.graph.node
-        if node.op_type in COMPUTE
-    )
-
-
-def precision_faults(model: ModelProto, *, per_channel: bool = True) -> tuple[str, ...]:
-    """What in a QDQ graph is not int8 symmetric weights (per output channel) and uint8 activations; empty: nothing."""
-    constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
-    producers = {name: node for node in model.graph.node for name in node.output}
-    faults = []
-    for node in model.graph.node:
-        if node.op_type == "QuantizeLinear" and len(node.input) > 2 and constants[node.input[2]].dtype != np.uint8:
-            faults.append(f"{node.name}: activations are {constants[node.input[2]].dtype}, not uint8")
-        if node.op_type not in COMPUTE:
-            continue
-        source = producers.get(node.input[1])
-        if source is None or source.op_type != "DequantizeLinear":
-            faults.append(f"{node.name}: its weights are float")
-        elif source.input[0] in constants:
-            faults.extend(f"{node.name}: {fault}" for fault in _weight_faults(source, constants, per_channel))
-    return tuple(faults)
-
-
-def _weight_faults(dequantise: NodeProto, constants: dict[str, Any], per_channel: bool) -> list[str]:
-    weights, scale = constants[dequantise.input[0]], constants[dequantise.input[1]]
-    zero_point = constants[dequantise.input[2]] if len(dequantise.input) > 2 else np.zeros(1, weights.dtype)
-    axis = next((attribute.i for attribute in dequantise.attribute if attribute.name == "axis"), 1)
-    faults = []
-    if weights.dtype != np.int8:
-        faults.append(f"weights are {weights.dtype}, not int8")
-    if np.any(zero_point != 0):
-        faults.append("weights are asymmetric")
-    if per_channel and scale.size != weights.shape[axis]:
-        faults.append(f"{scale.size} scale(s) for {weights.shape[axis]} channels")
-    return faults
