@@ -295,3 +295,9 @@ class Report(Part):
     environment: dict[str, Any]
     timings: dict[str, float]
     """Seconds of every stage."""
+
+
+if __name__ == "__main__":
+    import json
+
+    print(json.dumps(Report.model_json_schema(), indent=2))
