@@ -25,6 +25,7 @@ from toolkit.config import (
     TrainRunConfig,
     build,
     merge,
+    override_threat,
     read_yaml,
 )
 from toolkit.errors import ToolkitError
@@ -95,7 +96,10 @@ def harden(
     """The whole pipeline: prune, fine-tune, export, quantise, attack, benchmark, bundle."""
     _start(quiet, verbose)
     given = flags.nested(settings | ({"model.path": model} if model else {}))
-    values = merge(read_yaml(config) if config else {}, given)
+    saved = read_yaml(config) if config else {}
+    if "threat" in given and isinstance(saved.get("threat"), dict):
+        saved["threat"] = override_threat(saved["threat"], given["threat"])
+    values = merge(saved, given)
     if "model" not in values:
         raise ToolkitError(
             "no model is named", found="neither MODEL nor --config", fix="toolkit harden model.pt --prune 0.5 --int8"
@@ -270,6 +274,8 @@ def attack(
     _start(quiet, verbose)
     config = _model_run(flags.nested(settings | {"model.path": model}), ATTACK_FLAGS)
     from toolkit import stages
+    from toolkit.reports.markdown import threat_text
+    from toolkit.reports.schema import Threat
 
     report = stages.attack(config, target)
     found = report.robustness
@@ -291,13 +297,19 @@ def attack(
             "threat": report.plan.record(),
             "steps": report.plan.steps,
             "step_size": report.plan.step_size,
+            "random_start": report.plan.random_start,
+            "restarts": report.plan.restarts,
             "accuracy": {name: share.as_dict() for name, share in found.clean.items()},
             "robustness": cells,
             "robust_accuracy": {name: share.as_dict() for name, share in found.worst_case.items()},
         }
         print(json.dumps(result))
         return
-    print(f"{report.source}, {report.images} images; {report.plan}")
+    plan = report.plan
+    words = threat_text(Threat(**plan.record()))
+    start = "random" if plan.random_start else "zero"
+    print(f"{report.source}, {report.images} images; {words}")
+    print(f"{plan.steps} steps of {plan.step_size:.4g}, {plan.restarts} {start} start(s)")
     rows = [
         (
             cell.target,

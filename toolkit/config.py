@@ -8,15 +8,29 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from toolkit.errors import ToolkitError
 
 
 class StageConfig(BaseModel):
-    """Base of all stage configurations: immutable, and unknown keys are errors."""
+    """Base of all stage configurations: immutable, and unknown keys are errors.
+
+    A part that is given in part keeps the rest of what this configuration sets for it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_defaults_of_parts(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        completed = dict(values)
+        for name, field in cls.model_fields.items():
+            if isinstance(field.default, StageConfig) and isinstance(values.get(name), dict):
+                completed[name] = {**field.default.model_dump(exclude_unset=True), **values[name]}
+        return completed
 
 
 def parse_fraction(value: object) -> object:
@@ -202,6 +216,17 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+def override_threat(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Resolved threat settings with a user's own in their place.
+
+    Another preset or norm takes nothing over from `base`; another radius or number of steps gets its own step size.
+    """
+    if any(over.get(name, base.get(name)) != base.get(name) for name in ("preset", "norm")):
+        return dict(over)
+    changed = any(over.get(name, base.get(name)) != base.get(name) for name in ("eps", "steps"))
+    return {**base, **({"step_size": None} if changed else {}), **over}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

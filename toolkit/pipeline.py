@@ -160,13 +160,11 @@ def _seconds_per_image(model: TorchModel) -> float:
 
 
 def _resolve(config: HardenConfig, prepared: Prepared) -> HardenConfig:
-    threads = prepared.threads
     return config.model_copy(
         update={
             "data": resolved_data(config.data, prepared.source),
             "threat": resolved_threat(config.threat, prepared.plan),
-            "benchmark": config.benchmark.model_copy(update={"threads": config.benchmark.threads or threads}),
-            "threads": threads,
+            "threads": prepared.threads,
         }
     )
 
@@ -298,7 +296,8 @@ def _latency(config: HardenConfig, prepared: Prepared, graphs: Graphs) -> tuple[
     images = prepared.splits.evaluation.first(max(config.benchmark.batches))
     pixels = images.take(np.arange(len(images))).images.numpy()
     shape = prepared.model.spec.input_shape
-    return benchmark(files, config.benchmark, shape, baseline="fp32", seed=config.seed, images=pixels)
+    how = config.benchmark.model_copy(update={"threads": config.benchmark.threads or config.threads})
+    return benchmark(files, how, shape, baseline="fp32", seed=config.seed, images=pixels)
 
 
 def _write_documents(config: HardenConfig, prepared: Prepared, report: Report, workspace: bundle.Workspace) -> None:

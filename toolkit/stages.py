@@ -21,6 +21,7 @@ from toolkit.config import (
     QuantizeConfig,
     ThreatConfig,
     TrainRunConfig,
+    override_threat,
 )
 from toolkit.data.sources import load_source
 from toolkit.data.splits import make_splits
@@ -235,8 +236,8 @@ def _with_bundle_settings(
 ) -> ModelRunConfig:
     """The bundle's own data set and threat model, where the user set none."""
     changes: dict[str, object] = {"model": ModelConfig(path=folder / bundle.CHECKPOINT)}
-    if config.threat == ThreatConfig():
-        changes["threat"] = threat
+    given = {name: getattr(config.threat, name) for name in config.threat.model_fields_set}
+    changes["threat"] = ThreatConfig(**override_threat(threat.model_dump(), given))
     if config.data.source is None:
         changes["data"] = data.model_copy(update={"evaluation": config.data.evaluation})
     return config.model_copy(update=changes)

@@ -202,14 +202,19 @@ class _Run:
         chance = math.log(len(self.original.spec.class_names))
         diverged = len(self.losses) > 100 and window > 3 * chance and window > 2 * float(np.mean(self.losses[:50]))
         if not math.isfinite(last) or diverged:
-            raise ToolkitError(
-                "the training diverged",
-                found=f"loss {last:.3g} in epoch {epoch + 1}, step {len(self.losses)}",
-                fix=f"lower --learning-rate (now {self.config.learning_rate:g}), or pass --precision float32",
-            )
+            raise self._diverged(epoch + 1)
+
+    def _diverged(self, epoch: int) -> ToolkitError:
+        return ToolkitError(
+            "the training diverged",
+            found=f"loss {self.losses[-1]:.3g} in epoch {epoch}, step {len(self.losses)}",
+            fix=f"lower --learning-rate (now {self.config.learning_rate:g}), or pass --precision float32",
+        )
 
     def finish_epoch(self) -> None:
         """Measure on the validation part and keep the weights if they are the best so far."""
+        if not all(bool(value.isfinite().all()) for value in self.module.state_dict().values()):
+            raise self._diverged(self.step // self.steps_per_epoch)
         adversarial = self.config.objective == "adversarial"
         clean, robust = self._validate(adversarial)
         epoch = self.step // self.steps_per_epoch
