@@ -302,15 +302,9 @@ def _latency(config: HardenConfig, prepared: Prepared, graphs: Graphs) -> tuple[
 
 def _write_documents(config: HardenConfig, prepared: Prepared, report: Report, workspace: bundle.Workspace) -> None:
     files = workspace.files
-    headline = {
-        "accuracy": report.accuracy.deployed.model_dump(),
-        "robust_accuracy": report.robust_accuracy.deployed.model_dump(),
-        "integer_coverage": report.quantization.integer_coverage,
-        "alarms": [alarm.name for alarm in report.soundness],
-    }
-    for name in (bundle.DEPLOYED, bundle.END_TO_END):
+    for name, graph in ((bundle.DEPLOYED, "deployed"), (bundle.END_TO_END, "deployed"), (bundle.FLOAT_TWIN, "fp32")):
         if (files / name).exists():
-            write_metadata(files / name, {"results": json.dumps(headline)})
+            write_metadata(files / name, {"results": json.dumps(headline(report, graph))})
     write_yaml(config, files / bundle.CONFIG)
     (files / bundle.REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (files / bundle.SUMMARY).write_text(render_markdown(report), encoding="utf-8")
@@ -325,3 +319,13 @@ def _write_documents(config: HardenConfig, prepared: Prepared, report: Report, w
             "environment": report.environment,
         },
     )
+
+
+def headline(report: Report, graph: str) -> dict[str, object]:
+    """The results that an ONNX file carries of itself; `graph` is `deployed` or `fp32`."""
+    return {
+        "accuracy": getattr(report.accuracy, graph).model_dump(),
+        "robust_accuracy": getattr(report.robust_accuracy, graph).model_dump(),
+        "integer_coverage": report.quantization.integer_coverage if graph == "deployed" else 0.0,
+        "alarms": [alarm.name for alarm in report.soundness],
+    }
