@@ -1,0 +1,336 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tests.toys import GREY, halves, small_network, wrap
+from toolkit.artifacts import TorchModel
+from toolkit.attacks.pgd import pgd
+from toolkit.attacks.surrogate import Surrogate
+from toolkit.attacks.threat import PgdPlan, ThreatModel
+from toolkit.config import TrainConfig
+from toolkit.errors import ToolkitError
+from toolkit.models.checkpoint import save_checkpoint
+from toolkit.models.loading import assemble, read_model_file
+from toolkit.training import loop
+from toolkit.training.loop import TrainingResult, augment, train, training_plan
+
+PLAN = PgdPlan("pixel", ThreatModel("linf", 0.1, "pixels", clip=True), 20, 0.0125, random_start=True)
+TRAIN, VALIDATION, TEST = halves(256, seed=1), halves(64, seed=2), halves(64, seed=3)
+CONFIG = TrainConfig(epochs=3, batch_size=32, attack_steps=3, precision="float32")
+STANDARD = CONFIG.model_copy(update={"objective": "standard"})
+Weights = dict[str, Tensor]
+
+
+@pytest.fixture
+def model() -> TorchModel:
+    torch.manual_seed(0)
+    network = nn.Sequential(small_network(batch_norm=True)[:-1], nn.Dropout(0.1), nn.Linear(96, 2))
+    return wrap(network, classes=2, shape=(1, 8, 8))
+
+
+def run(model: TorchModel, config: TrainConfig, seed: int = 0, **options: Any) -> TrainingResult:
+    return train(model, TRAIN, VALIDATION, config, PLAN, seed=seed, **options)
+
+
+def weights(model: TorchModel) -> Weights:
+    return {key: value.clone() for key, value in model.network.state_dict().items()}
+
+
+def equal(first: Weights, second: Weights) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def robust_share(model: TorchModel) -> float:
+    batch = TEST.take(np.arange(len(TEST)))
+    surrogate = Surrogate(model.module, GREY)
+    attacked = pgd(surrogate, batch.images, batch.labels, PLAN, torch.Generator().manual_seed(0))
+    return float(model.predict(attacked).argmax(dim=1).eq(batch.labels).float().mean())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_standard_training_learns(model: TorchModel, precision: str) -> None:
+    result = run(model, STANDARD.model_copy(update={"precision": precision}))
+    batch = TEST.take(np.arange(len(TEST)))
+    assert float(result.model.predict(batch.images).argmax(dim=1).eq(batch.labels).float().mean()) > 0.95
+    assert result.precision == precision and all(epoch.robust is None for epoch in result.epochs)
+    assert result.epochs[-1].loss < result.epochs[0].loss
+
+
+def test_adversarial_training_learns_and_is_robust(model: TorchModel) -> None:
+    result = run(model, CONFIG)
+    best = result.epochs[result.best_epoch - 1]
+    assert robust_share(result.model) > 0.9
+    assert best.robust is not None and best.robust.value > 0.9 and best.accuracy.total == len(VALIDATION)
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIG, STANDARD, CONFIG.model_copy(update={"precision": "bfloat16", "augment": True})]
+)
+def test_one_seed_gives_one_set_of_weights(model: TorchModel, config: TrainConfig) -> None:
+    first, second, other = (run(model, config, seed) for seed in (3, 3, 4))
+    assert equal(weights(first.model), weights(second.model)) and first.epochs == second.epochs
+    assert not equal(weights(first.model), weights(other.model))
+
+
+class Cut:
+    """Raises KeyboardInterrupt from the progress bar after `steps` steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        del note
+        self.left -= amount
+        if self.left <= 0:
+            raise KeyboardInterrupt
+
+
+def cut_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    @contextmanager
+    def task(_label: str, _total: int) -> Iterator[Cut]:
+        yield Cut(steps)
+
+    monkeypatch.setattr(loop, "task", task)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("steps", [3, 8, 13])
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    model: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, precision: str
+) -> None:
+    config = CONFIG.model_copy(update={"augment": True, "precision": precision, "epochs": 2})
+    whole = run(model, config, checkpoint=tmp_path / "whole.pt")
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "SAVE_EVERY_S", -1.0)
+        cut_after(patched, steps)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, config, checkpoint=tmp_path / "cut.pt")
+    saved = torch.load(tmp_path / "cut.pt", weights_only=True)
+    assert saved["step"] == steps
+    torch.rand(5)  # the state of the global generator must not matter
+    resumed = run(model, config, checkpoint=tmp_path / "cut.pt", resume=True)
+    assert equal(weights(whole.model), weights(resumed.model))
+    assert whole.epochs == resumed.epochs and whole.best_epoch == resumed.best_epoch
+
+
+def test_a_finished_run_is_resumed_without_another_step(
+    model: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(model, STANDARD, checkpoint=tmp_path / "a.pt")
+    monkeypatch.setattr(loop._Run, "advance", lambda _self: pytest.fail("no step is left"))
+    again = run(model, STANDARD, checkpoint=tmp_path / "a.pt", resume=True)
+    assert equal(weights(first.model), weights(again.model))
+
+
+def test_without_resume_an_old_checkpoint_is_not_read(model: TorchModel, tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(b"rubbish")
+    run(model, STANDARD, checkpoint=tmp_path / "a.pt")
+
+
+def other_weights(model: TorchModel) -> TorchModel:
+    changed = model.copy()
+    with torch.no_grad():
+        next(changed.network.parameters()).add_(1e-3)
+    return changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: train(model, TRAIN, VALIDATION, STANDARD, PLAN, seed=1, checkpoint=Path("a.pt"), resume=True),
+        lambda model: train(
+            model, halves(256, seed=9), VALIDATION, STANDARD, PLAN, seed=0, checkpoint=Path("a.pt"), resume=True
+        ),
+        lambda model: run(model, CONFIG, checkpoint=Path("a.pt"), resume=True),
+        lambda model: run(other_weights(model), STANDARD, checkpoint=Path("a.pt"), resume=True),
+    ],
+)
+def test_another_run_cannot_be_resumed(
+    model: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[TorchModel], object]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(model, STANDARD, checkpoint=Path("a.pt"))
+    with pytest.raises(ToolkitError, match="other settings, data or weights") as caught:
+        change(model)
+    assert "--resume" in caught.value.fix
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", None])
+def test_a_damaged_checkpoint_cannot_be_resumed(model: TorchModel, tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "a.pt"
+    if content is None:
+        torch.save({"step": 3}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ToolkitError, match="training checkpoint is damaged") as caught:
+        run(model, STANDARD, checkpoint=path, resume=True)
+    assert str(path) in caught.value.found and "without --resume" in caught.value.fix
+
+
+def test_another_number_of_threads_is_warned_of(
+    model: TorchModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(model, STANDARD, checkpoint=tmp_path / "a.pt")
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.save({**state, "threads": 77}, tmp_path / "a.pt")
+    run(model, STANDARD, checkpoint=tmp_path / "a.pt", resume=True)
+    assert "began with 77 thread(s)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_divergence_stops_with_advice(model: TorchModel, epochs: int) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    plain = replace(wrap(network, classes=2, shape=(1, 8, 8)), spec=model.spec)
+    with pytest.raises(ToolkitError, match="the training diverged") as caught:
+        run(plain, STANDARD.model_copy(update={"learning_rate": 1e30, "epochs": epochs}))
+    assert "loss" in caught.value.found and "--learning-rate (now 1e+30)" in caught.value.fix
+
+
+def test_weights_that_become_nan_in_the_very_last_step_are_not_returned(model: TorchModel) -> None:
+    hidden = nn.Linear(64, 8)
+    nn.init.constant_(hidden.weight, 100.0)
+    plain = replace(
+        wrap(nn.Sequential(nn.Flatten(), hidden, nn.Linear(8, 2)), classes=2, shape=(1, 8, 8)), spec=model.spec
+    )
+    config = STANDARD.model_copy(update={"learning_rate": 3e38, "epochs": 1, "batch_size": 256})
+    with pytest.raises(ToolkitError, match="the training diverged"):
+        run(plain, config)
+
+
+def test_the_best_epoch_on_validation_is_kept(model: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from toolkit.artifacts import Proportion
+
+    scores = iter([60, 90, 70])
+    seen: list[Weights] = []
+
+    def validate(self: Any, _adversarial: bool) -> tuple[Proportion, None]:
+        seen.append({key: value.clone() for key, value in self.module.network.state_dict().items()})
+        return Proportion(next(scores), 100), None
+
+    monkeypatch.setattr(loop._Run, "_validate", validate)
+    result = run(model, STANDARD)
+    assert result.best_epoch == 2
+    assert equal(weights(result.model), seen[1]) and not equal(seen[1], seen[2])
+
+
+def test_the_callers_model_is_unchanged(model: TorchModel) -> None:
+    model.module.requires_grad_(False)
+    before = weights(model)
+    result = run(model, STANDARD)
+    assert equal(weights(model), before) and not model.module.training
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.module.parameters())
+    assert not equal(weights(result.model), before)
+    assert not result.model.module.training
+    assert {value.dtype for value in result.model.module.parameters()} == {torch.float32}
+
+
+def test_no_training_gives_a_copy(model: TorchModel) -> None:
+    for config in (TrainConfig(objective="none"), TrainConfig(epochs=0)):
+        result = run(model, config)
+        assert result.epochs == () and equal(weights(result.model), weights(model))
+        assert result.model.module is not model.module and len(result.model.training_hashes) == 0
+
+
+def test_the_training_is_recorded_with_its_images(model: TorchModel, tmp_path: Path) -> None:
+    earlier = replace(model, training_hashes=halves(10, seed=8).hashes)
+    result = run(earlier, CONFIG)
+    assert set(result.model.training_hashes) == {*TRAIN.hashes, *earlier.training_hashes}
+    record = result.model.spec.training[-1]
+    assert record["images_sha256"] == TRAIN.digest and record["images"] == len(TRAIN)
+    assert record["threat"] == PLAN.record() and record["seed"] == 0
+    again = run(result.model, STANDARD).model
+    assert [entry["objective"] for entry in again.spec.training] == ["adversarial", "standard"]
+    assert again.spec.training[-1]["threat"] is None
+    save_checkpoint(replace(again, spec=replace(again.spec, architecture=a_builder(tmp_path))), tmp_path / "model.pt")
+    loaded = assemble(
+        read_model_file(tmp_path / "model.pt"),
+        arch=None,
+        class_names=(),
+        input_shape=(1, 1, 1),
+        normalization=GREY,
+        dataset=None,
+    )
+    assert loaded.spec.training == again.spec.training
+    assert np.array_equal(loaded.training_hashes, again.training_hashes)
+
+
+def a_builder(folder: Path) -> str:
+    (folder / "net.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    body = nn.Sequential(nn.Conv2d(1, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten())\n"
+        "    return nn.Sequential(body, nn.Dropout(0.1), nn.Linear(96, 2))\n"
+    )
+    return f"{folder}/net.py:net"
+
+
+def test_fewer_images_than_a_batch_are_one_step(model: TorchModel) -> None:
+    result = train(model, TRAIN.first(5), VALIDATION, STANDARD, PLAN, seed=0)
+    assert len(result.epochs) == STANDARD.epochs
+
+
+def test_the_attack_of_training_keeps_the_threat_model() -> None:
+    attack = training_plan(replace(PLAN, restarts=5, random_start=False), 7)
+    assert (attack.threat, attack.steps, attack.restarts, attack.random_start) == (PLAN.threat, 7, 1, True)
+    assert attack.step_size == pytest.approx(2.5 * 0.1 / 7)
+
+
+def reference_step(model: TorchModel, config: TrainConfig, rate: float, order: list[int]) -> Weights:
+    """SGD with momentum and weight decay on one batch, from its textbook definition (first step: no momentum yet)."""
+    module = copy.deepcopy(model.module).train()
+    batch = TRAIN.take(np.array(order))
+    loss = functional.cross_entropy(module(batch.images), batch.labels)
+    parameters = dict(module.network.named_parameters())
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    pairs = zip(parameters.items(), gradients, strict=True)
+    return {name: value - rate * (gradient + config.weight_decay * value) for (name, value), gradient in pairs}
+
+
+def test_one_step_is_textbook_descent() -> None:
+    torch.manual_seed(0)
+    model = wrap(small_network(), classes=2, shape=(1, 8, 8))
+    config = STANDARD.model_copy(update={"epochs": 1, "batch_size": 256, "schedule": "stepped"})
+    expected = reference_step(model, config, config.learning_rate, list(range(256)))
+    trained = weights(run(model, config).model)
+    assert all(torch.allclose(trained[name], value, atol=1e-6) for name, value in expected.items())
+
+
+def test_augmentation_is_a_shift_and_a_flip_of_each_image() -> None:
+    images = torch.rand(40, 2, 16, 8, generator=torch.Generator().manual_seed(0)) + 0.1
+    augmented = augment(images, torch.Generator().manual_seed(1))
+    assert augmented.shape == images.shape and augmented.dtype == images.dtype
+    reach = 2
+    found: set[tuple[int, int, bool]] = set()
+    for image, result in zip(images, augmented, strict=True):
+        matches = [
+            (down, right, flip)
+            for down in range(-reach, reach + 1)
+            for right in range(-reach, reach + 1)
+            for flip in (False, True)
+            if torch.equal(result, shifted(image, down, right, flip))
+        ]
+        assert len(matches) == 1
+        found.update(matches)
+    assert len(found) > 15 and {flip for _, _, flip in found} == {False, True}
+
+
+def shifted(image: Tensor, down: int, right: int, flip: bool) -> Tensor:
+    """Plain loops: pixel (y, x) comes from (y - down, x - right), 0 from outside, then the row may be turned round."""
+    _, height, width = image.shape
+    result = torch.zeros_like(image)
+    for y in range(height):
+        for x in range(width):
+            if 0 <= y - down < height and 0 <= x - right < width:
+                result[:, y, x] = image[:, y - down, x - right]
+    return result.flip(2) if flip else result
