@@ -69,6 +69,15 @@ class Proportion:
         return cls(int(flags.sum()), flags.numel())
 
 
+MAX_BATCH = 256
+MAX_BATCH_PIXELS = 2**21
+
+
+def evaluation_batch(shape: tuple[int, int, int]) -> int:
+    """Images of `shape` to attack or score at a time: memory is bounded for large images, caches are used for small."""
+    return max(8, min(MAX_BATCH, MAX_BATCH_PIXELS // math.prod(shape)))
+
+
 class ImageSet(Protocol):
     """Labelled images, in memory or streamed from disk; pixels are 0 to 255."""
 
@@ -133,8 +142,9 @@ class Split:
         images = torch.from_numpy(self.images.pixels(chosen)).to(torch.float32).div_(255.0)
         return Batch(images, torch.from_numpy(self.images.labels[chosen]))
 
-    def batches(self, size: int) -> Iterator[Batch]:
-        """All images in order, `size` at a time; the last batch may be smaller."""
+    def batches(self, size: int | None = None) -> Iterator[Batch]:
+        """All images in order, `size` at a time (None: as many as memory allows); the last batch may be smaller."""
+        size = size or evaluation_batch(self.images.shape)
         for start in range(0, len(self), size):
             yield self.take(np.arange(start, min(start + size, len(self)), dtype=np.int64))
 

@@ -14,8 +14,6 @@ def correct(predictor: Predictor, images: Tensor, labels: Tensor) -> Tensor:
     return logits.argmax(dim=1).eq(labels.cpu()) & logits.isfinite().all(dim=1)
 
 
-def measure_accuracy(predictor: Predictor, split: Split, batch_size: int = 256) -> Proportion:
+def measure_accuracy(predictor: Predictor, split: Split) -> Proportion:
     """Share of the images of `split` that are classified rightly."""
-    return Proportion.of(
-        torch.cat([correct(predictor, batch.images, batch.labels) for batch in split.batches(batch_size)])
-    )
+    return Proportion.of(torch.cat([correct(predictor, batch.images, batch.labels) for batch in split.batches()]))

@@ -23,7 +23,6 @@ from toolkit.progress import task
 SurrogateName = Literal["original", "float", "fake_quantised", "twin"]
 TargetName = Literal["torch", "fp32", "deployed", "deployed_unoptimised"]
 
-BATCH_SIZE = 256
 ROUNDING = 1e-5
 """How far rounding in float32 may carry an attacked image over the edge of its ball."""
 
@@ -78,7 +77,7 @@ def evaluate_robustness(
     attacker = Surrogate(model.module, model.spec.normalization, resolve_precision(precision))
     tally = _Tally(list(targets))
     with task(f"PGD-{plan.steps} on {surrogate}", len(split) * plan.restarts) as bar:
-        for number, batch in enumerate(split.batches(BATCH_SIZE)):
+        for number, batch in enumerate(split.batches()):
             tally.begin(
                 correct(model, batch.images, batch.labels),
                 {name: correct(target, batch.images, batch.labels) for name, target in targets.items()},

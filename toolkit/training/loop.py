@@ -232,7 +232,7 @@ class _Run:
         generator = torch.Generator().manual_seed(self.seed)
         clean: list[Tensor] = []
         robust: list[Tensor] = []
-        for batch in self.validation.batches(256):
+        for batch in self.validation.batches():
             images, labels = batch.images.to(self.device), batch.labels.to(self.device)
             clean.append(self._correct(images, labels))
             if adversarial:
