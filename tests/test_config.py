@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from toolkit.config import (
+    HardenConfig,
+    PruneConfig,
+    StageConfig,
+    ThreatConfig,
+    TrainConfig,
+    TrainRunConfig,
+    build,
+    merge,
+    override_threat,
+    parse_fraction,
+    read_yaml,
+    write_yaml,
+)
+from toolkit.errors import ToolkitError
+
+HARDEN: dict[str, Any] = {"model": {"path": "model.pt"}}
+FLAGS = {"prune.ratio": "--prune", "threat.eps": "--eps", "model.path": "MODEL"}
+
+nested = st.recursive(st.integers() | st.text(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner))
+mappings = st.dictionaries(st.sampled_from("abc"), nested)
+
+
+def stages(kind: type[StageConfig]) -> list[type[StageConfig]]:
+    return [kind, *(deeper for below in kind.__subclasses__() for deeper in stages(below))]
+
+
+@pytest.mark.parametrize("kind", stages(StageConfig))
+def test_configurations_are_immutable_and_know_their_keys(kind: type[StageConfig]) -> None:
+    assert kind.model_config.get("frozen") and kind.model_config.get("extra") == "forbid"
+
+
+def test_a_setting_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        PruneConfig().ratio = 0.3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("values", "problem", "found"),
+    [
+        ({"prune": {"ratio": 1}}, "--prune has no usable value", "prune.ratio = 1: "),
+        ({"prune": {"ratio": -0.1}}, "--prune has no usable value", "prune.ratio = -0.1: "),
+        ({"prune": {"ratio": "half"}}, "--prune has no usable value", "prune.ratio = 'half': "),
+        ({"threat": {"eps": "8/0"}}, "--eps has no usable value", "threat.eps = '8/0': "),
+        ({"seed": -1}, "the setting 'seed' has no usable value", "seed = -1: "),
+        ({"prune": {"rate": 0.5}}, "the setting 'prune.rate' has no usable value", "extra inputs"),
+        ({"model": {}}, "MODEL is missing", "model.path"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_an_error_that_quotes_the_flag(
+    values: dict[str, Any], problem: str, found: str
+) -> None:
+    with pytest.raises(ToolkitError) as caught:
+        build(HardenConfig, {**HARDEN, **values}, FLAGS)
+    assert caught.value.problem == problem
+    assert found in caught.value.found
+    assert "correct" in caught.value.fix
+
+
+@given(st.integers(1, 1000), st.integers(1, 1000))
+def test_fractions(top: int, bottom: int) -> None:
+    assert parse_fraction(f"{top}/{bottom}") == top / bottom
+    assert ThreatConfig.model_validate({"eps": f"{top} / {bottom}"}).eps == top / bottom
+
+
+@pytest.mark.parametrize("value", ["a/b", "1/0", "1/2/3", "0.5", 0.5, None])
+def test_what_is_no_fraction_is_left_to_pydantic(value: object) -> None:
+    assert parse_fraction(value) is value
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(mappings, mappings)
+def test_merging_is_right_biased_and_keeps_the_rest(base: dict[str, Any], over: dict[str, Any]) -> None:
+    merged = merge(base, over)
+    assert set(merged) == {*base, *over}
+    assert merge(merged, over) == merged and merge(base, {}) == base and merge({}, over) == over
+    for key, value in over.items():
+        if not (isinstance(value, dict) and isinstance(base.get(key), dict)):
+            assert merged[key] == value
+
+
+def test_merging_changes_neither() -> None:
+    base, over = {"a": {"x": 1, "y": 2}}, {"a": {"y": 3}}
+    assert merge(base, over) == {"a": {"x": 1, "y": 3}}
+    assert base == {"a": {"x": 1, "y": 2}} and over == {"a": {"y": 3}}
+
+
+def test_a_part_given_in_part_keeps_what_the_run_sets_for_it() -> None:
+    run = build(TrainRunConfig, {"arch": "cnn8", "training": {"batch_size": 64}})
+    assert (run.training.objective, run.training.epochs, run.training.batch_size) == ("standard", 8, 64)
+    assert TrainConfig().objective == "adversarial"
+
+
+def test_another_threat_takes_nothing_over_that_belongs_to_the_first() -> None:
+    resolved = {"preset": "pixel", "norm": "linf", "eps": 0.1, "steps": 20, "step_size": 0.0125}
+    assert override_threat(resolved, {}) == resolved
+    assert override_threat(resolved, {"preset": "paper"}) == {"preset": "paper"}
+    assert override_threat(resolved, {"eps": 0.2}) == {**resolved, "eps": 0.2, "step_size": None}
+    assert override_threat(resolved, {"eps": 0.2, "step_size": 0.05}) == {**resolved, "eps": 0.2, "step_size": 0.05}
+    assert override_threat(resolved, {"preset": "pixel", "eps": 0.1}) == resolved
+
+
+def test_the_resolved_configuration_comes_back_from_its_file(tmp_path: Path) -> None:
+    config = build(
+        HardenConfig,
+        {**HARDEN, "threat": {"eps": "8/255"}, "prune": {"ratio": 0.3}, "benchmark": {"batches": [1, 7]}, "seed": 5},
+    )
+    write_yaml(config, tmp_path / "config.yaml")
+    assert build(HardenConfig, read_yaml(tmp_path / "config.yaml")) == config
+
+
+@pytest.mark.parametrize("content", [b"a: [1", b"\xff\xfe\x00", None])
+def test_a_config_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ToolkitError, match="config file cannot be read") as caught:
+        read_yaml(path)
+    assert str(path) in caught.value.found and "config.yaml" in caught.value.fix
+
+
+@pytest.mark.parametrize("content", ["", "- 1\n- 2\n", "5"])
+def test_a_config_file_without_settings(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ToolkitError, match="holds no settings"):
+        read_yaml(tmp_path / "config.yaml")
