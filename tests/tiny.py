@@ -31,7 +31,7 @@ def convolution(before, after):
     return nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()
 """
 TRAIN, TEST, CLASSES = 600, 150, 3
-QUICK = ("--eps", "0.08", "--steps", "5", "--rounds", "3", "--batch", "1")
+QUICK = ("--eps", "0.12", "--zero-start", "--steps", "5", "--rounds", "3", "--batch", "1")
 """Short evaluation and benchmark; the archive has no preset, so the radius is needed."""
 
 

@@ -75,12 +75,14 @@ def open_workspace(output: Path, *, force: bool, resume: bool) -> Iterator[Works
         raise ToolkitError(
             "the output exists", found=str(output), fix="name another folder with --output, or replace it with --force"
         )
+    _refuse_foreign(output)
     if resume and not workspace.resumable:
         raise ToolkitError(
             "there is nothing to resume",
             found=f"no interrupted run beside {output}",
             fix="start without --resume, or name the --output of the interrupted run",
         )
+    created = _missing_parents(output)
     with disk_errors(output):
         if workspace.root.exists() and not resume:
             shutil.rmtree(workspace.root)
@@ -93,10 +95,44 @@ def open_workspace(output: Path, *, force: bool, resume: bool) -> Iterator[Works
             _move_into_place(workspace)
     except BaseException:
         if workspace.resumable:
-            shutil.rmtree(workspace.files, ignore_errors=True)
+            for path in workspace.root.iterdir():
+                if path != workspace.training_checkpoint:
+                    _remove(path)
         else:
             shutil.rmtree(workspace.root, ignore_errors=True)
+            for folder in created:
+                with contextlib.suppress(OSError):  # not empty: somebody else writes there
+                    folder.rmdir()
         raise
+
+
+def _missing_parents(output: Path) -> list[Path]:
+    """The folders above `output` that are still to be made, innermost first."""
+    return [folder for folder in output.absolute().parents if not folder.exists()]
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Replacing removes what was there, so only bundles, files and empty folders are replaced.
+
+    Raises:
+        ToolkitError: `output` is a folder of something else, or the folder that this process works in.
+    """
+    if not output.is_dir():
+        return
+    known = (output / MANIFEST).is_file() or (output / REPORT).is_file() or not any(output.iterdir())
+    if not known or Path.cwd().is_relative_to(output.resolve()):
+        raise ToolkitError(
+            "the output is a folder that harden did not write",
+            found=str(output),
+            fix="name another folder with --output; --force replaces bundles only",
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _move_into_place(workspace: Workspace) -> None:
@@ -112,13 +148,13 @@ def _move_into_place(workspace: Workspace) -> None:
             old.rename(workspace.output)
         raise
     shutil.rmtree(workspace.root, ignore_errors=True)
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
-    elif old.exists():
-        old.unlink()
+    _remove(old)
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST)
+TORCH_WRITER = "inline_container.cc"
+"""What torch.save names in every failed write, whatever the system said."""
 SMALLEST_FREE = 1 << 20
 """Below so many free bytes a failed write is put down to a full disk, whatever a library says of it."""
 
@@ -128,17 +164,31 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn what goes wrong with the disk at `path` into a `ToolkitError`; other errors pass."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except ToolkitError:
+        raise
+    except Exception as error:  # libraries raise their own kinds where they cannot write
         number = error.errno if isinstance(error, OSError) else None
-        if number in FULL or _free_bytes(path) < SMALLEST_FREE:
+        if number in FULL or TORCH_WRITER in str(error) or _free_bytes(path) < SMALLEST_FREE:
             raise ToolkitError(
-                "the disk is full", found=f"{path}: {error}", fix="free some space, or name another disk with --output"
+                "the disk is full",
+                found=f"{path}: {_first_line(error)}",
+                fix="free some space, or name another disk with --output",
             ) from error
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST):
+        if number in UNWRITABLE and _concerns(error, path):
             raise ToolkitError(
                 "the output cannot be written", found=f"{path}: {error}", fix="name a writable folder with --output"
             ) from error
         raise
+
+
+def _concerns(error: Exception, path: Path) -> bool:
+    """Whether a failed file operation was on `path` or beside it, and not on a file of ours that is missing."""
+    name = getattr(error, "filename", None)
+    return name is None or Path(name).absolute().is_relative_to(path.absolute().parent)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _free_bytes(path: Path) -> int:
@@ -179,7 +229,7 @@ def read_report(folder: Path) -> Report:
             "this is no bundle", found=f"no {REPORT} in {folder}", fix="name a folder that `toolkit harden` wrote"
         )
     try:
-        return Report.model_validate_json(path.read_text(encoding="utf-8"))
+        return Report.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
@@ -195,10 +245,27 @@ def read_config(folder: Path) -> HardenConfig:
     return build(HardenConfig, read_yaml(folder / CONFIG))
 
 
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ToolkitError(
+            "this is no bundle", found=f"no {MANIFEST} in {folder}", fix="name a folder that `toolkit harden` wrote"
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        for entry in manifest["files"].values():
+            entry["sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ToolkitError(
+            "the manifest is damaged", found=f"{path}: {type(error).__name__}", fix="use another copy of the bundle"
+        ) from error
+    return manifest
+
+
 def replace_summary(folder: Path, text: str) -> None:
     """Write report.md anew, and its hash into the manifest."""
+    manifest = _read_manifest(folder)
     with disk_errors(folder):
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         (folder / SUMMARY).write_text(text, encoding="utf-8")
         manifest["files"][SUMMARY] = _entry(folder / SUMMARY)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -219,17 +286,7 @@ def verify_files(folder: Path) -> tuple[Finding, ...]:
     Raises:
         ToolkitError: no manifest, or one that cannot be read.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ToolkitError(
-            "this is no bundle", found=f"no {MANIFEST} in {folder}", fix="name a folder that `toolkit harden` wrote"
-        )
-    try:
-        claimed = {str(name): entry["sha256"] for name, entry in json.loads(path.read_text("utf-8"))["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ToolkitError(
-            "the manifest is damaged", found=f"{path}: {type(error).__name__}", fix="use another copy of the bundle"
-        ) from error
+    claimed = {str(name): entry["sha256"] for name, entry in _read_manifest(folder)["files"].items()}
     present = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} - {MANIFEST}
     findings = []
     for name in sorted(present | set(claimed) | (set(REQUIRED) - {MANIFEST})):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +53,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint, state dict, or shipped:cnn8.")]
 
 _verbose = False
+_arguments: Sequence[str] = ()
 _on_interrupt: Callable[[], str] | None = None
 
 
@@ -482,8 +484,8 @@ def _resume_hint(resumable: Callable[[], bool], output: str) -> None:
     def hint() -> str:
         if not resumable():
             return f"nothing was written to {output}; start again with the same command"
-        arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
-        return f"nothing was written to {output}; continue with: toolkit {' '.join(arguments)} --resume"
+        arguments = [argument for argument in _arguments if argument != "--resume"]
+        return f"nothing was written to {output}; continue with: toolkit {shlex.join([*arguments, '--resume'])}"
 
     _on_interrupt = hint
 
@@ -495,15 +497,15 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
+    global _arguments, _on_interrupt
+    _arguments, _on_interrupt = tuple(arguments), None
     try:
         outcome = app(args=list(arguments), prog_name="toolkit", standalone_mode=False)
     except ToolkitError as error:
         _panel(error)
         return BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
-        hint = _on_interrupt() if _on_interrupt else "nothing was written"
-        print(f"\ninterrupted: {hint}", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted()
     except TyperException as error:
         show = getattr(error, "show", None)  # usage errors show themselves
         if show is not None:
@@ -517,7 +519,15 @@ def run(arguments: Sequence[str]) -> int:
         print(f"toolkit: a defect of the toolkit: {type(error).__name__}: {error}", file=sys.stderr)
         print("         run the command again with --verbose and report what it prints", file=sys.stderr)
         return DEFECT
+    if outcome == INTERRUPTED:  # typer turns Ctrl-C into this code
+        return _interrupted()
     return outcome if isinstance(outcome, int) else DONE
+
+
+def _interrupted() -> int:
+    hint = _on_interrupt() if _on_interrupt else "nothing was written"
+    print(f"\ninterrupted: {hint}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _panel(error: ToolkitError) -> None:

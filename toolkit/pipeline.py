@@ -99,23 +99,37 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
         config = _resolve(config, prepared)
         with watch.stage("prune"):
             pruned = prune(prepared.model, config.prune)
+        with watch.stage("export"):  # first, so that what cannot be exported or run is not trained in vain
+            original = export_onnx(prepared.model, workspace.scratch("original.onnx"), config.export)
+            OnnxPredictor(original.path, provider=config.benchmark.provider)
         with watch.stage("finetune"):
-            tuned = train(
-                pruned.model,
-                prepared.splits.train,
-                prepared.splits.validation,
-                config.finetune,
-                prepared.plan,
-                seed=config.seed,
-                label="fine-tuning",
-                checkpoint=workspace.training_checkpoint,
-                resume=resume,
-            )
-        graphs = _write_graphs(config, prepared, tuned.model, workspace, watch)
+            tuned = _finetune(config, prepared, pruned.model, workspace, resume=resume)
+        graphs = _write_graphs(config, prepared, tuned.model, original, workspace, watch)
         evidence = _gather(config, prepared, pruned, tuned, graphs, watch)
         report = build_report(config, evidence)
         _write_documents(config, prepared, report, workspace)
     return HardenResult(output, report)
+
+
+def _finetune(
+    config: HardenConfig, prepared: Prepared, model: TorchModel, workspace: bundle.Workspace, *, resume: bool
+) -> TrainingResult:
+    try:
+        return train(
+            model,
+            prepared.splits.train,
+            prepared.splits.validation,
+            config.finetune,
+            prepared.plan,
+            seed=config.seed,
+            label="fine-tuning",
+            checkpoint=workspace.training_checkpoint,
+            resume=resume,
+        )
+    except ToolkitError:
+        if not resume:  # it would only diverge again
+            workspace.training_checkpoint.unlink(missing_ok=True)
+        raise
 
 
 def dry_run(config: HardenConfig, output: Path) -> str:
@@ -183,13 +197,17 @@ class Graphs:
 
 
 def _write_graphs(
-    config: HardenConfig, prepared: Prepared, model: TorchModel, workspace: bundle.Workspace, watch: Stopwatch
+    config: HardenConfig,
+    prepared: Prepared,
+    model: TorchModel,
+    original: OnnxModel,
+    workspace: bundle.Workspace,
+    watch: Stopwatch,
 ) -> Graphs:
     files, evaluation = workspace.files, prepared.splits.evaluation
     metadata = describe(model, prepared.plan)
     save_checkpoint(model, files / bundle.CHECKPOINT)
     with watch.stage("export"):
-        original = export_onnx(prepared.model, workspace.scratch("original.onnx"), config.export)
         fp32 = export_onnx(model, files / bundle.FLOAT_TWIN, config.export, metadata=metadata)
         parity_fp32 = measure_parity(model, OnnxPredictor(fp32.path), evaluation)
         check_parity(parity_fp32)

@@ -19,6 +19,9 @@ from toolkit.models.loading import assemble, read_model_file, resolve_path
 from toolkit.progress import notice
 from toolkit.reports.build import public_name
 
+UNUSED = ThreatConfig(eps=1.0)
+"""The threat model of runs that make no attack."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -38,8 +41,12 @@ def set_threads(requested: int | None) -> int:
     return threads
 
 
-def prepare(config: ModelRunConfig) -> Prepared:
+def prepare(config: ModelRunConfig, *, attacked: bool = True) -> Prepared:
     """Load and check everything that `config` names; nothing is written.
+
+    Args:
+        config: the run.
+        attacked: whether the threat model matters; without, a data set that has no preset needs no radius.
 
     Raises:
         ToolkitError: any bad input: the model's file, its data set, the threat model, or two that do not fit.
@@ -69,7 +76,8 @@ def prepare(config: ModelRunConfig) -> Prepared:
     check_fits(source, model.spec)
     splits = make_splits(source, config.data, config.seed)
     check_trained_on(splits, model.training_hashes)
-    return Prepared(model, source, splits, resolve_plan(config.threat, source.threat_key), threads)
+    plan = resolve_plan(config.threat if attacked else UNUSED, source.threat_key)
+    return Prepared(model, source, splits, plan, threads)
 
 
 def resolved_data(config: DataConfig, source: DataSource) -> DataConfig:
@@ -107,13 +115,14 @@ def _normalization(config: ModelConfig, source: DataSource) -> Normalization:
     return Normalization(values["mean"], values["std"])
 
 
-def describe(model: TorchModel, plan: PgdPlan) -> dict[str, str]:
+def describe(model: TorchModel, plan: PgdPlan | None = None) -> dict[str, str]:
     """What the ONNX files say of themselves; nothing of the machine that made them."""
-    spec, threat = model.spec, plan.record()
+    spec = model.spec
+    threat = {} if plan is None else {"threat_model": json.dumps(plan.record())}
     return {
         "toolkit_version": __version__,
         "architecture": public_name(spec.architecture),
         "class_names": json.dumps(list(spec.class_names)),
         "normalization": json.dumps({"mean": spec.normalization.mean, "std": spec.normalization.std, "inside": True}),
-        "threat_model": json.dumps(threat),
+        **threat,
     }

@@ -15,7 +15,7 @@ from toolkit.config import (
     BenchmarkConfig,
     DataConfig,
     ExportConfig,
-    ModelConfig,
+    HardenConfig,
     ModelRunConfig,
     PruneConfig,
     QuantizeConfig,
@@ -115,7 +115,7 @@ def _save(model: TorchModel, output: Path) -> None:
 def prune_file(config: ModelRunConfig, how: PruneConfig, output: Path, *, force: bool) -> PruningResult:
     """Prune a network and write it as a checkpoint."""
     _refuse_existing(output, force=force)
-    result = prune(prepare(config).model, how)
+    result = prune(prepare(config, attacked=False).model, how)
     _save(result.model, output)
     return result
 
@@ -123,12 +123,12 @@ def prune_file(config: ModelRunConfig, how: PruneConfig, output: Path, *, force:
 def export_file(config: ModelRunConfig, how: ExportConfig, output: Path, *, force: bool) -> Parity:
     """Export a network as a float ONNX file and measure its parity with torch on evaluation images."""
     _refuse_existing(output, force=force)
-    prepared = prepare(config)
+    prepared = prepare(config, attacked=False)
     partial = output.with_name(f".{output.name}.tmp")
     with bundle.disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
-            metadata = {**describe(prepared.model, prepared.plan), "dataset": prepared.source.name.split(":")[0]}
+            metadata = {**describe(prepared.model), "dataset": prepared.source.name.split(":")[0]}
             exported = export_onnx(prepared.model, partial, how, metadata=metadata)
             parity = measure_parity(prepared.model, OnnxPredictor(exported.path), prepared.splits.evaluation)
             check_parity(parity)
@@ -212,7 +212,7 @@ def attack(config: ModelRunConfig, target: Path | None) -> AttackReport:
         bundle.read_report(folder)
         files = {"fp32": folder / bundle.FLOAT_TWIN, "deployed": folder / bundle.DEPLOYED}
         saved = bundle.read_config(folder)
-        config = _with_bundle_settings(config, folder, saved.data, saved.threat)
+        config = _with_bundle_settings(config, folder, saved)
     elif folder.suffix == ".onnx":
         raise ToolkitError(
             "an ONNX file gives no gradients to attack with",
@@ -231,15 +231,18 @@ def attack(config: ModelRunConfig, target: Path | None) -> AttackReport:
     return AttackReport(found, prepared.plan, len(prepared.splits.evaluation), prepared.source.name)
 
 
-def _with_bundle_settings(
-    config: ModelRunConfig, folder: Path, data: DataConfig, threat: ThreatConfig
-) -> ModelRunConfig:
-    """The bundle's own data set and threat model, where the user set none."""
-    changes: dict[str, object] = {"model": ModelConfig(path=folder / bundle.CHECKPOINT)}
+def _with_bundle_settings(config: ModelRunConfig, folder: Path, saved: HardenConfig) -> ModelRunConfig:
+    """The bundle's own images, seed and threat model, where the user set none."""
     given = {name: getattr(config.threat, name) for name in config.threat.model_fields_set}
-    changes["threat"] = ThreatConfig(**override_threat(threat.model_dump(), given))
+    changes: dict[str, object] = {
+        "model": config.model.model_copy(update={"path": folder / bundle.CHECKPOINT}),
+        "threat": ThreatConfig(**override_threat(saved.threat.model_dump(), given)),
+    }
     if config.data.source is None:
-        changes["data"] = data.model_copy(update={"evaluation": config.data.evaluation})
+        own = {name: getattr(config.data, name) for name in config.data.model_fields_set}
+        changes["data"] = saved.data.model_copy(update=own)
+    if "seed" not in config.model_fields_set:
+        changes["seed"] = saved.seed  # it chose the evaluation images
     return config.model_copy(update=changes)
 
 
