@@ -168,15 +168,15 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # libraries raise their own kinds where they cannot write
         number = error.errno if isinstance(error, OSError) else None
+        if number in UNWRITABLE and _concerns(error, path):
+            raise ToolkitError(
+                "the output cannot be written", found=f"{path}: {error}", fix="name a writable folder with --output"
+            ) from error
         if number in FULL or TORCH_WRITER in str(error) or _free_bytes(path) < SMALLEST_FREE:
             raise ToolkitError(
                 "the disk is full",
                 found=f"{path}: {_first_line(error)}",
                 fix="free some space, or name another disk with --output",
-            ) from error
-        if number in UNWRITABLE and _concerns(error, path):
-            raise ToolkitError(
-                "the output cannot be written", found=f"{path}: {error}", fix="name a writable folder with --output"
             ) from error
         raise
 
