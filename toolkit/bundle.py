@@ -82,33 +82,42 @@ def open_workspace(output: Path, *, force: bool, resume: bool) -> Iterator[Works
             found=f"no interrupted run beside {output}",
             fix="start without --resume, or name the --output of the interrupted run",
         )
-    created = _missing_parents(output)
-    with disk_errors(output):
+    with disk_errors(output), folders_above(output):
         if workspace.root.exists() and not resume:
             shutil.rmtree(workspace.root)
         if workspace.files.exists():
             shutil.rmtree(workspace.files)
         workspace.files.mkdir(parents=True)
-    try:
-        with disk_errors(output):
+        try:
             yield workspace
             _move_into_place(workspace)
+        except BaseException:
+            _clear(workspace)
+            raise
+
+
+def _clear(workspace: Workspace) -> None:
+    """Remove all but a training that can be resumed."""
+    if workspace.resumable:
+        for path in workspace.root.iterdir():
+            if path != workspace.training_checkpoint:
+                _remove(path)
+    else:
+        shutil.rmtree(workspace.root, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def folders_above(output: Path) -> Iterator[None]:
+    """Make the folders above `output`; after an error those that were made and are empty go again."""
+    missing = [folder for folder in output.absolute().parents if not folder.exists()]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
     except BaseException:
-        if workspace.resumable:
-            for path in workspace.root.iterdir():
-                if path != workspace.training_checkpoint:
-                    _remove(path)
-        else:
-            shutil.rmtree(workspace.root, ignore_errors=True)
-            for folder in created:
-                with contextlib.suppress(OSError):  # not empty: somebody else writes there
-                    folder.rmdir()
+        for folder in missing:  # innermost first
+            with contextlib.suppress(OSError):  # not empty: somebody else writes there
+                folder.rmdir()
         raise
-
-
-def _missing_parents(output: Path) -> list[Path]:
-    """The folders above `output` that are still to be made, innermost first."""
-    return [folder for folder in output.absolute().parents if not folder.exists()]
 
 
 def _refuse_foreign(output: Path) -> None:

@@ -66,18 +66,22 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
     network = build_network(config.arch, len(classes), shape)
     spec = ModelSpec(config.arch, classes, shape, source.normalization_hint, source.name)
     model = TorchModel(Normalized(network, source.normalization_hint).eval(), spec)
-    with bundle.disk_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        result = train(
-            model,
-            splits.train,
-            splits.validation,
-            config.training,
-            plan,
-            seed=config.seed,
-            checkpoint=checkpoint,
-            resume=resume,
-        )
+    with bundle.disk_errors(output), bundle.folders_above(output):
+        try:
+            result = train(
+                model,
+                splits.train,
+                splits.validation,
+                config.training,
+                plan,
+                seed=config.seed,
+                checkpoint=checkpoint,
+                resume=resume,
+            )
+        except ToolkitError:
+            if not resume:  # it would only diverge again
+                checkpoint.unlink(missing_ok=True)
+            raise
         _save(result.model, output)
         checkpoint.unlink(missing_ok=True)
     return result
@@ -102,8 +106,7 @@ def _refuse_existing(output: Path, *, force: bool) -> None:
 
 def _save(model: TorchModel, output: Path) -> None:
     """Write beside `output` first, so that it is whole or as it was."""
-    with bundle.disk_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with bundle.disk_errors(output), bundle.folders_above(output):
         partial = output.with_name(f".{output.name}.tmp")
         try:
             save_checkpoint(model, partial)
@@ -125,8 +128,7 @@ def export_file(config: ModelRunConfig, how: ExportConfig, output: Path, *, forc
     _refuse_existing(output, force=force)
     prepared = prepare(config, attacked=False)
     partial = output.with_name(f".{output.name}.tmp")
-    with bundle.disk_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with bundle.disk_errors(output), bundle.folders_above(output):
         try:
             metadata = {**describe(prepared.model), "dataset": prepared.source.name.split(":")[0]}
             exported = export_onnx(prepared.model, partial, how, metadata=metadata)
@@ -166,8 +168,7 @@ def quantize_file(
         )
     splits = make_splits(source, data, seed)
     partial = output.with_name(f".{output.name}.tmp")
-    with bundle.disk_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with bundle.disk_errors(output), bundle.folders_above(output):
         try:
             quantized = quantize_int8(OnnxModel(path, "fp32"), partial, splits.calibration, how)
             write_metadata(partial, read_metadata(path))

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from tests import tiny
+from tests.tiny import World, entries
+from toolkit import cli
+from toolkit.training import loop
+
+DATA = ("--data", "npz:data.npz")
+
+
+def result(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Any:
+    """What a command prints with --json."""
+    code = tiny.run(*arguments, "--json", "-q")
+    captured = capsys.readouterr()
+    assert code == cli.DONE, captured.err
+    assert captured.err == ""
+    return json.loads(captured.out)
+
+
+def train(output: str, *more: str) -> list[str]:
+    return ["train", "net.py:net", *DATA, "--epochs", "2", "--threads", "1", "--output", output, *more]
+
+
+def test_train_writes_a_checkpoint_that_describes_itself(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = result(capsys, *train("deep/new.pt"))
+    content = torch.load("deep/new.pt", weights_only=True)
+    (record,) = content["spec"]["training"]
+    assert record["objective"] == found["objective"] == "standard" and record["epochs"] == 2
+    assert content["spec"]["dataset"] == "npz:data.npz" and len(content["hashes"]) == 540
+    assert entries(here / "deep") == ["new.pt"]
+
+
+def test_training_repeats_and_resumes_to_the_same_weights(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tiny.run(*train("one.pt", "-q")) == cli.DONE
+    left = [6]
+    advance = loop._Run.advance
+
+    def interrupted(run: loop._Run) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        advance(run)
+
+    monkeypatch.setattr(loop._Run, "advance", interrupted)
+    assert tiny.run(*train("two.pt", "-q")) == cli.INTERRUPTED
+    assert "--resume" in capsys.readouterr().err
+    assert not Path("two.pt").exists() and ".two.pt.partial" in entries(here)
+    assert tiny.run(*train("two.pt", "-q", "--resume")) == cli.DONE
+    one, two = (torch.load(name, weights_only=True)["state_dict"] for name in ("one.pt", "two.pt"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not [name for name in entries(here) if name.startswith(".")]
+
+
+def test_a_failed_training_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = entries(here)
+    assert tiny.run(*train("new.pt", "--learning-rate", "1e30", "-q")) == cli.BAD_INPUT
+    assert "diverged" in capsys.readouterr().err
+    assert tiny.run(*train("new.pt", "--resume", "-q")) == cli.BAD_INPUT
+    assert "nothing to resume" in capsys.readouterr().err
+    assert [name for name in entries(here) if name != "__pycache__"] == before
+
+
+def test_a_training_that_diverges_late_leaves_nothing(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    advance = loop._Run.advance
+
+    def poisoned(run: loop._Run) -> None:
+        if run.step == 5:
+            with torch.no_grad():
+                next(run.module.parameters()).fill_(torch.nan)
+        advance(run)
+
+    monkeypatch.setattr(loop._Run, "advance", poisoned)
+    before = entries(here)
+    assert tiny.run(*train("deep/new.pt", "-q")) == cli.BAD_INPUT
+    assert tiny.run(*tiny.harden_arguments(), "--finetune", "standard", "-q") == cli.BAD_INPUT
+    assert "diverged" in capsys.readouterr().err
+    assert [name for name in entries(here) if name != "__pycache__"] == before
+
+
+@pytest.mark.usefixtures("here")
+def test_prune_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """The data set has no preset of a threat model, and none is needed."""
+    found = result(capsys, "prune", "model.pt", "--prune", "0.5", "--output", "small.pt")
+    assert found["parameters"] == {"before": 6339, "after": 2019}
+    assert [(row["before"], row["after"]) for row in found["layers"]] == [(16, 8), (32, 16), (3, 3)]
+    assert sum(value.numel() for value in torch.load("small.pt", weights_only=True)["state_dict"].values()) == 2019
+
+
+@pytest.mark.usefixtures("here")
+def test_export_quantize_and_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    found = result(capsys, "export", "model.pt", "--output", "float.onnx")
+    assert all(batch["agreement"]["value"] == 1 for batch in found["parity"]["batches"])
+    said = {entry.key: entry.value for entry in onnx.load("float.onnx").metadata_props}
+    assert "threat_model" not in said, "nothing was attacked"
+    found = result(capsys, "quantize", "float.onnx", *DATA, "--threads", "1", "--output", "int8.onnx")
+    assert found["integer_coverage"] == 1.0 and all("QLinear" in row["kernel"] or row["kernel"] == "QGemm"
+                                                    for row in found["layers"])  # fmt: skip
+    rows = result(capsys, "benchmark", "float.onnx", "int8.onnx", "--batch", "1", "--rounds", "3", "--threads", "1")
+    assert [(row["file"], row["baseline"], row["batch"]) for row in rows] == [
+        ("float.onnx", "float.onnx", 1),
+        ("int8.onnx", "float.onnx", 1),
+    ]
+    session = onnxruntime.InferenceSession("int8.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].name == "image"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["quantize", "nothing.onnx", *DATA], ["nothing.onnx"]),
+        (["quantize", "net.py", *DATA], ["ONNX", "net.py"]),
+        (["benchmark", "net.py"], ["net.py"]),
+        (["export", "model.pt", "--output", "net.py"], ["exists", "--force"]),
+        (["prune", "model.pt", "--output", "folder"], ["folder"]),
+        (["prune", "model.pt", "--output", "net.py/x.pt"], ["cannot be written"]),
+        (["train", "cnn9", *DATA, "--output", "new.pt"], ["cnn9", "did you mean 'cnn8'"]),
+        (["train", "net.py:nothing", *DATA, "--output", "new.pt"], ["nothing"]),
+        (["train", "net.py:net", "--objective", "adversarial", *DATA, "--output", "new.pt"], ["--eps"]),
+        (["train", "net.py:net", *DATA, "--output", "net.py/x.pt"], ["cannot be written"]),
+        (["attack", "nothing.onnx"], ["--target nothing.onnx"]),
+        (["attack", "model.pt", "--eps", "0.1", "--target", "nothing.onnx"], ["nothing.onnx"]),
+    ],
+)
+def test_bad_input_leaves_nothing(
+    arguments: list[str], words: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "folder").mkdir()
+    before = entries(here)
+    assert tiny.run(*arguments, "-q") == cli.BAD_INPUT
+    captured = capsys.readouterr()
+    assert captured.out == "" and "fix:" in captured.err
+    said = "".join(line.strip("│ ").replace(" ", "") for line in captured.err.splitlines())
+    assert all(word.replace(" ", "") in said for word in words), captured.err
+    assert [name for name in entries(here) if name != "__pycache__"] == before
+
+
+def test_quantize_refuses_images_of_another_shape(out: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = entries(here)
+    command = ("quantize", out / "model.fp32.onnx", "--data", "sample", "--output", "int8.onnx", "-q")
+    assert tiny.run(*command) == cli.BAD_INPUT
+    assert "28" in capsys.readouterr().err and entries(here) == before
+
+
+def test_attack_on_a_bundle_finds_the_reports_figures(
+    hardened: World, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = json.loads((hardened.bundle / "report.json").read_text())
+    found = result(capsys, "attack", out, "--threads", "1")
+    assert found["threat"] == report["threat"] and found["images"] == 150
+    assert found["accuracy"]["deployed"] == report["accuracy"]["deployed"]
+    assert found["robust_accuracy"]["deployed"] == report["robust_accuracy"]["deployed"]
+    assert found["robust_accuracy"]["fp32"] == report["robust_accuracy"]["fp32"]
+
+
+@pytest.mark.usefixtures("here")
+def test_attack_on_a_bundle_uses_its_images_and_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*tiny.harden_arguments(epochs=0), "--n", "40", "--seed", "7", "--threads", "1", "-q"]
+    assert tiny.run(*command) == cli.DONE
+    capsys.readouterr()
+    report = json.loads(Path("out/report.json").read_text())
+    found = result(capsys, "attack", "out", "--threads", "1")
+    assert found["images"] == 40
+    assert found["robust_accuracy"]["deployed"] == report["robust_accuracy"]["deployed"]
+    more = result(capsys, "attack", "out", "--n", "60", "--steps", "2", "--threads", "1")
+    assert more["images"] == 60 and more["steps"] == 2 and more["threat"] == report["threat"]
+
+
+def test_attack_finds_the_code_of_a_bundles_network_elsewhere(
+    out: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "code").mkdir()
+    for name in ("net.py", "layers.py"):
+        (here / name).rename(here / "code" / name)
+    assert tiny.run("attack", out, "-q") == cli.BAD_INPUT
+    assert "net.py" in capsys.readouterr().err
+    assert result(capsys, "attack", out, "--arch", "code/net.py:net", "--threads", "1")["images"] == 150
+
+
+def test_attack_on_a_pair(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = (out / "model.pt", "--target", out / "model.onnx")
+    found = result(capsys, "attack", *pair, "--eps", "0.12", "--zero-start", "--steps", "5", "--threads", "1")
+    report = json.loads((out / "report.json").read_text())
+    assert set(found["accuracy"]) == {"torch", "deployed"}
+    assert found["robust_accuracy"]["deployed"] == report["robust_accuracy"]["deployed"]
+    mismatched = ["attack", "model.pt", "--target", "other.onnx", "--eps", "0.1", "-q"]
+    other = ["train", "cnn8", "--data", "sample", "--epochs", "0", "--output", "cnn8.pt", "-q"]
+    assert tiny.run(*other) == tiny.run("export", "cnn8.pt", "--output", "other.onnx", "-q") == cli.DONE
+    capsys.readouterr()
+    assert tiny.run(*mismatched) == cli.BAD_INPUT
+    assert "no form of the model" in capsys.readouterr().err
+
+
+def test_benchmark_of_bundles(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = result(capsys, "benchmark", out, "--batch", "1,2", "--rounds", "3", "--threads", "1")
+    assert [(row["file"], row["batch"]) for row in rows] == [("fp32", 1), ("deployed", 1), ("fp32", 2), ("deployed", 2)]
+    assert all(row["baseline"] == "fp32" and row["threads"] == 1 for row in rows)
