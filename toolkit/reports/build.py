@@ -234,14 +234,20 @@ def verdict(int8: bool, coverage: IntegerCoverage, latency: tuple[LatencyRow, ..
     told = ", ".join(
         f"{row.speedup:.2f}x at batch {row.batch} [{row.speedup_low:.2f}, {row.speedup_high:.2f}]" for row in rows
     )
+    faster = [str(row.batch) for row in rows if row.ratio_high < 1]
+    slower = [str(row.batch) for row in rows if row.ratio_low > 1]
     if not rows:
         pays = "speed was not measured"
-    elif all(row.ratio_high < 1 for row in rows):
+    elif len(faster) == len(rows):
         pays = "int8 pays here"
-    elif all(row.ratio_low > 1 for row in rows):
+    elif len(slower) == len(rows):
         pays = "int8 does NOT pay here: it is slower than the float twin"
+    elif faster:
+        pays = f"int8 pays at batch {', '.join(faster)} only"
+    elif slower:
+        pays = f"int8 does NOT pay here: slower at batch {', '.join(slower)}, and no difference to be told elsewhere"
     else:
-        pays = "int8 pays at some batch sizes only"
+        pays = "no difference in speed from the float twin can be told here"
     return (
         f"{coverage.share:.1%} of the multiply-accumulates run in integers; {pays}"
         + (f" (speed relative to the float twin: {told})" if told else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -301,3 +302,9 @@ if __name__ == "__main__":
     import json
 
     print(json.dumps(Report.model_json_schema(), indent=2))
+
+
+def schema_text() -> str:
+    """The JSON Schema of `Report` as it stands in docs/report.schema.json."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Report.model_json_schema()}
+    return json.dumps(schema, indent=2) + "\n"

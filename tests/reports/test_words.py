@@ -1,0 +1,130 @@
+"""report.md, the summary and the comparison: what they say agrees with report.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.tiny import World
+from toolkit.artifacts import Proportion
+from toolkit.bundle import read_report
+from toolkit.config import GateConfig
+from toolkit.evaluators.soundness import integer_above_float
+from toolkit.reports.build import _gates, public_name, verdict
+from toolkit.reports.markdown import percent, render_markdown, threat_text
+from toolkit.reports.schema import AlarmRecord, Gate, Report, Threat
+from toolkit.reports.summary import comparison, render_summary, text_table
+
+
+@pytest.fixture
+def report(hardened: World) -> Report:
+    return read_report(hardened.bundle)
+
+
+def tables(text: str) -> list[list[str]]:
+    """The lines of every table."""
+    blocks = [block.splitlines() for block in text.split("\n\n")]
+    return [block for block in blocks if block[0].startswith("|")]
+
+
+def test_the_markdown_is_that_of_the_bundle_and_its_tables_are_whole(hardened: World, report: Report) -> None:
+    text = render_markdown(report)
+    assert text == (hardened.bundle / "report.md").read_text()
+    assert len(tables(text)) >= 8
+    for table in tables(text):
+        assert len({line.count("|") for line in table}) == 1, table[0]
+    assert "None" not in text and "nan" not in text
+
+
+def test_every_headline_figure_stands_in_the_markdown_and_the_summary(report: Report) -> None:
+    figures = [percent(report.accuracy.deployed), percent(report.robust_accuracy.deployed)]
+    figures += [f"{report.model.params.after:,}", f"{report.model.macs.after:,}", report.quantization.verdict]
+    for text in (render_markdown(report), render_summary(report, Path("out"))):
+        for figure in figures:
+            assert figure in text
+
+
+def test_alarms_and_unmet_gates_cannot_be_overlooked(report: Report) -> None:
+    (alarm,) = integer_above_float({"fp32": Proportion(10, 100), "deployed": Proportion(50, 100)})
+    told = report.model_copy(
+        update={
+            "soundness": [AlarmRecord(name=alarm.name, message=alarm.message, value=alarm.value, limit=alarm.limit)],
+            "gates": [Gate(name="--min-robust", limit=0.9, value=0.5, met=False)],
+        }
+    )
+    markdown, summary = render_markdown(told), render_summary(told, Path("out"))
+    assert "**ALARM integer_above_float**" in markdown.split("##")[0], "before the first section"
+    assert "ALARM" in summary and "GATE     --min-robust 0.9: measured 0.5000, NOT MET" in summary
+    assert "**not met**" in markdown
+
+
+def test_the_summary_ends_with_places_and_commands(report: Report) -> None:
+    summary = render_summary(report, Path("some/out"))
+    commands = ("verify some/out", "attack some/out", "harden --config some/out/config.yaml --output some/out-again")
+    for line in ("bundle:  some/out", "report:  some/out/report.md", *(f"toolkit {command}" for command in commands)):
+        assert line in summary
+
+
+def test_the_threat_in_words() -> None:
+    pixel = Threat(preset="pixel", norm="linf", eps=0.1, space="pixels", clip=True)
+    paper = Threat(preset="paper", norm="l2", eps=0.5, space="normalised", clip=False)
+    assert threat_text(pixel) == "l-inf, eps 0.1 in pixels in [0, 1], clipped to valid pixels (preset `pixel`)"
+    assert threat_text(paper) == "l2, eps 0.5 in the normalised space, not clipped to valid pixels (preset `paper`)"
+
+
+def test_a_comparison_has_a_row_for_each_bundle(report: Report) -> None:
+    header, rows = comparison({"a": report, "b": report})
+    assert [row[0] for row in rows] == ["a", "b"] and all(len(row) == len(header) for row in rows)
+
+
+def test_a_text_table_is_aligned() -> None:
+    lines = text_table(("name", "n"), [("a", 1), ("longer", 22)]).splitlines()
+    assert lines == ["name    n", "------  --", "a       1", "longer  22"]
+
+
+def row(low: float, high: float, batch: int = 1) -> Any:
+    middle = (low + high) / 2
+    fields = {"ratio": middle, "ratio_low": low, "ratio_high": high, "speedup": 1 / middle}
+    return SimpleNamespace(file="deployed", batch=batch, **fields, speedup_low=1 / high, speedup_high=1 / low)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ((row(0.4, 0.6), row(0.5, 0.9)), "int8 pays here"),
+        ((row(1.1, 1.2), row(1.01, 1.5)), "does NOT pay here"),
+        ((row(0.4, 0.6), row(1.1, 1.2, batch=64)), "pays at batch 1 only"),
+        ((row(0.4, 0.6, batch=64), row(0.9, 1.2)), "pays at batch 64 only"),
+        ((row(0.9, 1.2), row(1.1, 1.2, batch=64)), "does NOT pay here: slower at batch 64, and no difference"),
+        ((), "speed was not measured"),
+    ],
+)
+def test_the_verdict_on_speed(rows: tuple[Any, ...], words: str) -> None:
+    coverage: Any = SimpleNamespace(share=0.995)
+    said = verdict(True, coverage, rows)
+    assert words in said and said.startswith("99.5% of the multiply-accumulates")
+
+
+def test_a_difference_within_the_noise_is_no_verdict() -> None:
+    coverage: Any = SimpleNamespace(share=1.0)
+    said = verdict(True, coverage, (row(0.9, 1.1),))
+    assert "no difference" in said and "pays" not in said
+
+
+def test_gates_are_met_at_their_limit() -> None:
+    gates = GateConfig(min_accuracy=0.5, min_robust=0.25, min_integer_coverage=1.0)
+    found = _gates(gates, Proportion(1, 4), Proportion(1, 2), 1.0)
+    assert [(gate.name, gate.met) for gate in found] == [
+        ("--min-accuracy", True), ("--min-robust", True), ("--min-integer-coverage", True),
+    ]  # fmt: skip
+    assert not any(gate.met for gate in _gates(gates, Proportion(0, 4), Proportion(0, 2), 0.99))
+    assert _gates(GateConfig(), Proportion(1, 4), Proportion(1, 2), 1.0) == []
+
+
+@pytest.mark.parametrize("path", ["/home/me/net.py:net", "net.py:net", "C:\\code\\net.py:net", "a/b/net.py:net"])
+def test_an_architecture_is_named_without_its_folder(path: str) -> None:
+    assert public_name(path) == "net.py:net"
+    assert public_name("torchvision:resnet18") == "torchvision:resnet18"
