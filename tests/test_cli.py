@@ -352,7 +352,7 @@ def test_writes_that_the_system_refuses(limit: int, here: Path) -> None:
 
 def test_ctrl_c_says_how_to_resume_and_the_resume_completes(here: Path) -> None:
     before = files_in(here)
-    command = [*tiny.harden_arguments("my bundle", epochs=150), "--finetune", "standard", "--threads", "1"]
+    command = [*tiny.harden_arguments("my bundle", epochs=80), "--finetune", "standard", "--threads", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "toolkit", *command], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -369,7 +369,7 @@ def test_ctrl_c_says_how_to_resume_and_the_resume_completes(here: Path) -> None:
     assert left <= {".my bundle.partial", ".my bundle.partial/training.pt", ".my bundle.partial/training.pt.tmp"}
     assert tiny.run(*command, "--resume", "-q") == cli.DONE
     report = json.loads((here / "my bundle/report.json").read_text())
-    assert len(report["finetuning"]["epochs"]) == 150 and ".my bundle.partial" not in entries(here)
+    assert len(report["finetuning"]["epochs"]) == 80 and ".my bundle.partial" not in entries(here)
 
 
 # Commands beside harden
