@@ -259,3 +259,15 @@ def test_a_new_summary_keeps_the_manifest_true(folder: Path) -> None:
     bundle.replace_summary(folder, "other words")
     assert Path(bundle.SUMMARY).read_text() == "other words"
     assert all(finding.passed for finding in verify_files(folder))
+
+
+def test_two_runs_to_one_output_keep_out_of_each_others_way(folder: Path) -> None:
+    with bundle.open_workspace(folder / "out", force=False, resume=False) as workspace:
+        (workspace.files / "mine").write_text("1")
+        with (
+            pytest.raises(ToolkitError, match="another run is writing to this output"),
+            bundle.open_workspace(folder / "out", force=False, resume=False),
+        ):
+            pytest.fail("the second run must not start")
+        assert (workspace.files / "mine").is_file()
+    assert (folder / "out/mine").is_file()

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -82,18 +83,45 @@ def open_workspace(output: Path, *, force: bool, resume: bool) -> Iterator[Works
             found=f"no interrupted run beside {output}",
             fix="start without --resume, or name the --output of the interrupted run",
         )
-    with disk_errors(output), folders_above(output):
-        if workspace.root.exists() and not resume:
-            shutil.rmtree(workspace.root)
-        if workspace.files.exists():
-            shutil.rmtree(workspace.files)
-        workspace.files.mkdir(parents=True)
+    with disk_errors(output), folders_above(output), _alone(workspace):
+        for path in workspace.root.iterdir():
+            if not (resume and path == workspace.training_checkpoint):
+                _remove(path)
+        workspace.files.mkdir()
         try:
             yield workspace
             _move_into_place(workspace)
         except BaseException:
             _clear(workspace)
             raise
+
+
+@contextlib.contextmanager
+def _alone(workspace: Workspace) -> Iterator[None]:
+    """Make the workspace's folder and keep other runs out of it; the system lifts the lock of a run that died.
+
+    Raises:
+        ToolkitError: another run is writing to the same output.
+    """
+    workspace.root.mkdir(exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        yield
+        return
+    descriptor = os.open(workspace.root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ToolkitError(
+                "another run is writing to this output",
+                found=str(workspace.output),
+                fix="wait for it, or name another folder with --output",
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _clear(workspace: Workspace) -> None:

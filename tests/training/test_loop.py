@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -334,3 +336,21 @@ def shifted(image: Tensor, down: int, right: int, flip: bool) -> Tensor:
             if 0 <= y - down < height and 0 <= x - right < width:
                 result[:, y, x] = image[:, y - down, x - right]
     return result.flip(2) if flip else result
+
+
+def test_ctrl_c_loses_no_step(model: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(model, STANDARD, checkpoint=tmp_path / "whole.pt")
+    original = loop._Run.advance
+
+    def advance(self: loop._Run) -> None:
+        original(self)
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._Run, "advance", advance)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, STANDARD, checkpoint=tmp_path / "cut.pt")
+    assert torch.load(tmp_path / "cut.pt", weights_only=True)["step"] == 2
+    resumed = run(model, STANDARD, checkpoint=tmp_path / "cut.pt", resume=True)
+    assert equal(weights(whole.model), weights(resumed.model))

@@ -129,6 +129,12 @@ def public_name(architecture: str) -> str:
     return architecture.replace("\\", "/").rsplit("/", 1)[-1]
 
 
+def public_source(source: str) -> str:
+    """The data set's name without the folders of the machine that it came from."""
+    kind, separator, place = source.partition(":")
+    return f"{kind}{separator}{public_name(place.rstrip('/'))}"
+
+
 def _layer_parameters(model: TorchModel) -> dict[str, int]:
     return {
         name: sum(parameter.numel() for parameter in module.parameters(recurse=False))
@@ -146,7 +152,7 @@ def _data(config: DataConfig, evidence: Evidence) -> schema.Data:
     count = len(evidence.splits.evaluation)
     choice = f"all {count} of the test part" if config.evaluation is None else f"{count} drawn by class with the seed"
     assert config.source is not None
-    return schema.Data(source=config.source, evaluation_choice=choice, **record)
+    return schema.Data(source=public_source(config.source), evaluation_choice=choice, **record)
 
 
 def _attacks(evidence: Evidence) -> list[schema.Attack]:

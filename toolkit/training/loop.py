@@ -25,6 +25,7 @@ from toolkit.config import TrainConfig
 from toolkit.errors import ToolkitError
 from toolkit.models.checkpoint import spec_to_dict
 from toolkit.progress import task
+from toolkit.training.interrupt import deferred_interrupt
 from toolkit.training.losses import OBJECTIVES
 from toolkit.training.resume import load_state, save_state
 from toolkit.training.schedules import SCHEDULES
@@ -86,7 +87,7 @@ def train(
     if resume and checkpoint is not None and checkpoint.is_file():
         run.restore(load_state(checkpoint, run.fingerprint))
     steps = run.steps_per_epoch * config.epochs
-    with task(label, steps) as bar:
+    with task(label, steps) as bar, deferred_interrupt() as interrupted:
         bar.advance(run.step)
         last_saved = time.monotonic()
         while run.step < steps:
@@ -94,9 +95,12 @@ def train(
             end_of_epoch = run.step % run.steps_per_epoch == 0
             if end_of_epoch:
                 run.finish_epoch()
-            if checkpoint is not None and (end_of_epoch or time.monotonic() - last_saved > SAVE_EVERY_S):
+            due = end_of_epoch or interrupted() or time.monotonic() - last_saved > SAVE_EVERY_S
+            if checkpoint is not None and due:
                 save_state(run.state(), checkpoint)
                 last_saved = time.monotonic()
+            if interrupted():
+                raise KeyboardInterrupt
             bar.advance(1, run.note)
     return run.result()
 
