@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from toolkit.allocator import keep_freed_memory
 from toolkit.artifacts import Normalization, Normalized
 
 Precision = Literal["float32", "bfloat16"]
@@ -47,6 +48,8 @@ class Surrogate:
     def __init__(self, module: Normalized, normalization: Normalization, precision: Precision = "float32") -> None:
         self.normalization = normalization
         self.device = compute_device()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         copied = copy.deepcopy(module).eval().requires_grad_(False).to(self.device)
         self._mean, self._std = copied.mean.float(), copied.std.float()
