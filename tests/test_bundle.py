@@ -69,9 +69,26 @@ def test_a_new_start_forgets_the_interrupted_one(folder: Path) -> None:
     root = workspace_of(Path("out")).root
     root.mkdir()
     (root / "training.pt").write_text("old")
-    with open_workspace(Path("out"), force=False, resume=False) as workspace:
+    with (
+        pytest.raises(ToolkitError, match="can be resumed"),
+        open_workspace(Path("out"), force=False, resume=False),
+    ):
+        pytest.fail("a mistyped command must not cost a training")
+    assert (root / "training.pt").read_text() == "old"
+    with open_workspace(Path("out"), force=True, resume=False) as workspace:
         assert not workspace.resumable
     assert entries(folder) == ["out"]
+
+
+def test_an_error_says_that_the_training_is_kept(folder: Path) -> None:
+    def fails() -> None:
+        with open_workspace(Path("out"), force=False, resume=False) as workspace:
+            workspace.training_checkpoint.write_text("state")
+            raise ToolkitError("bad", found="x", fix="y")
+
+    with pytest.raises(ToolkitError) as caught:
+        fails()
+    assert "--resume" in caught.value.__notes__[0] and entries(folder) == [".out.partial"]
 
 
 def test_nothing_to_resume(folder: Path) -> None:

@@ -323,10 +323,10 @@ def test_force_replaces_and_keeps_the_old_bundle_if_the_run_fails(
 
 
 def test_a_disk_that_fills_up(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def full(*_arguments: object) -> None:
+    def full(*_arguments: object, **_named: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("toolkit.pipeline.write_yaml", full)
+    monkeypatch.setattr("toolkit.pipeline.write_settings", full)
     before = files_in(here)
     assert tiny.run(*tiny.harden_arguments(epochs=0), "--threads", "1", "-q") == cli.BAD_INPUT
     assert "the disk is full" in capsys.readouterr().err and files_in(here) == before

@@ -19,8 +19,8 @@ from toolkit.config import (
     merge,
     override_threat,
     parse_fraction,
-    read_yaml,
-    write_yaml,
+    read_settings,
+    write_settings,
 )
 from toolkit.errors import ToolkitError
 
@@ -115,8 +115,8 @@ def test_the_resolved_configuration_comes_back_from_its_file(tmp_path: Path) -> 
         HardenConfig,
         {**HARDEN, "threat": {"eps": "8/255"}, "prune": {"ratio": 0.3}, "benchmark": {"batches": [1, 7]}, "seed": 5},
     )
-    write_yaml(config, tmp_path / "config.yaml")
-    assert build(HardenConfig, read_yaml(tmp_path / "config.yaml")) == config
+    write_settings(config, tmp_path / "config.yaml", tmp_path)
+    assert build(HardenConfig, read_settings(tmp_path / "config.yaml")) == config
 
 
 @pytest.mark.parametrize("content", [b"a: [1", b"\xff\xfe\x00", None])
@@ -125,7 +125,7 @@ def test_a_config_file_that_cannot_be_read(tmp_path: Path, content: bytes | None
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ToolkitError, match="config file cannot be read") as caught:
-        read_yaml(path)
+        read_settings(path)
     assert str(path) in caught.value.found and "config.yaml" in caught.value.fix
 
 
@@ -133,4 +133,4 @@ def test_a_config_file_that_cannot_be_read(tmp_path: Path, content: bytes | None
 def test_a_config_file_without_settings(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(ToolkitError, match="holds no settings"):
-        read_yaml(tmp_path / "config.yaml")
+        read_settings(tmp_path / "config.yaml")

@@ -43,9 +43,9 @@ def test_a_fragile_dependency_has_one_owner(dependency: str) -> None:
     assert users == OWNERS[dependency]
 
 
-def test_sessions_are_made_in_one_place_but_for_those_with_custom_operators() -> None:
+def test_sessions_are_made_in_one_place() -> None:
     users = {path.name for path in PACKAGE.rglob("*.py") if "InferenceSession(" in path.read_text()}
-    assert users == {"session.py", "end_to_end.py"}
+    assert users == {"session.py"}
 
 
 def test_the_package_never_imports_its_tests() -> None:

@@ -35,7 +35,7 @@ def test_train_writes_a_checkpoint_that_describes_itself(here: Path, capsys: pyt
     content = torch.load("deep/new.pt", weights_only=True)
     (record,) = content["spec"]["training"]
     assert record["objective"] == found["objective"] == "standard" and record["epochs"] == 2
-    assert content["spec"]["dataset"] == "npz:data.npz" and len(content["hashes"]) == 540
+    assert content["spec"]["dataset"] == "npz:../data.npz" and len(content["hashes"]) == 540
     assert entries(here / "deep") == ["new.pt"]
 
 

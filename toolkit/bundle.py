@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from toolkit.config import HardenConfig, build, read_yaml
+from toolkit.config import HardenConfig, build, read_settings
 from toolkit.errors import ToolkitError
 from toolkit.reports.schema import Report
 
@@ -61,15 +61,11 @@ def workspace_of(output: Path) -> Workspace:
     return Workspace(output, output.parent / f".{output.name}.partial")
 
 
-@contextlib.contextmanager
-def open_workspace(output: Path, *, force: bool, resume: bool) -> Iterator[Workspace]:
-    """A workspace that becomes `output` when the block ends without an error.
-
-    After an error or an interrupt `output` is as it was before; the workspace stays only if a training can be resumed
-    from it.
+def check_output(output: Path, *, force: bool, resume: bool) -> Workspace:
+    """The workspace of a run to `output`, if such a run may start; nothing is written.
 
     Raises:
-        ToolkitError: `output` exists and `force` is not set, cannot be written, or the disk is full.
+        ToolkitError: `output` exists and `force` is not set, is no bundle, or an interrupted run is or is not there.
     """
     workspace = workspace_of(output)
     if output.exists() and not force:
@@ -83,6 +79,26 @@ def open_workspace(output: Path, *, force: bool, resume: bool) -> Iterator[Works
             found=f"no interrupted run beside {output}",
             fix="start without --resume, or name the --output of the interrupted run",
         )
+    if workspace.resumable and not (resume or force):
+        raise ToolkitError(
+            "an interrupted run to this output can be resumed",
+            found=str(workspace.training_checkpoint),
+            fix="continue it with --resume, or discard it with --force",
+        )
+    return workspace
+
+
+@contextlib.contextmanager
+def open_workspace(output: Path, *, force: bool, resume: bool) -> Iterator[Workspace]:
+    """A workspace that becomes `output` when the block ends without an error.
+
+    After an error or an interrupt `output` is as it was before; the workspace stays only if a training can be resumed
+    from it.
+
+    Raises:
+        ToolkitError: `output` exists and `force` is not set, cannot be written, or the disk is full.
+    """
+    workspace = check_output(output, force=force, resume=resume)
     with disk_errors(output), folders_above(output), _alone(workspace):
         for path in workspace.root.iterdir():
             if not (resume and path == workspace.training_checkpoint):
@@ -91,8 +107,10 @@ def open_workspace(output: Path, *, force: bool, resume: bool) -> Iterator[Works
         try:
             yield workspace
             _move_into_place(workspace)
-        except BaseException:
+        except BaseException as error:
             _clear(workspace)
+            if workspace.resumable and isinstance(error, ToolkitError):
+                error.add_note("the fine-tuning so far is kept: the same command with --resume goes on from it")
             raise
 
 
@@ -279,7 +297,7 @@ def read_report(folder: Path) -> Report:
 
 def read_config(folder: Path) -> HardenConfig:
     """The resolved configuration of the bundle in `folder`."""
-    return build(HardenConfig, read_yaml(folder / CONFIG))
+    return build(HardenConfig, read_settings(folder / CONFIG))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from toolkit.config import (
     build,
     merge,
     override_threat,
-    read_yaml,
+    read_settings,
 )
 from toolkit.errors import ToolkitError
 
@@ -98,7 +98,7 @@ def harden(
     """The whole pipeline: prune, fine-tune, export, quantise, attack, benchmark, bundle."""
     _start(quiet, verbose)
     given = flags.nested(settings | ({"model.path": model} if model else {}))
-    saved = read_yaml(config) if config else {}
+    saved = read_settings(config) if config else {}
     if "threat" in given and isinstance(saved.get("threat"), dict):
         saved["threat"] = override_threat(saved["threat"], given["threat"])
     values = merge(saved, given)
@@ -110,7 +110,14 @@ def harden(
     from toolkit import bundle, pipeline
 
     if dry_run:
-        print(pipeline.dry_run(resolved, output))
+        steps = pipeline.dry_run(resolved, output, force=force, resume=resume)
+        if as_json:
+            print(json.dumps([{"step": step.text, "seconds": step.seconds} for step in steps]))
+            return
+        for step in steps:
+            print(f"{step.text}   about {step.seconds:.0f} s")
+        total = sum(step.seconds for step in steps)
+        print(f"in all about {total / 60:.1f} minutes; the bundle would be written to {output}")
         return
     _resume_hint(lambda: bundle.workspace_of(output).resumable, str(output))
     result = pipeline.harden(resolved, output, force=force, resume=resume)
@@ -304,6 +311,10 @@ def attack(
             "accuracy": {name: share.as_dict() for name, share in found.clean.items()},
             "robustness": cells,
             "robust_accuracy": {name: share.as_dict() for name, share in found.worst_case.items()},
+            "clipped_share": found.clipped_share,
+            "soundness": [
+                {"name": a.name, "message": a.message, "value": a.value, "limit": a.limit} for a in report.alarms
+            ],
         }
         print(json.dumps(result))
         return
@@ -323,6 +334,10 @@ def attack(
         for cell in found.transfers
     ]
     _table(("scored on", "clean", f"{found.transfers[0].attack} on float", "transfer rate", "worst case"), rows)
+    if found.clipped_share is not None:
+        print(f"attacked pixels outside the range of the integer graph's input quantiser: {found.clipped_share:.2%}")
+    for alarm in report.alarms:
+        print(f"ALARM {alarm.message}")
 
 
 BENCHMARK_FLAGS = (*flags.BENCHMARK, *flags.MACHINE)
@@ -363,6 +378,9 @@ def benchmark(
         )
         for row in rows
     ]
+    if not all(row.trusted for row in rows):
+        load = max(row.foreign_load for row in rows)
+        print(f"NOT TO BE TRUSTED: other processes took {load:.0%} of the CPU time meanwhile")
     _table(("file", "batch", "p50", "p90", "p99", "images/s", "ratio"), cells)
 
 
@@ -538,6 +556,8 @@ def _panel(error: ToolkitError) -> None:
     if _verbose:
         traceback.print_exc()
     body = Text.assemble((error.problem, "bold"), "\n\nfound: ", error.found, "\nfix:   ", error.fix)
+    for note in getattr(error, "__notes__", ()):
+        body.append(f"\nnote:  {note}")
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     console.print(Panel(body, title="error", title_align="left", border_style="red"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from toolkit import paths
 from toolkit.errors import ToolkitError
 
 
@@ -89,9 +90,9 @@ class TrainConfig(StageConfig):
     objective: Literal["adversarial", "standard", "none"] = "adversarial"
     epochs: Annotated[int, Field(ge=0)] = 3
     batch_size: Annotated[int, Field(ge=1)] = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
     schedule: Literal["one-cycle", "stepped"] = "one-cycle"
     """`one-cycle`: linear warm-up to the rate, then linear to 0. `stepped`: the paper's, a tenth after epoch 4."""
     attack_steps: Annotated[int, Field(ge=1)] = 7
@@ -141,15 +142,15 @@ class ModelConfig(StageConfig):
     """A checkpoint, state dict or pickled module; `shipped:NAME` is one that comes with the package."""
     arch: str | None = None
     trust_pickle: bool = False
-    mean: tuple[float, ...] | None = None
+    mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None
     """Per-channel mean of the input that a bare state dict was trained on, in pixels [0, 1]; None: the data set's."""
-    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
 
 
 class MachineConfig(StageConfig):
     """What makes a run repeatable."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of torch and ONNX Runtime; None: all that this process may use."""
 
@@ -229,7 +230,42 @@ def override_threat(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[st
     return {**base, **({"step_size": None} if changed else {}), **over}
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a config file; relative paths in it start at its own folder, as `write_settings` writes them.
+
+    Raises:
+        ToolkitError: the file is missing, is not YAML, or holds no mapping.
+    """
+    return _map_paths(_read_yaml(path), lambda setting: paths.resolved(setting, path.absolute().parent))
+
+
+def write_settings(config: StageConfig, path: Path, home: Path) -> None:
+    """Write the resolved configuration to `path`, which will stand in the folder `home`."""
+    values = _map_paths(config.model_dump(mode="json"), lambda setting: paths.relative(setting, home.absolute()))
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def _map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """`values` with `change` applied to every setting that may hold a path."""
+
+    def plain(path: str) -> str:
+        return path if path.startswith("shipped:") else change(f"folder:{path}").removeprefix("folder:")
+
+    places = {
+        ("model", "path"): plain,
+        ("model", "arch"): change,
+        ("data", "source"): change,
+        ("data", "data_dir"): plain,
+    }
+    mapped = {part: dict(inner) if isinstance(inner, dict) else inner for part, inner in values.items()}
+    for (part, name), how in places.items():
+        inner = mapped.get(part)
+        if isinstance(inner, dict) and isinstance(inner.get(name), str):
+            inner[name] = how(inner[name])
+    return mapped
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
@@ -245,8 +281,3 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ToolkitError("the config file holds no settings", found=f"{path}: {type(values).__name__}", fix=fix)
     return values
-
-
-def write_yaml(config: StageConfig, path: Path) -> None:
-    """Write the resolved configuration; `read_yaml` and `build` give it back."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,14 +18,14 @@ from PIL import Image
 from toolkit import bundle
 from toolkit.artifacts import OnnxModel, Split, TorchModel
 from toolkit.attacks.surrogate import Surrogate, resolve_precision
-from toolkit.config import HardenConfig, write_yaml
+from toolkit.config import HardenConfig, write_settings
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import measure_accuracy
-from toolkit.evaluators.cost import integer_coverage, layer_macs
+from toolkit.evaluators.cost import IntegerCoverage, integer_coverage, layer_macs
 from toolkit.evaluators.environment import environment_record
 from toolkit.evaluators.latency import LatencyRow, benchmark
 from toolkit.evaluators.robustness import Robustness, evaluate_robustness
-from toolkit.evaluators.soundness import integer_above_float
+from toolkit.evaluators.soundness import Alarm, end_to_end_differs, integer_above_float
 from toolkit.exporters.end_to_end import EndToEndComparison, compare_end_to_end, export_end_to_end
 from toolkit.exporters.onnx import export_onnx, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
@@ -132,9 +133,18 @@ def _finetune(
         raise
 
 
-def dry_run(config: HardenConfig, output: Path) -> str:
-    """What `harden` would do, and about how long each stage would take here; loads everything, writes nothing."""
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """What a stage would do, and for about how long."""
+
+    text: str
+    seconds: float
+
+
+def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: bool = False) -> list[PlannedStep]:
+    """What `harden` would do; loads and checks everything that `harden` does, writes nothing."""
     check_deployable(config)
+    bundle.check_output(output, force=force, resume=resume)
     prepared = prepare(config)
     config = _resolve(config, prepared)
     pruned = prune(prepared.model, config.prune)
@@ -156,9 +166,7 @@ def dry_run(config: HardenConfig, output: Path) -> str:
         + 10 * evaluated * forward,
         f"benchmark  {config.benchmark.provider}, batches {', '.join(map(str, config.benchmark.batches))}": 15.0,
     }
-    lines = [f"{text}   about {seconds:.0f} s" for text, seconds in estimates.items()]
-    total = sum(estimates.values())
-    return "\n".join([*lines, f"in all about {total / 60:.1f} minutes; the bundle would be written to {output}"])
+    return [PlannedStep(text, seconds) for text, seconds in estimates.items()]
 
 
 def _seconds_per_image(model: TorchModel) -> float:
@@ -205,11 +213,11 @@ def _write_graphs(
     watch: Stopwatch,
 ) -> Graphs:
     files, evaluation = workspace.files, prepared.splits.evaluation
-    metadata = describe(model, prepared.plan)
-    save_checkpoint(model, files / bundle.CHECKPOINT)
+    metadata, provider = describe(model, prepared.plan), config.benchmark.provider
+    save_checkpoint(model, files / bundle.CHECKPOINT, home=workspace.output)
     with watch.stage("export"):
         fp32 = export_onnx(model, files / bundle.FLOAT_TWIN, config.export, metadata=metadata)
-        parity_fp32 = measure_parity(model, OnnxPredictor(fp32.path), evaluation)
+        parity_fp32 = measure_parity(model, OnnxPredictor(fp32.path, provider=provider), evaluation)
         check_parity(parity_fp32)
     quantized = None
     deployed_path = files / bundle.DEPLOYED
@@ -222,7 +230,8 @@ def _write_graphs(
             write_metadata(deployed_path, metadata)
         else:
             deployed_path.write_bytes(fp32.path.read_bytes())
-        parity_deployed = measure_parity(model, OnnxPredictor(deployed_path), evaluation)
+        parity_deployed = measure_parity(model, OnnxPredictor(deployed_path, provider=provider), evaluation)
+        _check_finite(parity_deployed)
     with watch.stage("end_to_end"):
         end_to_end = _end_to_end(config, model, deployed_path, evaluation, workspace)
     deployed = OnnxModel(deployed_path, "deployed")
@@ -243,10 +252,12 @@ def _end_to_end(
 
 
 def write_images(split: Split, folder: Path) -> tuple[Path, ...]:
-    """Write the images of `split` as files, in turn PNG and JPEG (quality 95)."""
+    """Write the images of `split` as files: in turn PNG and JPEG (quality 95), every second pair enlarged unevenly."""
     paths = []
     for number, pixels in enumerate(split.images.pixels(split.indices)):
         image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0).squeeze()))
+        if number % 4 >= 2:  # so that resizing and cropping have something to do
+            image = image.resize((image.width * 3 // 2, image.height * 2), Image.Resampling.BICUBIC)
         path = folder / f"{number:04d}.{'jpg' if number % 2 else 'png'}"
         buffer = io.BytesIO()
         image.save(buffer, "JPEG" if number % 2 else "PNG", **({"quality": 95} if number % 2 else {}))
@@ -273,6 +284,8 @@ def _gather(
         robustness = _robustness(config, prepared, tuned.model, graphs)
     with watch.stage("profile"):
         coverage = integer_coverage(graphs.deployed.path, provider=config.benchmark.provider)
+    alarms = (*integer_above_float(robustness.worst_case), *end_to_end_differs(graphs.end_to_end))
+    _write_headlines(graphs, robustness, coverage, alarms)
     with watch.stage("benchmark"):
         latency = _latency(config, prepared, graphs)
     return Evidence(
@@ -286,7 +299,7 @@ def _gather(
         baseline_accuracy=baseline_accuracy,
         baseline_robust=baseline.worst_case["torch"],
         robustness=robustness,
-        alarms=integer_above_float(robustness.worst_case),
+        alarms=alarms,
         parity={"fp32": graphs.parity_fp32, "deployed": graphs.parity_deployed},
         end_to_end=graphs.end_to_end,
         quantized=graphs.quantized,
@@ -301,7 +314,11 @@ def _robustness(config: HardenConfig, prepared: Prepared, model: TorchModel, gra
     quantized = graphs.quantized
     return evaluate_robustness(
         model,
-        {"torch": model, "fp32": OnnxPredictor(graphs.fp32.path), "deployed": OnnxPredictor(graphs.deployed.path)},
+        {
+            "torch": model,
+            "fp32": OnnxPredictor(graphs.fp32.path, provider=config.benchmark.provider),
+            "deployed": OnnxPredictor(graphs.deployed.path, provider=config.benchmark.provider),
+        },
         prepared.splits.evaluation,
         prepared.plan,
         seed=config.seed,
@@ -320,10 +337,7 @@ def _latency(config: HardenConfig, prepared: Prepared, graphs: Graphs) -> tuple[
 
 def _write_documents(config: HardenConfig, prepared: Prepared, report: Report, workspace: bundle.Workspace) -> None:
     files = workspace.files
-    for name, graph in ((bundle.DEPLOYED, "deployed"), (bundle.END_TO_END, "deployed"), (bundle.FLOAT_TWIN, "fp32")):
-        if (files / name).exists():
-            write_metadata(files / name, {"results": json.dumps(headline(report, graph))})
-    write_yaml(config, files / bundle.CONFIG)
+    write_settings(config, files / bundle.CONFIG, home=workspace.output)
     (files / bundle.REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (files / bundle.SUMMARY).write_text(render_markdown(report), encoding="utf-8")
     bundle.write_manifest(
@@ -339,11 +353,26 @@ def _write_documents(config: HardenConfig, prepared: Prepared, report: Report, w
     )
 
 
-def headline(report: Report, graph: str) -> dict[str, object]:
-    """The results that an ONNX file carries of itself; `graph` is `deployed` or `fp32`."""
-    return {
-        "accuracy": getattr(report.accuracy, graph).model_dump(),
-        "robust_accuracy": getattr(report.robust_accuracy, graph).model_dump(),
-        "integer_coverage": report.quantization.integer_coverage if graph == "deployed" else 0.0,
-        "alarms": [alarm.name for alarm in report.soundness],
-    }
+def _write_headlines(
+    graphs: Graphs, robustness: Robustness, coverage: IntegerCoverage, alarms: tuple[Alarm, ...]
+) -> None:
+    """Let every ONNX file carry its own results; the end-to-end file has the deployed graph inside."""
+    folder = graphs.deployed.path.parent
+    for name, graph in ((bundle.DEPLOYED, "deployed"), (bundle.END_TO_END, "deployed"), (bundle.FLOAT_TWIN, "fp32")):
+        results = {
+            "accuracy": robustness.clean[graph].as_dict(),
+            "robust_accuracy": robustness.worst_case[graph].as_dict(),
+            "integer_coverage": coverage.share if graph == "deployed" else 0.0,
+            "alarms": [alarm.name for alarm in alarms],
+        }
+        if (folder / name).exists():
+            write_metadata(folder / name, {"results": json.dumps(results)})
+
+
+def _check_finite(parity: Parity) -> None:
+    if not math.isfinite(parity.relative):
+        raise ToolkitError(
+            "the integer graph gives logits that are no numbers",
+            found=f"label agreement with the float network {parity.agreement}",
+            fix="calibrate with --calibrate percentile, or on more images with --calibration",
+        )

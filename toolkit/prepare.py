@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from toolkit import __version__
-from toolkit.artifacts import Normalization, Splits, TorchModel
+from toolkit.artifacts import ModelSpec, Normalization, Splits, TorchModel
 from toolkit.attacks.threat import PgdPlan, resolve_plan
 from toolkit.config import DataConfig, ModelConfig, ModelRunConfig, ThreatConfig
 from toolkit.data.sources import DataSource, check_fits, load_source
@@ -16,8 +16,8 @@ from toolkit.data.splits import check_trained_on, make_splits
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.environment import usable_threads
 from toolkit.models.loading import assemble, read_model_file, resolve_path
-from toolkit.progress import notice
-from toolkit.reports.build import public_name
+from toolkit.paths import public_name
+from toolkit.progress import notice, warn
 
 UNUSED = ThreatConfig(eps=1.0)
 """The threat model of runs that make no attack."""
@@ -61,9 +61,13 @@ def prepare(config: ModelRunConfig, *, attacked: bool = True) -> Prepared:
             found=str(config.model.path),
             fix="name it with --data: sample, fashion-mnist, cifar10, folder:DIR or npz:FILE",
         )
-    source = load_source(config.data.model_copy(update={"source": wanted}))
+    source = load_source(
+        config.data.model_copy(update={"source": wanted, "size": _size(config.data, wanted, file.spec)})
+    )
     normalization = _normalization(config.model, source)
-    if file.spec is None:
+    if file.spec is not None:
+        _warn_of_ignored(config.model)
+    else:
         notice(f"normalisation: mean {normalization.mean}, std {normalization.std} (set it with --mean and --std)")
     model = assemble(
         file,
@@ -74,10 +78,27 @@ def prepare(config: ModelRunConfig, *, attacked: bool = True) -> Prepared:
         dataset=wanted,
     )
     check_fits(source, model.spec)
+    model = replace(model, spec=replace(model.spec, dataset=source.name))
     splits = make_splits(source, config.data, config.seed)
     check_trained_on(splits, model.training_hashes)
     plan = resolve_plan(config.threat if attacked else UNUSED, source.threat_key)
     return Prepared(model, source, splits, plan, threads)
+
+
+def _size(config: DataConfig, source: str, spec: ModelSpec | None) -> int | None:
+    """The side to which a folder's images are resized: the user's, or the one that the checkpoint was trained on."""
+    if config.size is not None or spec is None or not source.startswith("folder:"):
+        return config.size
+    _, height, width = spec.input_shape
+    return height if height == width else None
+
+
+def _warn_of_ignored(config: ModelConfig) -> None:
+    """A checkpoint of ours describes itself; only where the network's code lies now can be told."""
+    given = {"--mean": config.mean, "--std": config.std, "--arch": config.arch}
+    ignored = [flag for flag, value in given.items() if value is not None and ".py:" not in str(value)]
+    if ignored:
+        warn(f"the checkpoint describes itself, so {', '.join(ignored)} is ignored")
 
 
 def resolved_data(config: DataConfig, source: DataSource) -> DataConfig:
@@ -119,10 +140,12 @@ def describe(model: TorchModel, plan: PgdPlan | None = None) -> dict[str, str]:
     """What the ONNX files say of themselves; nothing of the machine that made them."""
     spec = model.spec
     threat = {} if plan is None else {"threat_model": json.dumps(plan.record())}
+    dataset = {} if spec.dataset is None else {"dataset": public_name(spec.dataset)}
     return {
         "toolkit_version": __version__,
         "architecture": public_name(spec.architecture),
         "class_names": json.dumps(list(spec.class_names)),
         "normalization": json.dumps({"mean": spec.normalization.mean, "std": spec.normalization.std, "inside": True}),
+        **dataset,
         **threat,
     }

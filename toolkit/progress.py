@@ -20,6 +20,11 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+def warn(text: str) -> None:
+    """One line that the user must see, under --quiet too."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 class Task(Protocol):
     """One piece of long work."""
 

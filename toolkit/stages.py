@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from toolkit import bundle
-from toolkit.artifacts import ModelSpec, Normalized, OnnxModel, Predictor, TorchModel
-from toolkit.attacks.threat import PgdPlan, resolve_plan
+from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Predictor, TorchModel
+from toolkit.attacks.threat import PgdPlan, ThreatModel, resolve_plan
 from toolkit.config import (
     BenchmarkConfig,
     DataConfig,
@@ -29,11 +30,14 @@ from toolkit.errors import ToolkitError
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
 from toolkit.evaluators.latency import LatencyRow, benchmark
 from toolkit.evaluators.robustness import Robustness, TargetName, evaluate_robustness
+from toolkit.evaluators.soundness import Alarm, integer_above_float
+from toolkit.exporters.input_range import input_range
 from toolkit.exporters.onnx import export_onnx, read_metadata, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
 from toolkit.exporters.quantize import QuantizedModel, quantize_int8
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.models.checkpoint import save_checkpoint
+from toolkit.models.loading import check_outputs
 from toolkit.models.registry import build_network
 from toolkit.prepare import describe, prepare, set_threads
 from toolkit.pruning import PruningResult, prune
@@ -53,6 +57,12 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
     """
     _refuse_existing(output, force=force)
     checkpoint = training_checkpoint(output)
+    if checkpoint.is_file() and not (resume or force):
+        raise ToolkitError(
+            "an interrupted training to this output can be resumed",
+            found=str(checkpoint),
+            fix="continue it with --resume, or discard it with --force",
+        )
     if resume and not checkpoint.is_file():
         raise ToolkitError(
             "there is nothing to resume", found=f"no interrupted training beside {output}", fix="start without --resume"
@@ -60,12 +70,14 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
     set_threads(config.threads)
     source = load_source(config.data)
     splits = make_splits(source, config.data, config.seed)
-    plan = _training_plan(config, source.threat_key)
+    adversarial = config.training.objective == "adversarial"
+    plan = resolve_plan(config.threat, source.threat_key) if adversarial else None
     torch.manual_seed(config.seed)
     shape, classes = source.train.shape, source.train.class_names
     network = build_network(config.arch, len(classes), shape)
     spec = ModelSpec(config.arch, classes, shape, source.normalization_hint, source.name)
     model = TorchModel(Normalized(network, source.normalization_hint).eval(), spec)
+    check_outputs(model, config.arch)
     with bundle.disk_errors(output), bundle.folders_above(output):
         try:
             result = train(
@@ -85,14 +97,6 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
         _save(result.model, output)
         checkpoint.unlink(missing_ok=True)
     return result
-
-
-def _training_plan(config: TrainRunConfig, key: str | None) -> PgdPlan:
-    """Standard training needs no threat model, so a data set without presets must not stop it."""
-    threat = config.threat
-    if config.training.objective == "standard" and key is None and threat.eps is None:
-        threat = threat.model_copy(update={"eps": 8 / 255})
-    return resolve_plan(threat, key)
 
 
 def _refuse_existing(output: Path, *, force: bool) -> None:
@@ -170,7 +174,8 @@ def quantize_file(
     partial = output.with_name(f".{output.name}.tmp")
     with bundle.disk_errors(output), bundle.folders_above(output):
         try:
-            quantized = quantize_int8(OnnxModel(path, "fp32"), partial, splits.calibration, how)
+            margin = _margin(read_metadata(path))
+            quantized = quantize_int8(OnnxModel(path, "fp32"), partial, splits.calibration, how, input_margin=margin)
             write_metadata(partial, read_metadata(path))
             coverage = integer_coverage(partial)
             parity = measure_parity(reference, OnnxPredictor(partial), splits.evaluation)
@@ -178,6 +183,25 @@ def quantize_file(
         finally:
             partial.unlink(missing_ok=True)
     return QuantizedFile(quantized, coverage, parity)
+
+
+def _margin(metadata: Mapping[str, str]) -> float:
+    """By how much images under the file's own threat model leave [0, 1], in pixels; 0 where it names none."""
+    if not {"threat_model", "normalization"} <= set(metadata):
+        return 0.0
+    threat = {key: value for key, value in json.loads(metadata["threat_model"]).items() if key != "preset"}
+    normalization = json.loads(metadata["normalization"])
+    return ThreatModel(**threat).margin(Normalization(tuple(normalization["mean"]), tuple(normalization["std"])))
+
+
+def _input_range(path: Path | None) -> tuple[float, float] | None:
+    """The pixels that an integer graph's input quantiser represents; None for float graphs."""
+    if path is None:
+        return None
+    try:
+        return input_range(path)
+    except ToolkitError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -188,6 +212,7 @@ class AttackReport:
     plan: PgdPlan
     images: int
     source: str
+    alarms: tuple[Alarm, ...]
 
 
 def attack(config: ModelRunConfig, target: Path | None) -> AttackReport:
@@ -227,9 +252,16 @@ def attack(config: ModelRunConfig, target: Path | None) -> AttackReport:
     for name, path in files.items():
         targets[name] = _checked(OnnxPredictor(path), prepared.model, path)
     found = evaluate_robustness(
-        prepared.model, targets, prepared.splits.evaluation, prepared.plan, seed=config.seed, surrogate="float"
+        prepared.model,
+        targets,
+        prepared.splits.evaluation,
+        prepared.plan,
+        seed=config.seed,
+        surrogate="float",
+        input_range=_input_range(files.get("deployed")),
     )
-    return AttackReport(found, prepared.plan, len(prepared.splits.evaluation), prepared.source.name)
+    alarms = integer_above_float(found.worst_case) if {"fp32", "deployed"} <= set(files) else ()
+    return AttackReport(found, prepared.plan, len(prepared.splits.evaluation), prepared.source.name, alarms)
 
 
 def _with_bundle_settings(config: ModelRunConfig, folder: Path, saved: HardenConfig) -> ModelRunConfig:
@@ -267,7 +299,7 @@ def benchmark_files(paths: Sequence[Path], config: BenchmarkConfig, seed: int) -
     for path in paths:
         if path.is_dir():
             bundle.read_report(path)
-            prefix = f"{path.name}/" if len(paths) > 1 else ""
+            prefix = f"{path}/" if len(paths) > 1 else ""
             files[f"{prefix}fp32"] = path / bundle.FLOAT_TWIN
             files[f"{prefix}deployed"] = path / bundle.DEPLOYED
         else:

@@ -112,10 +112,12 @@ def test_foreign_load_is_what_others_take(monkeypatch: pytest.MonkeyPatch) -> No
         def _asdict(self) -> dict[str, float]:
             return {"user": self.user, "idle": self.idle}
 
-    machine, own = iter([Times(100, 0), Times(112, 8)]), iter([Times(50, 0), Times(57, 0)])
+    elsewhere = Times(1000, 0)
+    machine = iter([[Times(50, 0), Times(50, 0), elsewhere], [Times(58, 2), Times(54, 6), Times(1010, 0)]])
+    own = iter([Times(50, 0), Times(57, 0)])
+    monkeypatch.setattr(timing, "_own_cpus", lambda: [0, 1])
     clock = Clock(monkeypatch)
-    monkeypatch.setattr(psutil, "cpu_times", lambda: next(machine))
-    monkeypatch.setattr(psutil, "cpu_count", lambda: 2)
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: next(machine) if percpu else None)
     monkeypatch.setattr(psutil.Process, "cpu_times", lambda _self: next(own))
     with foreign_load() as load:
         clock.now += 10

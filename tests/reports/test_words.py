@@ -85,10 +85,11 @@ def test_a_text_table_is_aligned() -> None:
     assert lines == ["name    n", "------  --", "a       1", "longer  22"]
 
 
-def row(low: float, high: float, batch: int = 1) -> Any:
+def row(low: float, high: float, batch: int = 1, *, trusted: bool = True) -> Any:
     middle = (low + high) / 2
     fields = {"ratio": middle, "ratio_low": low, "ratio_high": high, "speedup": 1 / middle}
-    return SimpleNamespace(file="deployed", batch=batch, **fields, speedup_low=1 / high, speedup_high=1 / low)
+    fields |= {"speedup_low": 1 / high, "speedup_high": 1 / low, "foreign_load": 0.4}
+    return SimpleNamespace(file="deployed", batch=batch, trusted=trusted, **fields)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,12 @@ def test_a_difference_within_the_noise_is_no_verdict() -> None:
     coverage: Any = SimpleNamespace(share=1.0)
     said = verdict(True, coverage, (row(0.9, 1.1),))
     assert "no difference" in said and "pays" not in said
+
+
+def test_a_machine_that_others_used_gives_no_verdict_on_speed() -> None:
+    coverage: Any = SimpleNamespace(share=1.0)
+    said = verdict(True, coverage, (row(0.4, 0.6, trusted=False),))
+    assert "speed cannot be told: other processes took 40%" in said and "pays" not in said
 
 
 def test_gates_are_met_at_their_limit() -> None:

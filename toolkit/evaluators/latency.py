@@ -21,7 +21,7 @@ import numpy.typing as npt
 from toolkit.config import BenchmarkConfig
 from toolkit.errors import ToolkitError, unknown_name
 from toolkit.evaluators.environment import usable_threads
-from toolkit.evaluators.timing import FloatArray, collector_off, foreign_load, ratio_interval, time_block
+from toolkit.evaluators.timing import BUSY, FloatArray, collector_off, foreign_load, ratio_interval, time_block
 from toolkit.exporters.session import make_session
 from toolkit.progress import notice, task
 
@@ -33,8 +33,6 @@ CELL_S = 5.0
 """Time for all calls of one file at one batch, on average; once it is spent no round follows, after `MIN_ROUNDS`."""
 MIN_ROUNDS = 6
 """The least and the largest of 6 ratios enclose their median with 97 % confidence; of 5, with 94 %."""
-BUSY = 0.05
-"""Share of CPU time taken by others from which times are wrong (and, with waiting threads preempted, ratios too)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +58,11 @@ class LatencyRow:
     foreign_load: float
     """Share of the CPU time that other processes took meanwhile; above `BUSY` nothing in the row is to be trusted."""
     isolation: str = ISOLATION
+
+    @property
+    def trusted(self) -> bool:
+        """Whether this machine was left alone while the file was timed."""
+        return self.foreign_load <= BUSY
 
     @property
     def speedup(self) -> float:

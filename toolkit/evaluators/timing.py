@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,10 @@ BLOCK_CALLS = (3, 200)
 SLOW_CALL_S = 0.1
 """Calls longer than this are steady by themselves: one to warm up and one to measure."""
 RESAMPLES = 2000
+
+
+BUSY = 0.05
+"""Share of CPU time taken by others from which times are wrong (and, with waiting threads preempted, ratios too)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +86,30 @@ def foreign_load() -> Iterator[Callable[[], float]]:
     import psutil
 
     result = 0.0
+    cpus = _own_cpus()
 
     def reading() -> tuple[float, float]:
-        total = psutil.cpu_times()._asdict()
         idle = ("idle", "iowait", "guest", "guest_nice")  # user and nice hold the guests' time already
+        every = psutil.cpu_times(percpu=True)
+        used = [every[cpu]._asdict() for cpu in cpus if cpu < len(every)]
         own = psutil.Process().cpu_times()
-        return sum(value for name, value in total.items() if name not in idle), own.user + own.system
+        busy = sum(value for one in used for name, value in one.items() if name not in idle)
+        return busy, own.user + own.system
 
     (busy, own), start = reading(), time.perf_counter()
     yield lambda: result
     busy_after, own_after = reading()
-    available = (time.perf_counter() - start) * (psutil.cpu_count() or 1)
+    available = (time.perf_counter() - start) * len(cpus)
     result = float(np.clip((busy_after - busy - (own_after - own)) / available, 0, 1))
+
+
+def _own_cpus() -> list[int]:
+    """The CPUs that this process may run on; load on the others does not disturb it."""
+    import psutil
+
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(psutil.cpu_count() or 1))
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from toolkit.errors import ToolkitError
 from toolkit.exporters.onnx import load_onnx
 from toolkit.exporters.preprocessing import EXTENSIONS, FloatArray, Preprocessing, open_image, preprocessing_graph
 from toolkit.exporters.rewrites import strip_metadata
+from toolkit.exporters.session import make_session
 
 METADATA_KEY = "preprocessing"
 
@@ -259,20 +260,14 @@ def _write_metadata(model: onnx.ModelProto, rule: Preprocessing, class_names: Se
 
 
 def _session(path: Path, threads: int | None) -> Any:
-    """A CPU session with the decoder's library; here and not in session.py, for the library belongs to this module."""
-    import onnxruntime
+    """A CPU session with the decoder's library."""
     import onnxruntime_extensions
 
-    options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
-    options.log_severity_level = 4
-    if threads is not None:
-        options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's own exceptions share no public base class
+        return make_session(path, threads=threads, spinning=False, custom_ops=onnxruntime_extensions.get_library_path())
+    except ToolkitError as error:
         raise ToolkitError(
             "the end-to-end model cannot be loaded",
-            found=f"{path.name}: {str(error).splitlines()[0]}",
+            found=error.found,
             fix="name a model.e2e.onnx as `toolkit harden` writes it into a bundle",
         ) from error

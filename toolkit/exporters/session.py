@@ -33,6 +33,7 @@ def make_session(
     spinning: bool = True,
     profile_prefix: Path | None = None,
     optimized_path: Path | None = None,
+    custom_ops: str | None = None,
 ) -> Any:
     """An `onnxruntime.InferenceSession` on the provider asked for, or an error.
 
@@ -44,6 +45,7 @@ def make_session(
         spinning: let idle threads wait busily. Faster while one session is alive, and it disturbs every other one.
         profile_prefix: where to write a profile; `end_profiling()` of the session gives the file's name.
         optimized_path: where to write the graph after optimisation.
+        custom_ops: a library of operators that the graph needs.
 
     Raises:
         ToolkitError: no ONNX model in the file, or no such provider on this machine.
@@ -59,6 +61,8 @@ def make_session(
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
+    if custom_ops is not None:
+        options.register_custom_ops_library(custom_ops)
     if optimized_path is not None:
         options.optimized_model_filepath = str(optimized_path)
     names = [PROVIDER_NAMES[provider]] if provider == "cpu" else [PROVIDER_NAMES[provider], PROVIDER_NAMES["cpu"]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from toolkit import paths
 from toolkit.artifacts import HashArray, ModelSpec, Normalization, TorchModel
 from toolkit.errors import ToolkitError
 
 FORMAT = "onnx-hardening-toolkit/1"
 
 
-def save_checkpoint(model: TorchModel, path: Path) -> None:
-    """Write `model` to `path`: spec as plain data, weights, and the hashes of its training images."""
+def save_checkpoint(model: TorchModel, path: Path, home: Path | None = None) -> None:
+    """Write `model` to `path`: spec as plain data, weights, and the hashes of its training images.
+
+    Paths in the spec (of an image folder, of the network's code) are kept relative to the file.
+
+    Args:
+        model: what to save.
+        path: the file.
+        home: the folder in which the file will stand in the end; None: where it is written.
+    """
+    folder = (home or path.parent).absolute()
     state = {key: value.detach().cpu().contiguous() for key, value in model.network.state_dict().items()}
     hashes = torch.from_numpy(model.training_hashes.view(np.int64).copy())
-    torch.save({"format": FORMAT, "spec": spec_to_dict(model.spec), "state_dict": state, "hashes": hashes}, path)
+    torch.save(
+        {
+            "format": FORMAT,
+            "spec": _map_places(spec_to_dict(model.spec), lambda setting: paths.relative(setting, folder)),
+            "state_dict": state,
+            "hashes": hashes,
+        },
+        path,
+    )
 
 
 def is_checkpoint(content: object) -> bool:
@@ -43,11 +61,17 @@ def parse_checkpoint(content: Mapping[str, Any], path: Path) -> tuple[ModelSpec,
         )
     try:
         hashes = content["hashes"].numpy().view(np.uint64)
-        return spec_from_dict(content["spec"]), dict(content["state_dict"]), hashes
+        spec = _map_places(content["spec"], lambda setting: paths.resolved(setting, path.absolute().parent))
+        return spec_from_dict(spec), dict(content["state_dict"]), hashes
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ToolkitError(
             "the checkpoint is damaged", found=f"{path}: {type(error).__name__} {error}", fix="use another copy of it"
         ) from error
+
+
+def _map_places(spec: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    places = {name: change(spec[name]) for name in ("architecture", "dataset") if spec[name] is not None}
+    return {**spec, **places}
 
 
 def spec_to_dict(spec: ModelSpec) -> dict[str, Any]:

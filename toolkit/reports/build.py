@@ -17,6 +17,7 @@ from toolkit.evaluators.soundness import Alarm
 from toolkit.exporters.end_to_end import EndToEndComparison
 from toolkit.exporters.parity import Parity
 from toolkit.exporters.quantize import QuantizedModel
+from toolkit.paths import public_name
 from toolkit.pruning import PruningResult
 from toolkit.reports import schema
 from toolkit.reports.schema import Change, Report, Share
@@ -124,17 +125,6 @@ def _model(config: HardenConfig, evidence: Evidence) -> schema.Model:
     )
 
 
-def public_name(architecture: str) -> str:
-    """The architecture without the folders of the machine that it came from."""
-    return architecture.replace("\\", "/").rsplit("/", 1)[-1]
-
-
-def public_source(source: str) -> str:
-    """The data set's name without the folders of the machine that it came from."""
-    kind, separator, place = source.partition(":")
-    return f"{kind}{separator}{public_name(place.rstrip('/'))}"
-
-
 def _layer_parameters(model: TorchModel) -> dict[str, int]:
     return {
         name: sum(parameter.numel() for parameter in module.parameters(recurse=False))
@@ -152,7 +142,13 @@ def _data(config: DataConfig, evidence: Evidence) -> schema.Data:
     count = len(evidence.splits.evaluation)
     choice = f"all {count} of the test part" if config.evaluation is None else f"{count} drawn by class with the seed"
     assert config.source is not None
-    return schema.Data(source=public_source(config.source), evaluation_choice=choice, **record)
+    known = len(evidence.original.training_hashes) > 0
+    return schema.Data(
+        incoming_training="known" if known else "unknown",
+        source=public_name(config.source),
+        evaluation_choice=choice,
+        **record,
+    )
 
 
 def _attacks(evidence: Evidence) -> list[schema.Attack]:
@@ -254,6 +250,9 @@ def verdict(int8: bool, coverage: IntegerCoverage, latency: tuple[LatencyRow, ..
         pays = f"int8 does NOT pay here: slower at batch {', '.join(slower)}, and no difference to be told elsewhere"
     else:
         pays = "no difference in speed from the float twin can be told here"
+    if rows and not all(row.trusted for row in rows):
+        load = max(row.foreign_load for row in rows)
+        pays = f"speed cannot be told: other processes took {load:.0%} of the CPU time while it was measured"
     return (
         f"{coverage.share:.1%} of the multiply-accumulates run in integers; {pays}"
         + (f" (speed relative to the float twin: {told})" if told else "")

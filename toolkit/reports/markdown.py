@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from toolkit.evaluators.timing import BUSY
 from toolkit.reports.schema import Latency, Report, Share, Threat
 
 
@@ -133,9 +134,11 @@ def _speed(report: Report) -> str:
         for row in report.latency
     ]
     first = report.latency[0]
+    load = max(row.foreign_load for row in report.latency)
+    doubt = f"> **NOT TO BE TRUSTED**: other processes took {load:.0%} of the CPU time meanwhile.\n\n"
     return (
-        f"## Speed\n\nONNX Runtime, {first.provider}, {first.threads} thread(s), files interleaved; "
-        "milliseconds per call; ratio = time / time of the float twin, below 1 is faster.\n\n"
+        f"## Speed\n\n{doubt if load > BUSY else ''}ONNX Runtime, {first.provider}, {first.threads} thread(s), "
+        "files interleaved; milliseconds per call; ratio = time / time of the float twin, below 1 is faster.\n\n"
         f"{table(('file', 'batch', 'p50', 'p90', 'p99', 'images/s', 'ratio'), rows)}"
     )
 
@@ -205,13 +208,18 @@ def _gates(report: Report) -> str:
 
 def _origin(report: Report) -> str:
     data, machine = report.data, report.environment
+    came = (
+        "The network that came in was trained on none of the calibration, validation and evaluation images."
+        if data.incoming_training == "known"
+        else "What the network that came in was trained on is unknown: its file does not say."
+    )
     parts = ("train", "calibration", "validation", "evaluation")
     rows = [(name, getattr(data, name).images, f"`{getattr(data, name).sha256[:16]}`") for name in parts]
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.timings.items())
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
     return (
         f"## Where this comes from\n\nData set `{data.source}`; evaluation images: {data.evaluation_choice}. Parts are "
-        f"disjoint by image hash; {data.dropped_duplicates} duplicate(s) dropped.\n\n"
+        f"disjoint by image hash; {data.dropped_duplicates} duplicate(s) dropped. {came}\n\n"
         f"{table(('part', 'images', 'SHA-256 of the set'), rows)}\n\n"
         f"Machine: {machine.get('cpu', 'unknown')}, {machine.get('threads', '?')} thread(s). "
         f"Seed {report.seed}. Versions: {versions}. Stages: {stages}."

@@ -87,6 +87,8 @@ class Data(Part):
     evaluation: SplitRecord
     dropped_duplicates: int
     evaluation_choice: str
+    incoming_training: Literal["known", "unknown"]
+    """Whether the network came with the hashes of the images that it was trained on; only then is that proved too."""
 
 
 class Threat(Part):
@@ -298,13 +300,11 @@ class Report(Part):
     """Seconds of every stage."""
 
 
-if __name__ == "__main__":
-    import json
-
-    print(json.dumps(Report.model_json_schema(), indent=2))
-
-
 def schema_text() -> str:
     """The JSON Schema of `Report` as it stands in docs/report.schema.json."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Report.model_json_schema()}
     return json.dumps(schema, indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    print(schema_text(), end="")

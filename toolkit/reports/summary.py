@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 
 from toolkit.reports.markdown import percent, threat_text
 from toolkit.reports.schema import Report
@@ -19,7 +20,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def render_summary(report: Report, folder: Path) -> str:
     """The figures of one bundle, its place, and the next commands to copy."""
-    model, baseline = report.model, report.baseline
+    model, baseline, place = report.model, report.baseline, quote(str(folder))
     rows = [
         ("accuracy, clean", percent(baseline.accuracy), percent(report.accuracy.deployed)),
         ("accuracy, attacked", percent(baseline.robust_accuracy), percent(report.robust_accuracy.deployed)),
@@ -42,8 +43,8 @@ def render_summary(report: Report, folder: Path) -> str:
             for gate in report.gates
         ),
         f"\nbundle:  {folder}\nreport:  {folder / 'report.md'}",
-        f"next:    toolkit verify {folder}\n         toolkit attack {folder} --threat pixel\n"
-        f"         toolkit harden --config {folder / 'config.yaml'} --output {folder}-again",
+        f"next:    toolkit verify {place}\n         toolkit attack {place} --restarts 5\n"
+        f"         toolkit harden --config {quote(str(folder / 'config.yaml'))} --output {quote(f'{folder}-again')}",
     ]
     return "\n".join(parts)
 

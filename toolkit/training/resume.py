@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from toolkit.errors import ToolkitError
-from toolkit.progress import notice
+from toolkit.progress import warn
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
@@ -42,8 +42,8 @@ def load_state(path: Path, fingerprint: str) -> dict[str, Any]:
         )
     threads = torch.get_num_threads()
     if state["threads"] != threads:
-        notice(
-            f"warning: the training began with {state['threads']} thread(s) and goes on with {threads}: "
+        warn(
+            f"the training began with {state['threads']} thread(s) and goes on with {threads}: "
             f"the result will differ from an uninterrupted run; --threads {state['threads']} avoids that"
         )
     return state
