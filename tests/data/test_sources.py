@@ -391,10 +391,16 @@ def a_spec(names: tuple[str, ...] = FASHION_MNIST_CLASSES, shape: tuple[int, int
     return ModelSpec("cnn8", names, shape, Normalization((0.5,) * shape[0], (0.5,) * shape[0]))
 
 
-def test_fitting_model_passes_and_so_do_other_words_for_its_classes() -> None:
+def test_fitting_model_passes_and_other_words_for_its_classes_do_with_a_warning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     source = load_source(DataConfig(source="sample"))
     check_fits(source, a_spec())
-    check_fits(source, a_spec(tuple(map(str, range(10)))))
+    assert not capsys.readouterr().err
+    check_fits(source, a_spec(tuple(f"kind {number}" for number in range(10))))
+    warned = capsys.readouterr().err
+    assert warned.startswith("warning: ") and len(warned.splitlines()) == 1
+    assert "kind 0, kind 1," in warned and "sample T-shirt/top, Trouser," in warned and "by their numbers" in warned
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from toolkit.artifacts import HashArray, Int64Array, Normalization, Splits, UInt8Array
 from toolkit.config import DataConfig
-from toolkit.data.images import ArrayImages
+from toolkit.data import sources
+from toolkit.data.images import ArrayImages, FolderImages
 from toolkit.data.sources import SAMPLE, DataSource, load_source
 from toolkit.data.splits import check_trained_on, make_splits, stratified
 from toolkit.data.standard import find_fashion_mnist
 from toolkit.errors import ToolkitError
+
+from .conftest import random_pixels
 
 PARTS = ("train", "calibration", "validation", "evaluation")
 
@@ -65,6 +71,33 @@ def test_held_out_images_do_not_depend_on_seed_order_calibration_or_evaluation()
     for source in (a_source(numbers, test), a_source(shuffled, test)):
         for config in (DataConfig(calibration=3), DataConfig(evaluation=7)):
             assert held_out(make_splits(source, config, seed=5)) == reference
+
+
+@pytest.mark.parametrize("calibration", [7, 512])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_other_parts_are_the_same_for_every_number_of_evaluation_images(calibration: int, seed: int) -> None:
+    source = a_source(np.arange(400), np.arange(500, 600), holdout=60)
+    reference = make_splits(source, DataConfig(calibration=calibration), seed)
+    for count in (2, 31, 99, 100):
+        splits = make_splits(source, DataConfig(calibration=calibration, evaluation=count), seed)
+        assert len(splits.evaluation) == count
+        for name in PARTS[:3]:
+            np.testing.assert_array_equal(getattr(splits, name).indices, getattr(reference, name).indices)
+
+
+def test_evaluation_is_the_same_for_every_number_of_calibration_images() -> None:
+    source = a_source(np.arange(400), np.arange(500, 600), holdout=60)
+    one, two = (make_splits(source, DataConfig(calibration=count, evaluation=30), 0) for count in (5, 30))
+    np.testing.assert_array_equal(one.evaluation.indices, two.evaluation.indices)
+
+
+def test_calibration_cut_to_half_the_hold_out_is_said_with_both_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    source = a_source(np.arange(200), np.arange(300, 340))
+    assert len(make_splits(source, DataConfig(calibration=10), 0).calibration) == 10
+    assert not capsys.readouterr().err
+    assert len(make_splits(source, DataConfig(calibration=11), 0).calibration) == 10
+    said = capsys.readouterr().err
+    assert said.startswith("calibration takes 10 images, not 11: half of the 20 held out") and said.count("\n") == 1
 
 
 def test_held_out_images_are_those_of_smallest_hash() -> None:
@@ -172,6 +205,66 @@ def test_checkpoint_trained_on_judging_images_is_refused(part: str) -> None:
         check_trained_on(splits, np.concatenate([splits.train.hashes, hashes[:3]]))
     assert error.value.found == f"3 of {len(hashes)} {part} images are among its training images"
     assert "--data" in error.value.fix
+
+
+def test_checkpoint_trained_on_none_of_the_images_is_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
+    splits = make_splits(a_source(np.arange(200), np.arange(300, 340)), DataConfig(calibration=10), 0)
+    for known in (np.empty(0, dtype=np.uint64), splits.train.hashes[:1]):
+        check_trained_on(splits, known)
+    assert not capsys.readouterr().err
+    check_trained_on(splits, np.array([1, 2, 3], dtype=np.uint64))
+    assert "none of the 3 images that trained the checkpoint is in toy:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_checkpoint_trained_on_a_folder_is_held_to_it_in_an_archive_and_the_other_way_round(
+    streamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each one's test part is the other's training part: whoever trained on one must not be judged on the other."""
+    if streamed:
+        defaults = {**(FolderImages.__init__.__kwdefaults__ or {}), "memory_limit": 0}
+        monkeypatch.setattr(FolderImages.__init__, "__kwdefaults__", defaults)
+    folder, archive = a_folder_and_an_archive(tmp_path)
+    images = folder.train
+    assert isinstance(images, FolderImages) and images.streamed == streamed
+    np.testing.assert_array_equal(np.sort(images.hashes), np.sort(archive.evaluation.hashes))
+    on_folder, on_archive = (make_splits(source, DataConfig(), 0) for source in (folder, archive))
+    with pytest.raises(ToolkitError, match="trained on images that are to judge it"):
+        check_trained_on(on_archive, on_folder.train.hashes)
+    with pytest.raises(ToolkitError, match="trained on images that are to judge it"):
+        check_trained_on(on_folder, on_archive.train.hashes)
+
+
+def a_folder_and_an_archive(place: Path) -> tuple[DataSource, DataSource]:
+    pixels, labels = random_pixels(0, 40, 8, 8, 3), np.arange(40) % 2
+    others = random_pixels(1, 40, 8, 8, 3)
+    for part, array in (("train", pixels), ("test", others)):
+        for number, image in enumerate(array):
+            path = place / "set" / part / str(labels[number]) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path, compress_level=number % 10)
+    np.savez(place / "x.npz", x_train=others, y_train=labels, x_test=pixels, y_test=labels)
+    folder, archive = (
+        load_source(DataConfig(source=name)) for name in (f"folder:{place / 'set'}", f"npz:{place / 'x.npz'}")
+    )
+    return folder, archive
+
+
+def test_folder_and_archive_of_the_same_images_are_divided_alike(tmp_path: Path) -> None:
+    folder, _ = a_folder_and_an_archive(tmp_path)
+    arrays = [part.pixels(np.arange(40)) for part in (folder.train, folder.evaluation)]
+    path = tmp_path / "same.npz"
+    np.savez(path, x_train=arrays[0], y_train=folder.train.labels, x_test=arrays[1], y_test=folder.evaluation.labels)
+    same = load_source(DataConfig(source=f"npz:{path}"))
+    assert make_splits(same, DataConfig(), 0).record() == make_splits(folder, DataConfig(), 0).record()
+
+
+def test_shipped_checkpoint_trained_on_the_training_images_of_the_sample_alone() -> None:
+    splits = make_splits(load_source(DataConfig(source="sample")), DataConfig(), 0)
+    shipped = Path(sources.__file__).parents[1] / "models" / "weights" / "cnn8.pt"
+    hashes = torch.load(shipped, weights_only=True)["hashes"].numpy().view(np.uint64)
+    assert np.isin(splits.train.hashes, hashes).all()
+    check_trained_on(splits, hashes)
 
 
 # Fashion-MNIST and its sample

@@ -6,7 +6,7 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,8 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from toolkit import progress
-from toolkit.artifacts import HashArray, UInt8Array
-from toolkit.data.hashing import hash_bytes
+from toolkit.artifacts import UInt8Array
 from toolkit.errors import ToolkitError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
@@ -34,7 +33,11 @@ LONG_WORK = 5_000
 """Number of files from which reading them shows progress."""
 
 THREADED_PIXELS = 96 * 96
-"""Height times width from which decoding in threads pays: below, Python's own work per file dominates."""
+"""Height times width from which decoding in threads pays: below, Python's own work per file dominates, and threads that
+wait for each other's are many times slower than one (32x32 JPEG on two busy cores: 18 s for 1)."""
+
+BLOCK = 8
+"""Files that a thread decodes at a time."""
 
 
 @dataclass
@@ -100,6 +103,7 @@ def to_pixels(image: Image.Image, channels: int, size: int | None) -> UInt8Array
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
+    image.load()  # until then, some formats do not know their mode
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range")
     if image.mode.startswith("I"):
@@ -107,7 +111,8 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
         image = Image.fromarray(np.clip(np.rint(deep / 257), 0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("L" if channels == 1 else "RGB")
+    wanted = "L" if channels == 1 else "RGB"
+    return image if image.mode == wanted else image.convert(wanted)
 
 
 def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
@@ -121,54 +126,58 @@ def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def decode_files(
-    folder: Path, files: Sequence[str], out: UInt8Array, size: int | None, hashes: HashArray | None = None
+    folder: Path,
+    files: Sequence[str],
+    shape: tuple[int, int, int],
+    size: int | None,
+    use: Callable[[int, UInt8Array], None],
+    *,
+    task: str = "reading",
 ) -> None:
-    """Decode `files` of `folder` into `out`, uint8 [n, C, H, W], and their bytes' hashes into `hashes`.
+    """Decode each of `files` of `folder` once, and call `use(index, pixels)` with its pixels, uint8 [C, H, W].
+
+    Calls come in no fixed order and, where decoding in threads pays, from several threads; pixels are not kept.
+
+    Args:
+        folder: what `files` are relative to.
+        files: the image files.
+        shape: (channels, height, width) of every decoded image.
+        size: as in `to_pixels`; None: every file must have the size that `shape` gives.
+        use: stores or digests one image.
+        task: what the progress says is done to the folder.
 
     Raises:
-        ToolkitError: files that cannot be read or, without `size`, are of another size than `out`.
+        ToolkitError: files that cannot be read or, without `size`, are of another size than `shape`.
     """
-    channels, height, width = out.shape[1:]
+    channels, height, width = shape
     rejects = Rejects(folder)
 
     def decode(index: int) -> None:
         file = files[index]
         with rejects.catch(file):
             data = (folder / file).read_bytes()
-            if hashes is not None:
-                hashes[index] = hash_bytes(data)
             with Image.open(io.BytesIO(data)) as image:
                 if size is None and not rejects.check_size(file, image.size, (width, height)):
                     return
-                out[index] = to_pixels(image, channels, size)
+                pixels = to_pixels(image, channels, size)
+            use(index, pixels)
 
-    with show_progress(f"reading {folder.name}", len(files)) as shown:
+    def decode_block(start: int) -> int:
+        block = range(start, min(start + BLOCK, len(files)))
+        for index in block:
+            decode(index)
+        return len(block)
+
+    starts = range(0, len(files), BLOCK)
+    with show_progress(f"{task} {folder.name}", len(files)) as shown:
         if height * width < THREADED_PIXELS:
-            for index in range(len(files)):
-                decode(index)
-                shown.advance()
+            for start in starts:
+                shown.advance(decode_block(start))
         else:
             with ThreadPoolExecutor(min(16, usable_cpus())) as pool:
-                for _ in pool.map(decode, range(len(files))):
-                    shown.advance()
+                for done in pool.map(decode_block, starts):
+                    shown.advance(done)
     rejects.raise_any(len(files), (width, height))
-
-
-def check_headers(folder: Path, files: Sequence[str], shape: tuple[int, int, int], size: int | None) -> None:
-    """Open every file without decoding its pixels.
-
-    Raises:
-        ToolkitError: files that are no images or, without `size`, are of another size than `shape`.
-    """
-    rejects = Rejects(folder)
-    expected = (shape[2], shape[1])
-    with show_progress(f"checking {folder.name}", len(files)) as shown:
-        for file in files:
-            with rejects.catch(file), Image.open(folder / file) as image:
-                if size is None:
-                    rejects.check_size(file, image.size, expected)
-            shown.advance()
-    rejects.raise_any(len(files), expected)
 
 
 class _Hidden:

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from toolkit.artifacts import HashArray, Int64Array, UInt8Array
-from toolkit.data.decoding import GREY_MODES, SUFFIXES, Rejects, check_headers, decode_files, show_progress
-from toolkit.data.hashing import hash_all, hash_bytes
+from toolkit.data.decoding import GREY_MODES, SUFFIXES, Rejects, decode_files
+from toolkit.data.hashing import hash_image, hash_images
 from toolkit.errors import ToolkitError
 
 MEMORY_LIMIT = 2**30
@@ -54,8 +54,8 @@ class ArrayImages:
 
     @cached_property
     def hashes(self) -> HashArray:
-        """64 bits of BLAKE2b over each image's bytes in the order C, H, W."""
-        return hash_all((image.data for image in self._array), len(self._array))
+        """64 bits of BLAKE2b over each image's pixels in the order C, H, W."""
+        return hash_images(self._array)
 
     def pixels(self, indices: Int64Array) -> UInt8Array:
         """The images at `indices`, uint8 [n, C, H, W]."""
@@ -102,7 +102,7 @@ class FolderImages:
             images have one size already.
         channels: 1 or 3; None: decided from the files.
         memory_limit: bytes of decoded pixels up to which all images are held in memory; larger folders are
-            decoded from disk at every request.
+            decoded from disk at every request, and once at first to hash their pixels.
 
     Raises:
         ToolkitError: no folder, no images, an unknown class, files that cannot be read, images of several sizes.
@@ -127,24 +127,15 @@ class FolderImages:
         self.shape = self._probe(channels)
         self._array: UInt8Array | None = None
         if len(self._files) * int(np.prod(self.shape)) <= memory_limit:
-            self._load()
+            self._array = self._decode(self._files)
+            self.hashes = hash_images(self._array)
         else:
-            check_headers(root, self._files, self.shape, size)
+            self.hashes = self._hash_files()
 
     @property
     def streamed(self) -> bool:
         """Whether images are decoded from disk at every request."""
         return self._array is None
-
-    @cached_property
-    def hashes(self) -> HashArray:
-        """64 bits of BLAKE2b over each image FILE: a folder of any size is hashed without decoding it."""
-        with show_progress(f"hashing {self._root.name}", len(self._files)) as shown:
-            hashes = np.empty(len(self._files), dtype=np.uint64)
-            for index, file in enumerate(self._files):
-                hashes[index] = self._hash_file(file)
-                shown.advance()
-        return hashes
 
     def pixels(self, indices: Int64Array) -> UInt8Array:
         """The images at `indices`, uint8 [n, C, H, W].
@@ -154,19 +145,25 @@ class FolderImages:
         """
         if self._array is not None:
             return self._array[indices]
-        out = np.empty((len(indices), *self.shape), dtype=np.uint8)
-        decode_files(self._root, [self._files[index] for index in indices], out, self._size)
+        return self._decode([self._files[index] for index in indices])
+
+    def _decode(self, files: Sequence[str]) -> UInt8Array:
+        out = np.empty((len(files), *self.shape), dtype=np.uint8)
+        decode_files(self._root, files, self.shape, self._size, out.__setitem__)
         return out
 
-    def _hash_file(self, file: str) -> int:
-        try:
-            return hash_bytes((self._root / file).read_bytes())
-        except OSError as error:
-            raise ToolkitError(
-                "an image file cannot be read",
-                found=f"{self._root / file}: {error.strerror}",
-                fix="leave the folder unchanged, and readable, while the command runs",
-            ) from error
+    def _hash_files(self) -> HashArray:
+        """The hashes of all images as used (decoded, resized), in one pass that keeps no pixels.
+
+        Of the files' bytes it would be faster, but a copy saved with another compression would pass as another image.
+        """
+        hashes = np.empty(len(self._files), dtype=np.uint64)
+
+        def store(index: int, pixels: UInt8Array) -> None:
+            hashes[index] = hash_image(pixels)
+
+        decode_files(self._root, self._files, self.shape, self._size, store, task="hashing")
+        return hashes
 
     def _probe(self, channels: int | None) -> tuple[int, int, int]:
         """The shape of all images, from the headers of some; without `size` the commonest size counts."""
@@ -182,13 +179,6 @@ class FolderImages:
             rejects.raise_any(len(spread), (0, 0))
         width, height = (self._size, self._size) if self._size else sizes.most_common(1)[0][0]
         return channels or (1 if modes <= GREY_MODES else 3), height, width
-
-    def _load(self) -> None:
-        array = np.empty((len(self._files), *self.shape), dtype=np.uint8)
-        hashes = np.empty(len(self._files), dtype=np.uint64)
-        decode_files(self._root, self._files, array, self._size, hashes)
-        self._array = array
-        self.__dict__["hashes"] = hashes  # what the cached property would compute, without reading again
 
 
 def _files_by_class(root: Path, class_names: Sequence[str] | None) -> dict[str, list[str]]:

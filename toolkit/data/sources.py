@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolkit import progress
 from toolkit.artifacts import ImageSet, ModelSpec, Normalization
 from toolkit.config import DataConfig
 from toolkit.data.arrays import read_npz
@@ -67,6 +68,8 @@ def load_source(config: DataConfig) -> DataSource:
 def check_fits(source: DataSource, spec: ModelSpec) -> None:
     """Check that a model can be fed with, and judged on, the images of `source`.
 
+    Other names for the classes pass with a notice: only the user knows whether they mean the same.
+
     Raises:
         ToolkitError: class count, class order, channels or image size disagree.
     """
@@ -80,7 +83,7 @@ def check_fits(source: DataSource, spec: ModelSpec) -> None:
     if names != expected and sorted(names) == sorted(expected):
         raise ToolkitError(
             "the model and the data set number the same classes differently",
-            found=f"the model: {', '.join(expected[:5])} ...; {source.name}: {', '.join(names[:5])} ...",
+            found=f"the model: {_some(expected)}; {source.name}: {_some(names)}",
             fix="use the data set as it was when the model was trained; with npz:FILE, set class_names to the model's",
         )
     (channels, *size), (wanted, *wanted_size) = source.train.shape, spec.input_shape
@@ -98,6 +101,15 @@ def check_fits(source: DataSource, spec: ModelSpec) -> None:
             found=f"the model takes {_by(wanted_size)}, {source.name} has {_by(size)}",
             fix=f"{hint}name the data set that the model was trained on with --data",
         )
+    if names != expected:
+        progress.notice(
+            f"warning: the model names its classes {_some(expected)}, and {source.name} {_some(names)}: they are "
+            "taken for the same by their numbers, and all figures are wrong if they are not"
+        )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _colours(channels: int) -> str:

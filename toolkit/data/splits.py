@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from toolkit import progress
 from toolkit.artifacts import HashArray, ImageSet, Int64Array, Split, Splits
 from toolkit.config import DataConfig
 from toolkit.data.sources import DataSource
@@ -16,7 +17,8 @@ def make_splits(source: DataSource, config: DataConfig, seed: int) -> Splits:
     Evaluation is the test part, or a class-stratified choice of `config.evaluation` images of it. Held out from
     training are the `source.holdout` distinct training images of smallest hash: whether an image is held out depends
     on no seed and on no order, so networks trained at different times, or on a sample of the data, never saw it.
-    Calibration is a seeded choice of `config.calibration` held-out images (at most half of them), validation the rest.
+    Calibration is a seeded choice of `config.calibration` held-out images (at most half of them, with a notice),
+    validation the rest. The choice of evaluation images is drawn apart from it: no part depends on another's size.
     Images of evaluation, calibration and validation stand in order of their hashes, so that the first n are a fair
     choice even of a folder that lists one class after the other.
 
@@ -24,8 +26,7 @@ def make_splits(source: DataSource, config: DataConfig, seed: int) -> Splits:
         ToolkitError: fewer than two classes, more evaluation images asked for than there are, or an empty part.
     """
     _check_classes(source)
-    rng = np.random.default_rng(seed)
-    evaluation = _evaluation(source.evaluation, config.evaluation, rng)
+    evaluation = _evaluation(source.evaluation, config.evaluation, np.random.default_rng([seed, 1]))
     hashes = source.train.hashes
     unique, first = np.unique(hashes, return_index=True)
     fresh = ~np.isin(unique, source.evaluation.hashes)
@@ -33,10 +34,15 @@ def make_splits(source: DataSource, config: DataConfig, seed: int) -> Splits:
     held_out = first[: source.holdout]
     calibrating = min(config.calibration, len(held_out) // 2)
     chosen = np.zeros(len(held_out), dtype=bool)
-    chosen[rng.permutation(len(held_out))[:calibrating]] = True
+    chosen[np.random.default_rng(seed).permutation(len(held_out))[:calibrating]] = True
     train = np.flatnonzero(np.isin(hashes, unique[source.holdout :])).astype(np.int64)
     parts = {"train": train, "calibration": held_out[chosen], "validation": held_out[~chosen]}
     _check_filled(source, {**parts, "evaluation": evaluation})
+    if calibrating < config.calibration:
+        progress.notice(
+            f"calibration takes {calibrating} images, not {config.calibration}: half of the {len(held_out)} held out "
+            "from training, the other half validates"
+        )
     dropped = len(hashes) - len(train) - len(held_out)
     within = {name: Split(source.train, indices) for name, indices in parts.items()}
     return Splits(**within, evaluation=Split(source.evaluation, evaluation), dropped=dropped)
@@ -98,6 +104,9 @@ def _check_filled(source: DataSource, parts: dict[str, Int64Array]) -> None:
 def check_trained_on(splits: Splits, hashes: HashArray) -> None:
     """Check that no image which judges a network was among those that trained it.
 
+    Copies are known by their pixels. A notice says when the data set holds none of the images that trained the network:
+    the check then rests on their being another data set's, and not the same ones compressed with loss or resized.
+
     Args:
         splits: the parts in use.
         hashes: of all images that the network was ever trained on; empty if unknown.
@@ -107,6 +116,11 @@ def check_trained_on(splits: Splits, hashes: HashArray) -> None:
     """
     parts = {"calibration": splits.calibration, "validation": splits.validation, "evaluation": splits.evaluation}
     seen = {name: int(np.isin(part.hashes, hashes).sum()) for name, part in parts.items()}
+    if len(hashes) and not any(seen.values()) and not np.isin(splits.train.hashes, hashes).any():
+        progress.notice(
+            f"none of the {len(hashes)} images that trained the checkpoint is in {splits.train.images.name}: if it is "
+            "the same data set in another form (resized, JPEG), images that trained it may judge it unnoticed"
+        )
     if any(seen.values()):
         raise ToolkitError(
             "the checkpoint was trained on images that are to judge it",
