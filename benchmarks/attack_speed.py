@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.artifacts import ModelSpec, Normalization, Normalized, Proportion, Split, TorchModel
+from toolkit.attacks.forms import Precision
 from toolkit.attacks.pgd import pgd
-from toolkit.attacks.surrogate import Precision, Surrogate, resolve_precision
+from toolkit.attacks.surrogate import Surrogate, resolve_precision
 from toolkit.attacks.threat import PRESETS, PgdPlan
 from toolkit.config import DataConfig, TrainConfig
 from toolkit.data.sources import load_source

@@ -232,15 +232,18 @@ class TorchModel:
         return replace(self, module=copy.deepcopy(self.module))
 
     def predict(self, images: Tensor) -> Tensor:
-        """Logits float32 [n, classes] of images float32 [n, C, H, W] in [0, 1], in float32 and evaluation mode."""
+        """Logits float32 [n, classes] of images float32 [n, C, H, W] in [0, 1], in float32 and evaluation mode.
+
+        Computes where the module is, and returns to the CPU.
+        """
         was_training = self.module.training
         self.module.eval()
         try:
             with torch.inference_mode():
-                logits: Tensor = self.module(images)
+                logits: Tensor = self.module(images.to(self.module.mean.device))
         finally:
             self.module.train(was_training)
-        return logits.float()
+        return logits.float().cpu()
 
 
 class Predictor(Protocol):

@@ -25,7 +25,8 @@ from toolkit.errors import ToolkitError
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import assemble, read_model_file
 from toolkit.training import loop
-from toolkit.training.loop import TrainingResult, augment, train, training_plan
+from toolkit.training.adversary import training_plan
+from toolkit.training.loop import TrainingResult, augment, train
 
 PLAN = PgdPlan("pixel", ThreatModel("linf", 0.1, "pixels", clip=True), 20, 0.0125, random_start=True)
 TRAIN, VALIDATION, TEST = halves(256, seed=1), halves(64, seed=2), halves(64, seed=3)
@@ -216,7 +217,7 @@ def test_the_best_epoch_on_validation_is_kept(model: TorchModel, monkeypatch: py
     scores = iter([60, 90, 70])
     seen: list[Weights] = []
 
-    def validate(self: Any, _adversarial: bool) -> tuple[Proportion, None]:
+    def validate(self: Any) -> tuple[Proportion, None]:
         seen.append({key: value.clone() for key, value in self.module.network.state_dict().items()})
         return Proportion(next(scores), 100), None
 

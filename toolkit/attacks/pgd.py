@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -59,3 +61,16 @@ def largest_violation(attacked: Tensor, images: Tensor, threat: ThreatModel, nor
     if threat.clip:
         over = max(over, float(-attacked.min()), float(attacked.max()) - 1.0)
     return over
+
+
+def rounding(shape: torch.Size, threat: ThreatModel, normalization: Normalization) -> float:
+    """How far rounding in float32 may carry attacked images [n, C, H, W] over the edge, in units of the ball.
+
+    Two parts: the projection's own arithmetic, relative to eps, and that a pixel is only known to the spacing of
+    float32 there, which is large in the units of a ball behind a small standard deviation. Over the pixels of an image
+    the latter adds up to the root of their number in l2.
+    """
+    finest = float(threat.pixel_scale(normalization).min())
+    spacing = torch.finfo(torch.float32).eps * (1 + threat.margin(normalization)) / finest
+    pixels = math.prod(shape[1:])
+    return 1e-5 * max(1.0, threat.eps) + spacing * (4 if threat.norm == "linf" else max(4.0, math.sqrt(pixels)))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import platform
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from toolkit.allocator import keep_freed_memory
 from toolkit.artifacts import Normalization, Normalized
+from toolkit.attacks.forms import ATTACK_FORMS, Form, Precision, first_working
 
-Precision = Literal["float32", "bfloat16"]
+PROBED = 2
+"""Images on which a network shows what it bears."""
 
 
 def compute_device() -> torch.device:
@@ -26,35 +29,74 @@ def resolve_precision(precision: Literal["auto", "float32", "bfloat16"]) -> Prec
     if precision != "auto":
         return precision
     if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if platform.machine() not in ("x86_64", "AMD64"):
         return "float32"
-    features = torch.cpu.get_capabilities()
-    return "bfloat16" if features.get("avx512_bf16") or features.get("amx_bf16") else "float32"
+    return "bfloat16" if _processor_computes_in_bfloat16() else "float32"
+
+
+def _processor_computes_in_bfloat16() -> bool:
+    capabilities: Callable[[], dict[str, Any]] | None = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is not None:
+        features = capabilities()
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    older: Callable[[], bool] | None = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return older is not None and bool(older())
+
+
+def probe_images(input_shape: tuple[int, int, int]) -> Tensor:
+    """Two images of noise, always the same, on which a network shows what it bears."""
+    return torch.rand((PROBED, *input_shape), generator=torch.Generator().manual_seed(0))
 
 
 class Surrogate:
     """Gives the gradient of the loss with respect to the image alone, for a network that it never changes.
 
-    It holds a copy: evaluation mode, parameters frozen, channels-last, weights cast once. `refresh` brings the copy up
-    to the current weights of a network in training.
+    It holds a copy: evaluation mode, parameters frozen, channels-last, weights cast once. A network that does not bear
+    that computes in the fastest form that it does bear; `precision` and `memory_format` say in which. `refresh` brings
+    the copy up to the current weights of a network in training.
 
     Args:
         module: pixels in [0, 1] to logits.
         normalization: the normalisation inside `module`.
-        precision: in which the network runs; normalisation, loss and perturbation stay in float32.
+        precision: in which the network is to run; normalisation, loss and perturbation stay in float32.
+        input_shape: of the images, (channels, height, width), to try the network at once; None: on the first images.
+
+    Raises:
+        ToolkitError: the network gives no gradient; without `input_shape`, at the first images.
     """
 
-    def __init__(self, module: Normalized, normalization: Normalization, precision: Precision = "float32") -> None:
+    def __init__(
+        self,
+        module: Normalized,
+        normalization: Normalization,
+        precision: Precision = "float32",
+        *,
+        input_shape: tuple[int, int, int] | None = None,
+    ) -> None:
         self.normalization = normalization
         self.device = compute_device()
         if self.device.type == "cpu":
             keep_freed_memory()
-        self._dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self._forms = ATTACK_FORMS[precision]
         copied = copy.deepcopy(module).eval().requires_grad_(False).to(self.device)
         self._mean, self._std = copied.mean.float(), copied.std.float()
-        self._network = copied.network.to(dtype=self._dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._network: nn.Module = copied.network
+        self._form: Form | None = None
         self._pairs = [*self._network.named_parameters(), *self._network.named_buffers()]
+        if input_shape is not None:
+            images = probe_images(input_shape).to(self.device)
+            self._find_form(images, torch.zeros(len(images), dtype=torch.int64, device=self.device))
+
+    @property
+    def precision(self) -> Literal["bfloat16", "autocast", "float32"] | None:
+        """In which the network really runs; None before it was tried."""
+        return None if self._form is None else self._form.precision
+
+    @property
+    def memory_format(self) -> Literal["channels-last", "contiguous"] | None:
+        """Of the network's images and weights; None before it was tried."""
+        return None if self._form is None else self._form.memory_format
 
     def refresh(self, module: Normalized) -> None:
         """Copy the weights and statistics of `module` into this surrogate."""
@@ -63,11 +105,6 @@ class Surrogate:
             for name, mine in self._pairs:
                 mine.copy_(current[name])
 
-    def network_input(self, images: Tensor) -> Tensor:
-        """Normalised images in the network's precision and memory format."""
-        normalised = (images - self._mean) / self._std
-        return normalised.to(dtype=self._dtype, memory_format=torch.channels_last)
-
     def gradient(self, images: Tensor, labels: Tensor) -> Tensor:
         """Gradient of the summed cross-entropy with respect to pixels, float32 [n, C, H, W] (Goodfellow et al. 2015).
 
@@ -75,8 +112,29 @@ class Surrogate:
             images: float32 [n, C, H, W]; may lie outside [0, 1].
             labels: int64 [n].
         """
-        leaf = self.network_input(images).requires_grad_(True)
+        images, labels = images.to(self.device), labels.to(self.device)
+        form = self._form or self._find_form(images[:PROBED], labels[:PROBED])
+        return self._gradient(self._network, form, images, labels)
+
+    def _gradient(self, network: nn.Module, form: Form, images: Tensor, labels: Tensor) -> Tensor:
+        leaf = form.lay_out((images - self._mean) / self._std).requires_grad_(True)
         with torch.enable_grad():
-            loss = functional.cross_entropy(self._network(leaf).float(), labels, reduction="sum")
+            with form.context(self.device):
+                logits = network(leaf)
+            loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, leaf)
         return gradient.float() / self._std
+
+    def _find_form(self, images: Tensor, labels: Tensor) -> Form:
+        """Bring the network into the first form in which it gives a gradient."""
+
+        def attempt(form: Form) -> nn.Module:
+            network = form.cast(copy.deepcopy(self._network))
+            gradient = self._gradient(network, form, images, labels)
+            if form.precision != "float32" and not bool(gradient.isfinite().all()):
+                raise FloatingPointError("the gradient is not finite")
+            return network
+
+        self._form, self._network = first_working(self._forms, attempt, "attacking")
+        self._pairs = [*self._network.named_parameters(), *self._network.named_buffers()]
+        return self._form

@@ -92,8 +92,14 @@ def resolve_plan(config: ThreatConfig, data_key: str | None) -> PgdPlan:
         data_key: `fashion-mnist`, `cifar10`, or None for a data set without presets.
 
     Raises:
-        ToolkitError: no preset fits and `--eps` is not given.
+        ToolkitError: no preset fits and `--eps` is not given, or restarts that would all be the same.
     """
+    if config.random_start is False and config.restarts > 1:
+        raise ToolkitError(
+            "restarts from the image itself are all the same attack",
+            found=f"--zero-start (random_start: false) with --restarts {config.restarts}",
+            fix="leave --zero-start away (or pass --random-start), or make it --restarts 1",
+        )
     known = PRESETS.get((config.preset, data_key or "")) if config.norm == "linf" else None
     if known is None and config.eps is None:
         raise ToolkitError(

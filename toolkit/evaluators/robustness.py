@@ -14,17 +14,14 @@ import torch
 from torch import Tensor
 
 from toolkit.artifacts import Predictor, Proportion, Split, TorchModel, derive_seed
-from toolkit.attacks.pgd import largest_violation, pgd
-from toolkit.attacks.surrogate import Surrogate, resolve_precision
+from toolkit.attacks.pgd import largest_violation, pgd, rounding
+from toolkit.attacks.surrogate import Surrogate, compute_device, resolve_precision
 from toolkit.attacks.threat import PgdPlan
 from toolkit.evaluators.accuracy import correct
 from toolkit.progress import task
 
 SurrogateName = Literal["original", "float", "fake_quantised", "twin"]
 TargetName = Literal["torch", "fp32", "deployed", "deployed_unoptimised"]
-
-ROUNDING = 1e-5
-"""How far rounding in float32 may carry an attacked image over the edge of its ball."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,28 +71,48 @@ def evaluate_robustness(
         precision: of the surrogate's gradients; scoring is always in float32.
         input_range: pixels that the deployed graph's input quantiser represents.
     """
-    attacker = Surrogate(model.module, model.spec.normalization, resolve_precision(precision))
+    spec = model.spec
+    attacker = Surrogate(model.module, spec.normalization, resolve_precision(precision), input_shape=spec.input_shape)
+    judges = _Judges(model, targets)
     tally = _Tally(list(targets))
     with task(f"PGD-{plan.steps} on {surrogate}", len(split) * plan.restarts) as bar:
         for number, batch in enumerate(split.batches()):
-            tally.begin(
-                correct(model, batch.images, batch.labels),
-                {name: correct(target, batch.images, batch.labels) for name, target in targets.items()},
-            )
+            tally.begin(*judges.correct(batch.images, batch.labels))
             for restart in range(plan.restarts):
                 generator = torch.Generator().manual_seed(derive_seed(seed, number, restart))
                 attacked = pgd(attacker, batch.images, batch.labels, plan, generator).cpu()
-                over = largest_violation(attacked, batch.images, plan.threat, model.spec.normalization)
-                if over > ROUNDING:
+                over = largest_violation(attacked, batch.images, plan.threat, spec.normalization)
+                if over > rounding(attacked.shape, plan.threat, spec.normalization):
                     raise RuntimeError(f"PGD left its threat model by {over:g}")
-                tally.add(
-                    correct(model, attacked, batch.labels),
-                    {name: correct(target, attacked, batch.labels) for name, target in targets.items()},
-                )
+                tally.add(*judges.correct(attacked, batch.labels))
                 if input_range is not None:
                     tally.count_clipped(attacked, input_range)
                 bar.advance(len(batch))
     return tally.result(f"pgd-{plan.steps}", surrogate)
+
+
+class _Judges:
+    """The surrogate's own network and the targets; torch networks are copied to where they compute fastest."""
+
+    def __init__(self, model: TorchModel, targets: Mapping[TargetName, Predictor]) -> None:
+        self._own = self._placed(model)
+        self._others = {name: self._placed(target) for name, target in targets.items() if target is not model}
+        self._names = list(targets)
+
+    @staticmethod
+    def _placed(predictor: Predictor) -> Predictor:
+        device = compute_device()
+        if not isinstance(predictor, TorchModel) or predictor.module.mean.device.type == device.type:
+            return predictor
+        copied = predictor.copy()
+        copied.module.to(device)
+        return copied
+
+    def correct(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[TargetName, Tensor]]:
+        """Which images are classified rightly, on the surrogate's network and by target."""
+        own = correct(self._own, images, labels)
+        found = {name: correct(other, images, labels) for name, other in self._others.items()}
+        return own, {name: found.get(name, own) for name in self._names}
 
 
 @dataclass

@@ -22,6 +22,16 @@ from toolkit.models.networks import cnn8, resnet18
 Builder = Callable[[int, tuple[int, int, int]], nn.Module]
 
 ARCHITECTURES: Mapping[str, Builder] = {"cnn8": cnn8, "resnet18": resnet18}
+AUXILIARY: Mapping[str, Mapping[str, bool]] = {
+    name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")
+}
+"""torchvision's networks that have more than one output in training, unless told not to."""
+GRIDS: Mapping[str, int] = {
+    **{f"vit_{kind}": int(kind[2:]) for kind in ("b_16", "b_32", "l_16", "l_32", "h_14")},
+    "maxvit_t": 224,
+}
+"""Of what torchvision's networks of a fixed grid need the image's side to be a multiple: a patch, or MaxViT's
+partitions of 7 after five halvings."""
 
 
 def build_network(architecture: str, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
@@ -52,9 +62,24 @@ def _from_torchvision(name: str, classes: int, input_shape: tuple[int, int, int]
             found=f"images of {input_shape[0]} channel(s)",
             fix="use RGB images, or `--arch cnn8`, or your own network as path/to/file.py:callable",
         )
-    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    options = {**AUXILIARY.get(name, {}), **_size_options(name, input_shape)}
     network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
     return network
+
+
+def _size_options(name: str, input_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Transformers of a fixed grid are built for the size of the images."""
+    if name not in GRIDS:
+        return {}
+    _, height, width = input_shape
+    if height != width or height % GRIDS[name]:
+        raise ToolkitError(
+            f"torchvision:{name} takes square images whose side is a multiple of {GRIDS[name]}",
+            found=f"images of {height}x{width}",
+            fix=f"resize an image folder with --size {max(1, round(height / GRIDS[name])) * GRIDS[name]}, "
+            "or name another network",
+        )
+    return {"input_size": (height, width)} if name == "maxvit_t" else {"image_size": height}
 
 
 def _from_file(architecture: str, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:

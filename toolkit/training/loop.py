@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from toolkit.artifacts import Normalized, Proportion, Split, TorchModel, derive_seed
-from toolkit.attacks.pgd import pgd
-from toolkit.attacks.surrogate import Surrogate, compute_device, resolve_precision
-from toolkit.attacks.threat import RELATIVE_STEP, PgdPlan
+from toolkit.attacks.forms import Precision
+from toolkit.attacks.surrogate import compute_device, resolve_precision
+from toolkit.attacks.threat import PgdPlan
 from toolkit.config import TrainConfig
 from toolkit.errors import ToolkitError
 from toolkit.models.checkpoint import spec_to_dict
-from toolkit.progress import task
+from toolkit.progress import notice, task
+from toolkit.training.adversary import Adversary, training_plan
+from toolkit.training.forward import find_form, forward
 from toolkit.training.interrupt import deferred_interrupt
 from toolkit.training.losses import OBJECTIVES
 from toolkit.training.resume import load_state, save_state
@@ -32,6 +34,8 @@ from toolkit.training.schedules import SCHEDULES
 
 VALIDATION_IMAGES = 1024
 """At most so many validation images choose the best epoch."""
+VALIDATION_STEPS = 10
+"""Steps of the attack on them."""
 SAVE_EVERY_S = 30.0
 """Seconds between two checkpoints within an epoch."""
 
@@ -61,7 +65,7 @@ def train(
     train_split: Split,
     validation: Split,
     config: TrainConfig,
-    plan: PgdPlan,
+    plan: PgdPlan | None,
     *,
     seed: int,
     label: str = "training",
@@ -74,12 +78,13 @@ def train(
         model: start weights.
         train_split: images to learn from; validation: images that choose the best epoch.
         config: objective, epochs, rate and so on.
-        plan: threat model of adversarial training and of the validation attack.
+        plan: threat model of adversarial training and of the validation attack; other objectives need none.
         seed: fixes order, attack starts and dropout.
         checkpoint: file that is kept up to date and removed by nobody; with `resume` the run goes on from it.
 
     Raises:
-        ToolkitError: the loss became NaN or diverged, or the checkpoint is of another run.
+        ToolkitError: the loss became NaN or diverged, the network cannot be trained or attacked, the batch is larger
+            than the data, or the checkpoint is of another run.
     """
     if config.objective == "none" or config.epochs == 0:
         return TrainingResult(model.copy(), (), 0, "none")
@@ -105,26 +110,51 @@ def train(
     return run.result()
 
 
-def training_plan(plan: PgdPlan, steps: int) -> PgdPlan:
-    """The attack of adversarial training: the same threat model, fewer steps, a random start."""
-    return replace(plan, steps=steps, step_size=RELATIVE_STEP * plan.threat.eps / steps, random_start=True, restarts=1)
+def fitting_batch(config: TrainConfig, images: int) -> int:
+    """The batch size that `images` training images allow.
+
+    Raises:
+        ToolkitError: more was asked for than there are images, and than the default.
+    """
+    if config.batch_size <= images:
+        return config.batch_size
+    if config.batch_size > TrainConfig().batch_size:
+        raise ToolkitError(
+            "the batch is larger than the training data",
+            found=f"--batch-size {config.batch_size}, {images} training images",
+            fix=f"pass --batch-size {min(images, TrainConfig().batch_size)}",
+        )
+    notice(f"all {images} training images make one batch: fewer than --batch-size {config.batch_size}")
+    return images
 
 
 class _Run:
     """The mutable state of one training."""
 
     def __init__(
-        self, model: TorchModel, train_split: Split, validation: Split, config: TrainConfig, plan: PgdPlan, seed: int
+        self,
+        model: TorchModel,
+        train_split: Split,
+        validation: Split,
+        config: TrainConfig,
+        plan: PgdPlan | None,
+        seed: int,
     ) -> None:
-        self.original, self.train_split, self.config, self.plan, self.seed = model, train_split, config, plan, seed
+        self.original, self.train_split, self.config, self.seed = model, train_split, config, seed
+        self.batch_size = fitting_batch(config, len(train_split))
         self.validation = validation.first(VALIDATION_IMAGES)
         self.device = compute_device()
-        self.precision = resolve_precision(config.precision)
-        self.module: Normalized = copy.deepcopy(model.module).to(self.device)
-        self.module.network.to(memory_format=torch.channels_last)
-        self.module.requires_grad_(True)
-        self.surrogate = Surrogate(self.module, model.spec.normalization, self.precision)
-        self.attack = training_plan(plan, config.attack_steps)
+        precision = resolve_precision(config.precision)
+        self.module: Normalized = copy.deepcopy(model.module).to(self.device).requires_grad_(True)
+        self.form = find_form(self.module, model.spec.input_shape, precision, self.device)
+        self.form.cast(self.module.network)
+        self.precision: Precision = "bfloat16" if self.form.precision == "autocast" else "float32"
+        self.plan, self.adversary = None, None
+        if config.objective == "adversarial":
+            if plan is None:
+                raise ValueError("adversarial training needs a threat model")
+            self.plan = plan
+            self.adversary = Adversary(self.module, model.spec, training_plan(plan, config.attack_steps), precision)
         self.optimizer = torch.optim.SGD(
             self.module.parameters(),
             lr=config.learning_rate,
@@ -132,7 +162,7 @@ class _Run:
             weight_decay=config.weight_decay,
         )
         # a last batch of one image would break batch norm, so incomplete batches are dropped where there are others
-        self.steps_per_epoch = max(1, len(train_split) // config.batch_size)
+        self.steps_per_epoch = max(1, len(train_split) // self.batch_size)
         self.step = 0
         self.order = np.empty(0, dtype=np.int64)
         self.order_epoch = -1
@@ -146,9 +176,10 @@ class _Run:
     def _fingerprint(self) -> str:
         facts = {
             "config": self.config.model_dump(mode="json"),
-            "plan": [self.plan.record(), self.plan.steps, self.plan.step_size],
+            "plan": self.plan and [self.plan.record(), self.plan.steps, self.plan.step_size],
             "seed": self.seed,
             "train": self.train_split.digest,
+            "validation": self.validation.digest,
             "spec": spec_to_dict(self.original.spec),
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
@@ -164,7 +195,7 @@ class _Run:
         if self.order_epoch != epoch:
             self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train_split))
             self.order_epoch = epoch
-        size = self.config.batch_size
+        size = self.batch_size
         batch = self.train_split.take(self.order[position * size : (position + 1) * size])
         # every step has its own seeds, so that a resumed run needs no generator's state
         step_seed = derive_seed(self.seed, epoch, position)
@@ -179,7 +210,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rate
         self.module.train()
-        loss = OBJECTIVES[self.config.objective](self._forward, images, labels, self._adversary(generator))
+        loss = OBJECTIVES[self.config.objective](self._forward, images, labels, self._attack(generator))
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         self.optimizer.step()
@@ -189,14 +220,12 @@ class _Run:
         self.note = f"loss {np.mean(self.losses[-50:]):.3f}"
 
     def _forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
-            logits: Tensor = self.module(images.contiguous(memory_format=torch.channels_last))
-        return logits.float()
+        return forward(self.module, self.form, images)
 
-    def _adversary(self, generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
+    def _attack(self, generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
         def attack(images: Tensor, labels: Tensor) -> Tensor:
-            self.surrogate.refresh(self.module)
-            return pgd(self.surrogate, images, labels, self.attack, generator)
+            assert self.adversary is not None  # only the adversarial objective attacks
+            return self.adversary.attack(images, labels, generator)
 
         return attack
 
@@ -219,8 +248,7 @@ class _Run:
         """Measure on the validation part and keep the weights if they are the best so far."""
         if not all(bool(value.isfinite().all()) for value in self.module.state_dict().values()):
             raise self._diverged(self.step // self.steps_per_epoch)
-        adversarial = self.config.objective == "adversarial"
-        clean, robust = self._validate(adversarial)
+        clean, robust = self._validate()
         epoch = self.step // self.steps_per_epoch
         self.epochs.append(EpochRecord(epoch, float(np.mean(self.losses)), clean, robust))
         best = max(self.epochs, key=lambda record: (_score(record), record.epoch))
@@ -230,19 +258,18 @@ class _Run:
         robust_text = f", robust {robust.value:.1%}" if robust else ""
         self.note = f"epoch {epoch}: validation clean {clean.value:.1%}{robust_text}"
 
-    def _validate(self, adversarial: bool) -> tuple[Proportion, Proportion | None]:
+    def _validate(self) -> tuple[Proportion, Proportion | None]:
         self.module.eval()
-        self.surrogate.refresh(self.module)
         generator = torch.Generator().manual_seed(self.seed)
         clean: list[Tensor] = []
         robust: list[Tensor] = []
         for batch in self.validation.batches():
             images, labels = batch.images.to(self.device), batch.labels.to(self.device)
             clean.append(self._correct(images, labels))
-            if adversarial:
-                attacked = pgd(self.surrogate, images, labels, replace(self.attack, steps=10), generator)
+            if self.adversary is not None:
+                attacked = self.adversary.attack(images, labels, generator, VALIDATION_STEPS)
                 robust.append(self._correct(attacked, labels))
-        return Proportion.of(torch.cat(clean)), Proportion.of(torch.cat(robust)) if adversarial else None
+        return Proportion.of(torch.cat(clean)), Proportion.of(torch.cat(robust)) if robust else None
 
     def _correct(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -281,7 +308,7 @@ class _Run:
             "best_epoch": self.best_epoch,
             "seed": self.seed,
             "precision": self.precision,
-            "threat": self.plan.record() if self.config.objective == "adversarial" else None,
+            "threat": self.plan and self.plan.record(),
             "images": len(self.train_split),
             "images_sha256": self.train_split.digest,
             "validation": [_epoch_to_list(epoch) for epoch in self.epochs],
