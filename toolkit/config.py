@@ -58,7 +58,7 @@ class DataConfig(StageConfig):
     data_dir: Path | None = None
     download: bool = False
     size: Annotated[int, Field(ge=4)] | None = None
-    calibration: Annotated[int, Field(ge=1)] = 512
+    calibration: Annotated[int, Field(ge=1)] = 500
     evaluation: Annotated[int, Field(ge=1)] | None = None
     """Number of evaluation images; None: all."""
 
