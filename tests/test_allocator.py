@@ -14,7 +14,7 @@ from toolkit.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def work():
-    torch.ones(3_000_000).add(1.0)
+    torch.ones(12_000_000)  # 48 MB: beyond the 32 MB below which glibc may adapt by itself
 for _ in range(3):
     work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
