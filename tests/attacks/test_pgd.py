@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tests.toys import GREY, RGB, linear_model, small_network, wrap
 from toolkit.artifacts import Normalization, TorchModel
-from toolkit.attacks.pgd import constrain, largest_violation, pgd
+from toolkit.attacks.pgd import constrain, largest_violation, pgd, rounding
 from toolkit.attacks.projections import START
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.threat import PRESETS, PgdPlan, ThreatModel
@@ -27,7 +27,7 @@ def a_plan(
 
 def attack(model: TorchModel, images: Tensor, labels: Tensor, plan: PgdPlan, seed: int = 0) -> Tensor:
     surrogate = Surrogate(model.module, model.spec.normalization)
-    return pgd(surrogate, images, labels, plan, torch.Generator().manual_seed(seed))
+    return pgd(surrogate, images, labels, plan, torch.Generator().manual_seed(seed)).cpu()
 
 
 def a_linear_problem() -> tuple[TorchModel, Tensor, Tensor, Tensor]:
@@ -172,3 +172,36 @@ def test_the_attack_is_the_papers_image_by_image() -> None:
             for x in (ours[index : index + 1], theirs)
         ]
         assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(
+    ("std", "eps", "side", "space", "clip"),
+    [
+        (1 / 255, 8.0, 8, "normalised", False),  # a network that takes pixels from 0 to 255
+        (1 / 255, 0.01, 8, "normalised", False),
+        (1 / 255, 8.0, 8, "normalised", True),
+        (1 / 255, 100.0, 224, "normalised", False),
+        (0.25, 100.0, 224, "pixels", True),
+        (0.25, 0.01, 224, "pixels", True),
+        (4.0, 0.5, 8, "normalised", False),
+    ],
+)
+def test_rounding_allows_what_float32_does_and_no_more(
+    norm: Norm, std: float, eps: float, side: int, space: Literal["pixels", "normalised"], clip: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    normalization = Normalization((0.5,) * 3, (std,) * 3)
+    threat = ThreatModel(norm, eps, space, clip)
+    images = torch.rand(2, 3, side, side, generator=generator)
+    scale = threat.pixel_scale(normalization)
+    allowed = rounding(images.shape, threat, normalization)
+    far = images + scale * 3 * eps * torch.randn(images.shape, generator=generator)
+    for attacked in (constrain(far, images, threat, scale), constrain(images + scale * eps, images, threat, scale)):
+        assert largest_violation(attacked, images, threat, normalization) <= allowed
+    assert allowed < 0.2 * eps or std == 1 / 255, "a pixel of 1/255 is as coarse as the smallest ball there"
+
+
+def test_one_and_the_same_rounding_stays_strict_for_ordinary_units() -> None:
+    threat = PRESETS["pixel", "cifar10"].threat
+    assert rounding(torch.Size((4, 3, 32, 32)), threat, RGB) < 1.1e-5

@@ -100,3 +100,12 @@ def test_the_record_names_the_threat_model() -> None:
         "space": "normalised",
         "clip": False,
     }
+
+
+def test_restarts_that_would_all_be_the_same_are_refused() -> None:
+    with pytest.raises(ToolkitError, match="all the same attack") as caught:
+        plan(random_start=False, restarts=3)
+    assert "--zero-start" in caught.value.found and "--restarts 3" in caught.value.found
+    assert "--zero-start" in caught.value.fix
+    assert plan(random_start=False).restarts == 1
+    assert plan(random_start=True, restarts=3).random_start

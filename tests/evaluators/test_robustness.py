@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor
 from tests.toys import linear_model
 from toolkit import artifacts, progress
 from toolkit.artifacts import Int64Array, Normalization, Proportion, Split, TorchModel, UInt8Array
+from toolkit.attacks.pgd import pgd
+from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.threat import PgdPlan, ThreatModel
 from toolkit.data.images import ArrayImages
 from toolkit.evaluators import robustness
@@ -148,13 +151,85 @@ def test_more_restarts_never_raise_the_figure_and_repeat_with_the_seed() -> None
     assert robust(1) == one
 
 
-def test_a_batchs_figures_do_not_depend_on_the_batches_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_restart_has_a_start_of_its_own_whatever_ran_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The random start depends on seed, batch and restart alone: not on the number of restarts of earlier batches."""
+    split = flat_images([90, 110, 118, 133, 140, 160])
+    monkeypatch.setattr(artifacts, "evaluation_batch", lambda _shape: 3)
+
+    def starts(restarts: int, seed: int = 0) -> dict[tuple[int, int], Tensor]:
+        found: list[Tensor] = []
+
+        def spy(surrogate: Any, images: Tensor, labels: Tensor, how: PgdPlan, generator: torch.Generator) -> Tensor:
+            found.append(torch.rand(4, generator=generator.clone_state()))
+            return pgd(surrogate, images, labels, how, generator)
+
+        monkeypatch.setattr(robustness, "pgd", spy)
+        how = plan(2, restarts=restarts, random_start=True)
+        evaluate_robustness(threshold(), {}, split, how, seed=seed, precision="float32")
+        return {divmod(number, restarts): start for number, start in enumerate(found)}
+
+    one, three = starts(1), starts(3)
+    assert len(one) == 2 and len(three) == 6
+    assert all(torch.equal(start, three[batch, restart]) for (batch, restart), start in one.items())
+    assert len({tuple(start.tolist()) for start in three.values()}) == 6
+    assert not torch.equal(starts(1, seed=1)[0, 0], one[0, 0])
+
+
+def test_without_a_random_start_the_figures_do_not_depend_on_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     split = flat_images([90, 110, 118, 133, 140, 160])
     model = threshold()
     whole = evaluate_robustness(model, {"torch": model}, split, plan(), seed=0)
     monkeypatch.setattr(artifacts, "evaluation_batch", lambda _shape: 4)
     cut = evaluate_robustness(model, {"torch": model}, split, plan(), seed=0)
     assert whole.worst_case == cut.worst_case and whole.transfers == cut.transfers
+
+
+def test_the_surrogates_own_network_is_not_scored_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = threshold(), []
+    predict = TorchModel.predict
+
+    def counted(self: TorchModel, images: Tensor) -> Tensor:
+        calls.append(len(images))
+        return predict(self, images)
+
+    monkeypatch.setattr(TorchModel, "predict", counted)
+    how = plan(restarts=2, random_start=True)
+    found = evaluate_robustness(
+        model, {"fp32": By(lambda mean: mean > 0.45), "torch": model}, flat_images([10, 120, 200]), how, seed=0
+    )
+    assert calls == [3, 3, 3], "clean and two restarts"
+    assert [transfer.target for transfer in found.transfers] == ["fp32", "torch"]
+    assert found.clean["torch"] == Proportion(3, 3) and found.worst_case["torch"] == Proportion(2, 3)
+
+
+def test_the_precision_that_was_asked_for_is_that_of_the_attack(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Spy(Surrogate):
+        def __init__(self, module: Any, normalization: Any, precision: Any, **options: Any) -> None:
+            super().__init__(module, normalization, precision, **options)
+            asked.append(str(self.precision))
+
+    monkeypatch.setattr(robustness, "Surrogate", Spy)
+    precisions: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    for precision in precisions:
+        evaluate_robustness(threshold(), {}, flat_images([10, 200]), plan(), seed=0, precision=precision)
+    assert asked == ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("norm", "std", "eps", "side"), [("linf", 1 / 255, 8.0, 8), ("l2", 1 / 255, 300.0, 8), ("l2", 0.25, 100.0, 224)]
+)
+def test_rounding_in_other_units_is_no_defect(norm: Literal["linf", "l2"], std: float, eps: float, side: int) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (2, 1, side, side), dtype=np.uint8)
+    split = Split(ArrayImages("noise", ("a", "b"), pixels, np.array([0, 1])), np.arange(2, dtype=np.int64))
+    weight = torch.randn(2, side * side, generator=torch.Generator().manual_seed(0))
+    model = linear_model(weight, (1, side, side), Normalization((0.5,), (std,)))
+    for space, clip in (("normalised", False), ("normalised", True), ("pixels", True)):
+        threat = ThreatModel(norm, eps, "normalised" if space == "normalised" else "pixels", clip)
+        how = PgdPlan("pixel", threat, 3, eps, random_start=True)
+        evaluate_robustness(model, {"torch": model}, split, how, seed=0, precision="float32")
 
 
 def test_the_clipped_share_is_that_of_the_pixels_outside() -> None:
@@ -186,3 +261,14 @@ def test_the_network_is_left_as_it_was() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.module.parameters(), strict=True))
     assert [parameter.requires_grad for parameter in model.module.parameters()] == flags
     assert all(parameter.grad is None for parameter in model.module.parameters())
+
+
+def test_torch_networks_are_scored_where_they_compute_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device `meta` stands for a GPU: the networks move there as copies, other graphs stay."""
+    monkeypatch.setattr(robustness, "compute_device", lambda: torch.device("meta"))
+    model, other, graph = threshold(), threshold(0.4), By(lambda mean: mean > 0.5)
+    judges = robustness._Judges(model, {"torch": model, "fp32": other, "deployed": graph})
+    placed = [judges._own, judges._others["fp32"]]
+    assert all(isinstance(judge, TorchModel) and judge.module.mean.device.type == "meta" for judge in placed)
+    assert judges._others["deployed"] is graph and "torch" not in judges._others
+    assert {found.module.mean.device.type for found in (model, other)} == {"cpu"}

@@ -312,3 +312,20 @@ def test_a_users_network_keeps_working_from_our_checkpoint_and_can_move(tmp_path
     assert "--arch" in refusal(tmp_path / "model.pt").fix
     moved = load(tmp_path / "model.pt", arch=f"{tmp_path}/moved.py:net")
     assert torch.equal(moved.predict(IMAGES), model.predict(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"), [("{'logits': logits}", "dict"), ("(logits, logits)", "tuple"), ("[logits]", "list")]
+)
+def test_a_network_that_returns_more_than_logits(tmp_path: Path, answer: str, kind: str) -> None:
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Linear):\n"
+        "    def __init__(self):\n        super().__init__(144, 10)\n"
+        "    def forward(self, image):\n"
+        f"        logits = super().forward(image.flatten(1))\n        return {answer}\n"
+    )
+    torch.save({"weight": torch.zeros(10, 144), "bias": torch.zeros(10)}, tmp_path / "a.pt")
+    error = refusal(tmp_path / "a.pt", arch=f"{tmp_path}/net.py:Net")
+    assert error.problem == "the network's output is no tensor of logits"
+    assert f"forward() returns a {kind}" in error.found and error.fix == "return the logits alone"

@@ -63,6 +63,35 @@ def test_an_unknown_architecture_gets_the_nearest_name() -> None:
     assert "did you mean 'mobilenet_v" in caught.value.fix
 
 
+@pytest.mark.parametrize(("name", "side"), [("vit_b_16", 64), ("vit_b_32", 96), ("vit_l_16", 16), ("vit_h_14", 28)])
+def test_vision_transformers_are_built_for_the_size_of_the_images(name: str, side: int) -> None:
+    with torch.device("meta"):
+        network = build_network(f"torchvision:{name}", 5, (3, side, side)).eval()
+        assert network(torch.zeros(1, 3, side, side)).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "found", "size"),
+    [
+        ("vit_b_16", (3, 70, 70), "70x70", "--size 64"),
+        ("vit_b_16", (3, 64, 32), "64x32", "--size 64"),
+        ("vit_b_32", (3, 8, 8), "8x8", "--size 32"),
+        ("maxvit_t", (3, 64, 64), "64x64", "--size 224"),
+    ],
+)
+def test_images_that_do_not_fit_a_transformers_grid(
+    name: str, shape: tuple[int, int, int], found: str, size: str
+) -> None:
+    with pytest.raises(ToolkitError, match="square images whose side is a multiple of") as caught:
+        build_network(f"torchvision:{name}", 5, shape)
+    assert found in caught.value.found and size in caught.value.fix
+
+
+def test_maxvit_is_built_for_the_size_of_the_images() -> None:
+    with torch.device("meta"):
+        build_network("torchvision:maxvit_t", 5, (3, 448, 448))
+
+
 def test_torchvision_refuses_grey_images() -> None:
     with pytest.raises(ToolkitError, match="takes RGB images") as caught:
         build_network("torchvision:resnet18", 10, GREY_SHAPE)

@@ -41,10 +41,14 @@ class Form:
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
     def cast(self, network: nn.Module) -> nn.Module:
-        """Bring the weights of `network` into this form, in place."""
-        if self.precision == "bfloat16" and any(value.is_complex() for value in network.state_dict().values()):
-            raise TypeError("complex weights cannot be cast to bfloat16")
-        cast: nn.Module = network.to(dtype=self.dtype, memory_format=FORMATS[self.memory_format])  # type: ignore[call-overload]
+        """Bring the weights of `network` into this form, in place; complex ones stay complex."""
+        if self.precision == "bfloat16":
+            if any(value.is_complex() for value in network.state_dict().values()):
+                raise TypeError("complex weights cannot be cast to bfloat16")
+            network.bfloat16()
+        else:
+            network.float()
+        cast: nn.Module = network.to(memory_format=FORMATS[self.memory_format])
         return cast
 
     def lay_out(self, images: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from toolkit.artifacts import HashArray, ModelSpec, Normalization, Normalized, T
 from toolkit.errors import ToolkitError, unknown_name
 from toolkit.models.checkpoint import is_checkpoint, parse_checkpoint
 from toolkit.models.registry import build_network, import_folder
-from toolkit.progress import notice
+from toolkit.progress import warn
 from toolkit.pruning import replay
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "ema", "module", "params", "weights")
@@ -152,7 +152,7 @@ def _load(path: Path, trust_pickle: bool) -> object:
             found=str(path),
             fix="save a state dict instead, or pass --trust-pickle if you trust whoever made the file",
         )
-    notice(f"warning: unpickling {path} runs the code that it contains")
+    warn(f"unpickling {path} runs the code that it contains")
     try:
         with import_folder(path.resolve().parent):
             return torch.load(path, map_location="cpu", weights_only=False)
@@ -253,7 +253,7 @@ def assemble(
     for parameter in module.parameters():
         parameter.requires_grad_(True)
     model = TorchModel(module, spec, file.training_hashes)
-    _check_outputs(model, file.path)
+    check_outputs(model, str(file.path))
     return model
 
 
@@ -301,20 +301,35 @@ def _sample(label: str, items: list[str]) -> str:
     return f"{label}: {', '.join(items[:5])}{more}" if items else ""
 
 
-def _check_outputs(model: TorchModel, path: Path) -> None:
-    """One forward pass: the network takes its images and gives one logit per class."""
+def check_outputs(model: TorchModel, where: str) -> None:
+    """One forward pass: the network takes its images and gives one logit per class.
+
+    Args:
+        model: on the CPU and in evaluation mode.
+        where: the network comes from: its file, or its architecture's name.
+
+    Raises:
+        ToolkitError: it does not.
+    """
     shape, classes = model.spec.input_shape, len(model.spec.class_names)
     try:
-        logits = model.predict(torch.full((2, *shape), 0.5))
+        with torch.inference_mode():
+            output: object = model.module(torch.full((2, *shape), 0.5))
     except Exception as error:  # user code may raise anything, torchvision raises AssertionError
         raise ToolkitError(
             "the network does not take the data set's images",
-            found=f"{path}: images {list(shape)}: {str(error).partition(chr(10))[0]}",
-            fix="name the data set it was trained on with --data (and --size)",
+            found=f"{where}: images {list(shape)}: {str(error).partition(chr(10))[0]}",
+            fix="name the data set that the network is made for with --data (and --size), or another network",
         ) from error
-    if tuple(logits.shape) != (2, classes):
+    if not isinstance(output, Tensor):
+        raise ToolkitError(
+            "the network's output is no tensor of logits",
+            found=f"{where}: forward() returns a {type(output).__name__}",
+            fix="return the logits alone",
+        )
+    if tuple(output.shape) != (2, classes):
         raise ToolkitError(
             "the network's outputs are not the data set's classes",
-            found=f"{path}: output {list(logits.shape)[1:]}, {classes} classes",
-            fix="name the data set it was trained on with --data",
+            found=f"{where}: output {list(output.shape)[1:]}, {classes} classes",
+            fix="name the data set that the network is made for with --data",
         )
