@@ -286,7 +286,7 @@ def test_sample_is_a_part_of_fashion_mnist_and_so_is_its_hold_out() -> None:
         pytest.skip("needs the full data set: apt-get install dataset-fashion-mnist")
     full, sample = (load_source(DataConfig(source=name)) for name in ("fashion-mnist", "sample"))
     splits, small = make_splits(full, DataConfig(), 0), make_splits(sample, DataConfig(), 0)
-    assert [len(getattr(splits, name)) for name in PARTS] == [55_000, 512, 4_488, 10_000]
+    assert [len(getattr(splits, name)) for name in PARTS] == [55_000, 500, 4_500, 10_000]
     assert held_out(small) < held_out(splits)
     assert np.isin(small.train.hashes, splits.train.hashes).all()
     assert np.isin(small.evaluation.hashes, splits.evaluation.hashes).all()
