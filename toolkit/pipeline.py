@@ -148,7 +148,7 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
     prepared = prepare(config)
     config = _resolve(config, prepared)
     pruned = prune(prepared.model, config.prune)
-    gradient, forward = _seconds_per_image(prepared.model), _seconds_per_image(pruned.model)
+    gradient, forward = (_seconds_per_image(model, config) for model in (prepared.model, pruned.model))
     tuning, evaluated = config.finetune, len(prepared.splits.evaluation)
     attack = tuning.attack_steps if tuning.objective == "adversarial" else 0
     images = tuning.epochs * len(prepared.splits.train) if tuning.objective != "none" else 0
@@ -169,9 +169,10 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
     return [PlannedStep(text, seconds) for text, seconds in estimates.items()]
 
 
-def _seconds_per_image(model: TorchModel) -> float:
+def _seconds_per_image(model: TorchModel, config: HardenConfig) -> float:
     """Measured: one gradient with respect to the image, per image."""
-    surrogate = Surrogate(model.module, model.spec.normalization, resolve_precision("auto"))
+    spec, precision = model.spec, resolve_precision(config.finetune.precision)
+    surrogate = Surrogate(model.module, spec.normalization, precision, input_shape=spec.input_shape)
     images = torch.rand(64, *model.spec.input_shape)
     labels = torch.zeros(64, dtype=torch.int64)
     surrogate.gradient(images, labels)
@@ -278,7 +279,13 @@ def _gather(
     with watch.stage("evaluate"):
         first = evaluation.first(BASELINE_IMAGES)
         baseline = evaluate_robustness(
-            prepared.model, {"torch": prepared.model}, first, prepared.plan, seed=config.seed, surrogate="original"
+            prepared.model,
+            {"torch": prepared.model},
+            first,
+            prepared.plan,
+            seed=config.seed,
+            surrogate="original",
+            precision=config.finetune.precision,
         )
         baseline_accuracy = measure_accuracy(prepared.model, evaluation)
         robustness = _robustness(config, prepared, tuned.model, graphs)
@@ -322,6 +329,7 @@ def _robustness(config: HardenConfig, prepared: Prepared, model: TorchModel, gra
         prepared.splits.evaluation,
         prepared.plan,
         seed=config.seed,
+        precision=config.finetune.precision,
         input_range=(quantized.input_low, quantized.input_high) if quantized else None,
     )
 

@@ -13,7 +13,8 @@ from toolkit.artifacts import Proportion
 from toolkit.bundle import read_report
 from toolkit.config import GateConfig
 from toolkit.evaluators.soundness import integer_above_float
-from toolkit.reports.build import _gates, public_name, verdict
+from toolkit.paths import public_name
+from toolkit.reports.build import _gates, verdict
 from toolkit.reports.markdown import percent, render_markdown, threat_text
 from toolkit.reports.schema import AlarmRecord, Gate, Report, Threat
 from toolkit.reports.summary import comparison, render_summary, text_table
