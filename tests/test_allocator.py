@@ -15,7 +15,7 @@ if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def work():
     torch.ones(12_000_000)  # 48 MB: beyond the 32 MB below which glibc may adapt by itself
-for _ in range(3):
+for _ in range(25):  # aligned buffers find their places within a few rounds
     work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
