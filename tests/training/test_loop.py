@@ -357,6 +357,14 @@ def test_users_networks_train_in_the_fastest_form_that_they_bear(
     assert equal(before, weights(model)), "what was tried was a copy"
 
 
+def test_standard_training_keeps_freed_memory_too(model: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(loop, "keep_freed_memory", lambda: calls.append(True))
+    monkeypatch.setattr(loop, "compute_device", lambda: torch.device("cpu"))
+    train(model, TRAIN, VALIDATION, STANDARD, None, seed=0)
+    assert calls
+
+
 def test_trying_a_network_leaves_no_trace_in_its_statistics(model: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop._Run, "advance", lambda _self: pytest.fail("nothing is trained here"))
     started = loop._Run(model, TRAIN, VALIDATION, CONFIG, PLAN, 0)

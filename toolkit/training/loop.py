@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from toolkit.allocator import keep_freed_memory
 from toolkit.artifacts import Normalized, Proportion, Split, TorchModel, derive_seed
 from toolkit.attacks.forms import Precision
 from toolkit.attacks.surrogate import compute_device, resolve_precision
@@ -144,6 +145,8 @@ class _Run:
         self.batch_size = fitting_batch(config, len(train_split))
         self.validation = validation.first(VALIDATION_IMAGES)
         self.device = compute_device()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         precision = resolve_precision(config.precision)
         self.module: Normalized = copy.deepcopy(model.module).to(self.device).requires_grad_(True)
         self.form = find_form(self.module, model.spec.input_shape, precision, self.device)
