@@ -218,18 +218,26 @@ def test_the_precision_that_was_asked_for_is_that_of_the_attack(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("norm", "std", "eps", "side"), [("linf", 1 / 255, 8.0, 8), ("l2", 1 / 255, 300.0, 8), ("l2", 0.25, 100.0, 224)]
+    ("norm", "std", "eps", "side", "space"),
+    [
+        ("linf", 1 / 255, 8.0, 32, "normalised"),  # a network that takes pixels from 0 to 255
+        ("linf", 1 / 255, 100.0, 32, "normalised"),
+        ("l2", 1 / 255, 300.0, 32, "normalised"),
+        ("l2", 0.25, 100.0, 224, "normalised"),
+        ("l2", 0.25, 100.0, 224, "pixels"),
+    ],
 )
-def test_rounding_in_other_units_is_no_defect(norm: Literal["linf", "l2"], std: float, eps: float, side: int) -> None:
+def test_rounding_in_other_units_is_no_defect(
+    norm: Literal["linf", "l2"], std: float, eps: float, side: int, space: Literal["pixels", "normalised"]
+) -> None:
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (2, 1, side, side), dtype=np.uint8)
-    split = Split(ArrayImages("noise", ("a", "b"), pixels, np.array([0, 1])), np.arange(2, dtype=np.int64))
-    weight = torch.randn(2, side * side, generator=torch.Generator().manual_seed(0))
-    model = linear_model(weight, (1, side, side), Normalization((0.5,), (std,)))
-    for space, clip in (("normalised", False), ("normalised", True), ("pixels", True)):
-        threat = ThreatModel(norm, eps, "normalised" if space == "normalised" else "pixels", clip)
-        how = PgdPlan("pixel", threat, 3, eps, random_start=True)
-        evaluate_robustness(model, {"torch": model}, split, how, seed=0, precision="float32")
+    pixels = rng.integers(0, 256, (8, 3, side, side), dtype=np.uint8)
+    split = Split(ArrayImages("noise", ("a", "b"), pixels, np.arange(8) % 2), np.arange(8, dtype=np.int64))
+    weight = 1e-4 * torch.randn(2, 3 * side * side, generator=torch.Generator().manual_seed(0))
+    model = linear_model(weight, (3, side, side), Normalization((0.5,) * 3, (std,) * 3))
+    how = PgdPlan("paper", ThreatModel(norm, eps, space, clip=False), 2, eps, random_start=True)
+    found = evaluate_robustness(model, {"torch": model}, split, how, seed=0, precision="float32")
+    assert found.worst_case["torch"].correct == 0
 
 
 def test_the_clipped_share_is_that_of_the_pixels_outside() -> None:
