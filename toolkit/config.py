@@ -46,6 +46,7 @@ def parse_fraction(value: object) -> object:
 
 
 Fraction = Annotated[float, BeforeValidator(parse_fraction)]
+PrecisionChoice = Literal["auto", "float32", "bfloat16"]
 Epsilon = Annotated[Fraction, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -96,7 +97,7 @@ class TrainConfig(StageConfig):
     schedule: Literal["one-cycle", "stepped"] = "one-cycle"
     """`one-cycle`: linear warm-up to the rate, then linear to 0. `stepped`: the paper's, a tenth after epoch 4."""
     attack_steps: Annotated[int, Field(ge=1)] = 7
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: PrecisionChoice = "auto"
     augment: bool = False
     """Random horizontal flips and shifts of up to an eighth of the side."""
 
@@ -222,12 +223,16 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def override_threat(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Resolved threat settings with a user's own in their place.
 
-    Another preset or norm takes nothing over from `base`; another radius or number of steps gets its own step size.
+    Another preset or norm takes nothing over from `base`; another radius or number of steps gets its own step size,
+    and restarts start at random.
     """
     if any(over.get(name, base.get(name)) != base.get(name) for name in ("preset", "norm")):
         return dict(over)
     changed = any(over.get(name, base.get(name)) != base.get(name) for name in ("eps", "steps"))
-    return {**base, **({"step_size": None} if changed else {}), **over}
+    follows: dict[str, Any] = {"step_size": None} if changed else {}
+    if (over.get("restarts") or 1) > 1:
+        follows["random_start"] = None  # restarts from one point would all be the same
+    return {**base, **follows, **over}
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from toolkit.exporters.parity import Parity, check_parity, measure_parity
 from toolkit.exporters.quantize import QuantizedModel, quantize_int8
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.models.checkpoint import save_checkpoint
-from toolkit.prepare import Prepared, describe, prepare, resolved_data, resolved_threat
+from toolkit.prepare import PreparedAttack, describe, prepare_attack, resolved_data, resolved_threat
 from toolkit.pruning import PruningResult, prune
 from toolkit.reports.build import Evidence, build_report
 from toolkit.reports.markdown import render_markdown
@@ -96,7 +96,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
     watch = Stopwatch()
     with bundle.open_workspace(output, force=force, resume=resume) as workspace:
         with watch.stage("load"):
-            prepared = prepare(config)
+            prepared = prepare_attack(config)
         config = _resolve(config, prepared)
         with watch.stage("prune"):
             pruned = prune(prepared.model, config.prune)
@@ -113,7 +113,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
 
 
 def _finetune(
-    config: HardenConfig, prepared: Prepared, model: TorchModel, workspace: bundle.Workspace, *, resume: bool
+    config: HardenConfig, prepared: PreparedAttack, model: TorchModel, workspace: bundle.Workspace, *, resume: bool
 ) -> TrainingResult:
     try:
         return train(
@@ -145,7 +145,7 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
     """What `harden` would do; loads and checks everything that `harden` does, writes nothing."""
     check_deployable(config)
     bundle.check_output(output, force=force, resume=resume)
-    prepared = prepare(config)
+    prepared = prepare_attack(config)
     config = _resolve(config, prepared)
     pruned = prune(prepared.model, config.prune)
     gradient, forward = (_seconds_per_image(model, config) for model in (prepared.model, pruned.model))
@@ -182,7 +182,7 @@ def _seconds_per_image(model: TorchModel, config: HardenConfig) -> float:
     return (time.perf_counter() - start) / 128
 
 
-def _resolve(config: HardenConfig, prepared: Prepared) -> HardenConfig:
+def _resolve(config: HardenConfig, prepared: PreparedAttack) -> HardenConfig:
     return config.model_copy(
         update={
             "data": resolved_data(config.data, prepared.source),
@@ -207,7 +207,7 @@ class Graphs:
 
 def _write_graphs(
     config: HardenConfig,
-    prepared: Prepared,
+    prepared: PreparedAttack,
     model: TorchModel,
     original: OnnxModel,
     workspace: bundle.Workspace,
@@ -269,7 +269,7 @@ def write_images(split: Split, folder: Path) -> tuple[Path, ...]:
 
 def _gather(
     config: HardenConfig,
-    prepared: Prepared,
+    prepared: PreparedAttack,
     pruned: PruningResult,
     tuned: TrainingResult,
     graphs: Graphs,
@@ -317,7 +317,7 @@ def _gather(
     )
 
 
-def _robustness(config: HardenConfig, prepared: Prepared, model: TorchModel, graphs: Graphs) -> Robustness:
+def _robustness(config: HardenConfig, prepared: PreparedAttack, model: TorchModel, graphs: Graphs) -> Robustness:
     quantized = graphs.quantized
     return evaluate_robustness(
         model,
@@ -334,7 +334,7 @@ def _robustness(config: HardenConfig, prepared: Prepared, model: TorchModel, gra
     )
 
 
-def _latency(config: HardenConfig, prepared: Prepared, graphs: Graphs) -> tuple[LatencyRow, ...]:
+def _latency(config: HardenConfig, prepared: PreparedAttack, graphs: Graphs) -> tuple[LatencyRow, ...]:
     files = {"fp32": graphs.fp32.path, "deployed": graphs.deployed.path, "original": graphs.original.path}
     images = prepared.splits.evaluation.first(max(config.benchmark.batches))
     pixels = images.take(np.arange(len(images))).images.numpy()
@@ -343,7 +343,9 @@ def _latency(config: HardenConfig, prepared: Prepared, graphs: Graphs) -> tuple[
     return benchmark(files, how, shape, baseline="fp32", seed=config.seed, images=pixels)
 
 
-def _write_documents(config: HardenConfig, prepared: Prepared, report: Report, workspace: bundle.Workspace) -> None:
+def _write_documents(
+    config: HardenConfig, prepared: PreparedAttack, report: Report, workspace: bundle.Workspace
+) -> None:
     files = workspace.files
     write_settings(config, files / bundle.CONFIG, home=workspace.output)
     (files / bundle.REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -19,9 +19,6 @@ from toolkit.models.loading import assemble, read_model_file, resolve_path
 from toolkit.paths import public_name
 from toolkit.progress import notice, warn
 
-UNUSED = ThreatConfig(eps=1.0)
-"""The threat model of runs that make no attack."""
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -30,8 +27,14 @@ class Prepared:
     model: TorchModel
     source: DataSource
     splits: Splits
-    plan: PgdPlan
     threads: int
+
+
+@dataclass(frozen=True)
+class PreparedAttack(Prepared):
+    """What every run starts from that attacks."""
+
+    plan: PgdPlan
 
 
 def set_threads(requested: int | None) -> int:
@@ -41,15 +44,11 @@ def set_threads(requested: int | None) -> int:
     return threads
 
 
-def prepare(config: ModelRunConfig, *, attacked: bool = True) -> Prepared:
+def prepare(config: ModelRunConfig) -> Prepared:
     """Load and check everything that `config` names; nothing is written.
 
-    Args:
-        config: the run.
-        attacked: whether the threat model matters; without, a data set that has no preset needs no radius.
-
     Raises:
-        ToolkitError: any bad input: the model's file, its data set, the threat model, or two that do not fit.
+        ToolkitError: any bad input: the model's file, its data set, or two that do not fit.
     """
     threads = set_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -81,8 +80,18 @@ def prepare(config: ModelRunConfig, *, attacked: bool = True) -> Prepared:
     model = replace(model, spec=replace(model.spec, dataset=source.name))
     splits = make_splits(source, config.data, config.seed)
     check_trained_on(splits, model.training_hashes)
-    plan = resolve_plan(config.threat if attacked else UNUSED, source.threat_key)
-    return Prepared(model, source, splits, plan, threads)
+    return Prepared(model, source, splits, threads)
+
+
+def prepare_attack(config: ModelRunConfig) -> PreparedAttack:
+    """The same with the threat model, for which a data set without presets needs a radius.
+
+    Raises:
+        ToolkitError: as `prepare`, or no threat model.
+    """
+    found = prepare(config)
+    plan = resolve_plan(config.threat, found.source.threat_key)
+    return PreparedAttack(found.model, found.source, found.splits, found.threads, plan)
 
 
 def _size(config: DataConfig, source: str, spec: ModelSpec | None) -> int | None:

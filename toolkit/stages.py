@@ -18,6 +18,7 @@ from toolkit.config import (
     ExportConfig,
     HardenConfig,
     ModelRunConfig,
+    PrecisionChoice,
     PruneConfig,
     QuantizeConfig,
     ThreatConfig,
@@ -39,7 +40,7 @@ from toolkit.exporters.session import OnnxPredictor
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import check_outputs
 from toolkit.models.registry import build_network
-from toolkit.prepare import describe, prepare, set_threads
+from toolkit.prepare import describe, prepare, prepare_attack, set_threads
 from toolkit.pruning import PruningResult, prune
 from toolkit.training.loop import TrainingResult, train
 
@@ -122,7 +123,7 @@ def _save(model: TorchModel, output: Path) -> None:
 def prune_file(config: ModelRunConfig, how: PruneConfig, output: Path, *, force: bool) -> PruningResult:
     """Prune a network and write it as a checkpoint."""
     _refuse_existing(output, force=force)
-    result = prune(prepare(config, attacked=False).model, how)
+    result = prune(prepare(config).model, how)
     _save(result.model, output)
     return result
 
@@ -130,7 +131,7 @@ def prune_file(config: ModelRunConfig, how: PruneConfig, output: Path, *, force:
 def export_file(config: ModelRunConfig, how: ExportConfig, output: Path, *, force: bool) -> Parity:
     """Export a network as a float ONNX file and measure its parity with torch on evaluation images."""
     _refuse_existing(output, force=force)
-    prepared = prepare(config, attacked=False)
+    prepared = prepare(config)
     partial = output.with_name(f".{output.name}.tmp")
     with bundle.disk_errors(output), bundle.folders_above(output):
         try:
@@ -228,6 +229,7 @@ def attack(config: ModelRunConfig, target: Path | None) -> AttackReport:
     """
     folder = config.model.path
     files: dict[TargetName, Path] = {}
+    precision: PrecisionChoice = "auto"
     if folder.is_dir():
         if target is not None:
             raise ToolkitError(
@@ -238,7 +240,7 @@ def attack(config: ModelRunConfig, target: Path | None) -> AttackReport:
         bundle.read_report(folder)
         files = {"fp32": folder / bundle.FLOAT_TWIN, "deployed": folder / bundle.DEPLOYED}
         saved = bundle.read_config(folder)
-        config = _with_bundle_settings(config, folder, saved)
+        config, precision = _with_bundle_settings(config, folder, saved), saved.finetune.precision
     elif folder.suffix == ".onnx":
         raise ToolkitError(
             "an ONNX file gives no gradients to attack with",
@@ -247,7 +249,7 @@ def attack(config: ModelRunConfig, target: Path | None) -> AttackReport:
         )
     elif target is not None:
         files = {"deployed": target}
-    prepared = prepare(config)
+    prepared = prepare_attack(config)
     targets: dict[TargetName, Predictor] = {"torch": prepared.model}
     for name, path in files.items():
         targets[name] = _checked(OnnxPredictor(path), prepared.model, path)
@@ -258,6 +260,7 @@ def attack(config: ModelRunConfig, target: Path | None) -> AttackReport:
         prepared.plan,
         seed=config.seed,
         surrogate="float",
+        precision=precision,
         input_range=_input_range(files.get("deployed")),
     )
     alarms = integer_above_float(found.worst_case) if {"fp32", "deployed"} <= set(files) else ()
