@@ -229,13 +229,13 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
 
 
 def verdict(int8: bool, coverage: IntegerCoverage, latency: tuple[LatencyRow, ...]) -> str:
-    """In one sentence: does the deployed graph run in integers, and does that pay on this machine."""
+    """In one sentence: does the deployed graph run in integers, and does that pay on this machine.
+
+    It holds no measured time, so that equal runs say the same.
+    """
     if not int8:
         return "float: --int8 was not given, and --allow-float allowed it."
     rows = [row for row in latency if row.file == "deployed"]
-    told = ", ".join(
-        f"{row.speedup:.2f}x at batch {row.batch} [{row.speedup_low:.2f}, {row.speedup_high:.2f}]" for row in rows
-    )
     faster = [str(row.batch) for row in rows if row.ratio_high < 1]
     slower = [str(row.batch) for row in rows if row.ratio_low > 1]
     if not rows:
@@ -250,14 +250,9 @@ def verdict(int8: bool, coverage: IntegerCoverage, latency: tuple[LatencyRow, ..
         pays = f"int8 does NOT pay here: slower at batch {', '.join(slower)}, and no difference to be told elsewhere"
     else:
         pays = "no difference in speed from the float twin can be told here"
-    if rows and not all(row.trusted for row in rows):
-        load = max(row.foreign_load for row in rows)
-        pays = f"speed cannot be told: other processes took {load:.0%} of the CPU time while it was measured"
-    return (
-        f"{coverage.share:.1%} of the multiply-accumulates run in integers; {pays}"
-        + (f" (speed relative to the float twin: {told})" if told else "")
-        + "."
-    )
+    if not all(row.trusted for row in rows):
+        pays = "speed cannot be told: other processes used the CPU while it was measured"
+    return f"{coverage.share:.1%} of the multiply-accumulates run in integers; {pays}."
 
 
 def _gates(gates: GateConfig, robust: Proportion, accuracy: Proportion, coverage: float) -> list[schema.Gate]:

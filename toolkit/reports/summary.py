@@ -32,7 +32,13 @@ def render_summary(report: Report, folder: Path) -> str:
     for (file, batch), row in times.items():
         if file == "deployed":
             before = times.get(("original", batch))
-            rows.append((f"ms at batch {batch}", f"{before.p50:.3f}" if before else "-", f"{row.p50:.3f}"))
+            rows.append(
+                (
+                    f"ms at batch {batch}",
+                    f"{before.p50:.3f}" if before else "-",
+                    f"{row.p50:.3f}, {row.speedup:.2f} times as fast as its float twin",
+                )
+            )
     parts = [
         text_table(("", "before", "deployed"), rows),
         f"attack:  {report.robustness[0].attack}, {threat_text(report.threat)}",
