@@ -283,23 +283,13 @@ def attack(
     _start(quiet, verbose)
     config = _model_run(flags.nested(settings | {"model.path": model}), ATTACK_FLAGS)
     from toolkit import stages
+    from toolkit.reports.build import attack_rows
     from toolkit.reports.markdown import threat_text
     from toolkit.reports.schema import Threat
 
     report = stages.attack(config, target)
     found = report.robustness
     if as_json:
-        cells = [
-            {
-                "attack": cell.attack,
-                "surrogate": cell.surrogate,
-                "target": cell.target,
-                **cell.robust.as_dict(),
-                "transfer_rate": cell.transfer_rate.value if cell.transfer_rate else None,
-                "transfer_n": cell.transfer_rate.total if cell.transfer_rate else 0,
-            }
-            for cell in found.transfers
-        ]
         result = {
             "data": report.source,
             "images": report.images,
@@ -309,7 +299,7 @@ def attack(
             "random_start": report.plan.random_start,
             "restarts": report.plan.restarts,
             "accuracy": {name: share.as_dict() for name, share in found.clean.items()},
-            "robustness": cells,
+            "robustness": [row.model_dump() for row in attack_rows(found, report.plan)],
             "robust_accuracy": {name: share.as_dict() for name, share in found.worst_case.items()},
             "clipped_share": found.clipped_share,
             "soundness": [
@@ -360,28 +350,18 @@ def benchmark(
         how["threads"] = values["threads"]
     config = build(BenchmarkConfig, how, _tails(flags.BENCHMARK) | {"threads": "--threads"})
     from toolkit import stages
+    from toolkit.reports.markdown import LATENCY_HEADER, latency_cells
+    from toolkit.reports.schema import Latency
 
     rows = stages.benchmark_files(files, config, int(values.get("seed", 0)))
     if as_json:
         print(json.dumps([row.as_dict() for row in rows]))
         return
     print(f"{rows[0].provider}, {rows[0].threads} thread(s), milliseconds per call; ratio = time / {rows[0].baseline}")
-    cells = [
-        (
-            row.file,
-            row.batch,
-            f"{row.p50:.3f}",
-            f"{row.p90:.3f}",
-            f"{row.p99:.3f}",
-            f"{row.throughput:,.0f}",
-            f"{row.ratio:.3f} [{row.ratio_low:.3f}, {row.ratio_high:.3f}]",
-        )
-        for row in rows
-    ]
     if not all(row.trusted for row in rows):
         load = max(row.foreign_load for row in rows)
         print(f"NOT TO BE TRUSTED: other processes took {load:.0%} of the CPU time meanwhile")
-    _table(("file", "batch", "p50", "p90", "p99", "images/s", "ratio"), cells)
+    _table(LATENCY_HEADER, latency_cells([Latency(**row.as_dict()) for row in rows]))
 
 
 Folder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that harden wrote.")]

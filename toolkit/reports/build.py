@@ -80,7 +80,7 @@ def build_report(config: HardenConfig, evidence: Evidence) -> Report:
             accuracy=Share.of(evidence.baseline_accuracy), robust_accuracy=Share.of(evidence.baseline_robust)
         ),
         accuracy=schema.Accuracy(**{name: Share.of(clean[name]) for name in ("torch", "fp32", "deployed")}),
-        robustness=_attacks(evidence),
+        robustness=attack_rows(evidence.robustness, evidence.plan),
         robust_accuracy=schema.RobustAccuracy(fp32=Share.of(worst["fp32"]), deployed=Share.of(worst["deployed"])),
         soundness=[
             schema.AlarmRecord(name=alarm.name, message=alarm.message, value=alarm.value, limit=alarm.limit)
@@ -151,8 +151,8 @@ def _data(config: DataConfig, evidence: Evidence) -> schema.Data:
     )
 
 
-def _attacks(evidence: Evidence) -> list[schema.Attack]:
-    plan = evidence.plan
+def attack_rows(robustness: Robustness, plan: PgdPlan) -> list[schema.Attack]:
+    """One row per attack, surrogate and target."""
     return [
         schema.Attack(
             attack=cell.attack,
@@ -167,7 +167,7 @@ def _attacks(evidence: Evidence) -> list[schema.Attack]:
             transfer_rate=cell.transfer_rate.value if cell.transfer_rate else None,
             transfer_n=cell.transfer_rate.total if cell.transfer_rate else 0,
         )
-        for cell in evidence.robustness.transfers
+        for cell in robustness.transfers
     ]
 
 

@@ -118,10 +118,12 @@ def _size(report: Report) -> str:
     )
 
 
-def _speed(report: Report) -> str:
-    if not report.latency:
-        return ""
-    rows = [
+LATENCY_HEADER = ("file", "batch", "p50", "p90", "p99", "images/s", "ratio")
+
+
+def latency_cells(rows: Iterable[Latency]) -> list[tuple[object, ...]]:
+    """The cells of a latency table under `LATENCY_HEADER`; milliseconds per call."""
+    return [
         (
             row.file,
             row.batch,
@@ -131,15 +133,20 @@ def _speed(report: Report) -> str:
             f"{row.throughput:,.0f}",
             f"{row.ratio:.3f} [{row.ratio_low:.3f}, {row.ratio_high:.3f}]",
         )
-        for row in report.latency
+        for row in rows
     ]
+
+
+def _speed(report: Report) -> str:
+    if not report.latency:
+        return ""
     first = report.latency[0]
     load = max(row.foreign_load for row in report.latency)
     doubt = f"> **NOT TO BE TRUSTED**: other processes took {load:.0%} of the CPU time meanwhile.\n\n"
     return (
         f"## Speed\n\n{doubt if load > BUSY else ''}ONNX Runtime, {first.provider}, {first.threads} thread(s), "
         "files interleaved; milliseconds per call; ratio = time / time of the float twin, below 1 is faster.\n\n"
-        f"{table(('file', 'batch', 'p50', 'p90', 'p99', 'images/s', 'ratio'), rows)}"
+        f"{table(LATENCY_HEADER, latency_cells(report.latency))}"
     )
 
 
