@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,21 @@ from toolkit.attacks.forms import ATTACK_FORMS, Form, Precision, first_working
 
 PROBED = 2
 """Images on which a network shows what it bears."""
+
+Loss = Callable[[Tensor], Tensor]
+"""Logits float32 [n, classes] to one loss per image [n]; the labels are bound in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slope:
+    """A loss at some images: its value, its gradient, and the logits that it was computed from."""
+
+    logits: Tensor
+    """float32 [n, classes]"""
+    loss: Tensor
+    """float32 [n]"""
+    gradient: Tensor
+    """With respect to pixels, float32 [n, C, H, W]."""
 
 
 def compute_device() -> torch.device:
@@ -85,8 +101,7 @@ class Surrogate:
         self._form: Form | None = None
         self._pairs = [*self._network.named_parameters(), *self._network.named_buffers()]
         if input_shape is not None:
-            images = probe_images(input_shape).to(self.device)
-            self._find_form(images, torch.zeros(len(images), dtype=torch.int64, device=self.device))
+            self._find_form(probe_images(input_shape).to(self.device))
 
     @property
     def precision(self) -> Literal["bfloat16", "autocast", "float32"] | None:
@@ -112,25 +127,46 @@ class Surrogate:
             images: float32 [n, C, H, W]; may lie outside [0, 1].
             labels: int64 [n].
         """
-        images, labels = images.to(self.device), labels.to(self.device)
-        form = self._form or self._find_form(images[:PROBED], labels[:PROBED])
-        return self._gradient(self._network, form, images, labels)
+        labels = labels.to(self.device)
+        return self.differentiate(images, lambda logits: _cross_entropy(logits, labels)).gradient
 
-    def _gradient(self, network: nn.Module, form: Form, images: Tensor, labels: Tensor) -> Tensor:
+    def differentiate(self, images: Tensor, loss: Loss) -> Slope:
+        """Any loss per image, its gradient with respect to pixels, and the logits.
+
+        Args:
+            images: float32 [n, C, H, W]; may lie outside [0, 1].
+            loss: of the logits, one value per image.
+        """
+        images = images.to(self.device)
+        form = self._form or self._find_form(images[:PROBED])
+        return self._differentiate(self._network, form, images, loss)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits float32 [n, classes] in the surrogate's own precision; decides nothing that is reported."""
+        images = images.to(self.device)
+        form = self._form or self._find_form(images[:PROBED])
+        with torch.inference_mode(), form.context(self.device):
+            logits: Tensor = self._network(form.lay_out((images - self._mean) / self._std))
+        return logits.float().clone()
+
+    def _differentiate(self, network: nn.Module, form: Form, images: Tensor, loss: Loss) -> Slope:
         leaf = form.lay_out((images - self._mean) / self._std).requires_grad_(True)
         with torch.enable_grad():
             with form.context(self.device):
-                logits = network(leaf)
-            loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, leaf)
-        return gradient.float() / self._std
+                logits = network(leaf).float()
+            losses = loss(logits)
+            (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+        return Slope(logits.detach(), losses.detach(), gradient.float() / self._std)
 
-    def _find_form(self, images: Tensor, labels: Tensor) -> Form:
+    def _find_form(self, images: Tensor) -> Form:
         """Bring the network into the first form in which it gives a gradient."""
+        labels = torch.zeros(len(images), dtype=torch.int64, device=self.device)
 
         def attempt(form: Form) -> nn.Module:
             network = form.cast(copy.deepcopy(self._network))
-            gradient = self._gradient(network, form, images, labels)
+            gradient = self._differentiate(
+                network, form, images, lambda logits: _cross_entropy(logits, labels)
+            ).gradient
             if form.precision != "float32" and not bool(gradient.isfinite().all()):
                 raise FloatingPointError("the gradient is not finite")
             return network
@@ -138,3 +174,7 @@ class Surrogate:
         self._form, self._network = first_working(self._forms, attempt, "attacking")
         self._pairs = [*self._network.named_parameters(), *self._network.named_buffers()]
         return self._form
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, labels, reduction="none")
