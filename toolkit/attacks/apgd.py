@@ -1,0 +1,226 @@
+"""Auto-PGD (Croce & Hein 2020): momentum, and a step size that halves itself where the loss stops rising."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from toolkit.attacks import losses
+from toolkit.attacks.pgd import constrain
+from toolkit.attacks.projections import ASCEND, START
+from toolkit.attacks.surrogate import Slope, Surrogate
+from toolkit.attacks.survivors import Settle, Survivors, narrowed
+from toolkit.attacks.threat import ThreatModel
+
+MOMENTUM = 0.75
+RISING = 0.75
+"""A step size is halved if the loss rose in no more than this share of the steps since the last check."""
+FIRST_CHECK, SHRINK, SHORTEST = 0.22, 0.03, 0.06
+"""Shares of all steps: the first period between checks, by how much each is shorter than the one before, the shortest."""
+SUBMIT_EVERY = 10
+"""Steps after which all survivors are judged, whatever the surrogate makes of them."""
+
+LossName = Literal["cross_entropy", "dlr", "margin"]
+LOSSES: dict[LossName, losses.LabelLoss] = {
+    "cross_entropy": losses.cross_entropy,
+    "dlr": losses.dlr,
+    "margin": losses.margin,
+}
+
+
+def apgd(
+    surrogate: Surrogate,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    *,
+    steps: int,
+    generator: torch.Generator,
+    loss: LossName = "cross_entropy",
+    settle: Settle | None = None,
+) -> Tensor:
+    """The attacked images of highest loss, float32 [n, C, H, W]; settled ones as they were when settled.
+
+    Args:
+        surrogate: whose loss is raised.
+        images: float32 [n, C, H, W] in [0, 1].
+        labels: int64 [n], the true classes.
+        threat: the ball, l-inf or l2.
+        steps: gradients per image.
+        generator: of the random start.
+        loss: the loss by its name.
+        settle: ends the attack on images that fool the graph that counts.
+    """
+    function = LOSSES[loss]
+    return _climb(surrogate, images, labels, labels, lambda z, y, _: function(z, y), threat, steps, generator, settle)
+
+
+def apgd_targeted(
+    surrogate: Surrogate,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    *,
+    steps: int,
+    rank: int,
+    generator: torch.Generator,
+    settle: Settle | None = None,
+) -> Tensor:
+    """Auto-PGD on the targeted difference of logits ratio, towards each image's `rank`-th likeliest other class.
+
+    Args:
+        surrogate: as in `apgd`, like `images`, `labels`, `threat`, `steps`, `generator`, `settle` and the result.
+        rank: 1 for the likeliest other class; below the number of classes.
+    """
+    images, labels = images.to(surrogate.device), labels.to(surrogate.device)
+    targets = losses.ranked_targets(surrogate.logits(images), labels)[:, rank - 1]
+    return _climb(surrogate, images, labels, targets, losses.targeted_dlr, threat, steps, generator, settle)
+
+
+@dataclass
+class _State:
+    """One row per survivor."""
+
+    images: Tensor
+    labels: Tensor
+    targets: Tensor
+    current: Tensor
+    previous: Tensor
+    gradient: Tensor
+    best: Tensor
+    best_gradient: Tensor
+    best_loss: Tensor
+    step: Tensor
+    """[n, 1, 1, 1], in the units of the ball."""
+    loss: Tensor
+    rises: Tensor
+    """Steps since the last check in which the loss rose."""
+    checked_loss: Tensor
+    """The best loss at the last check."""
+    halved: Tensor
+    """Whether the last check halved the step."""
+
+
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Logits, labels and targets to losses [n]."""
+
+
+def _climb(
+    surrogate: Surrogate,
+    images: Tensor,
+    labels: Tensor,
+    targets: Tensor,
+    objective: Objective,
+    threat: ThreatModel,
+    steps: int,
+    generator: torch.Generator,
+    settle: Settle | None,
+) -> Tensor:
+    images, labels, targets = (value.to(surrogate.device) for value in (images, labels, targets))
+    scale = threat.pixel_scale(surrogate.normalization).to(images.device)
+    survivors = Survivors(images, settle)
+    start = START[threat.norm](images.shape, threat.eps, generator).to(images.device)
+    current = constrain(images + scale * start, images, threat, scale)
+    slope = _slope(surrogate, current, labels, targets, objective)
+    state = _begin(images, labels, targets, current, slope, 2 * threat.eps)
+    checks = _checkpoints(steps)
+    period_start = 0
+    for step in range(1, steps):
+        state = _kept(state, survivors, slope, everything=step % SUBMIT_EVERY == 0)
+        if not len(survivors):
+            break
+        _move(state, threat, scale, first=step == 1)
+        slope = _slope(surrogate, state.current, state.labels, state.targets, objective)
+        _record(state, slope)
+        if step in checks:
+            _adapt(state, step - period_start)
+            period_start = step
+    else:
+        state = _kept(state, survivors, slope, everything=True)
+    return survivors.finish(state.best)
+
+
+def _slope(surrogate: Surrogate, images: Tensor, labels: Tensor, targets: Tensor, objective: Objective) -> Slope:
+    return surrogate.differentiate(images, lambda logits: objective(logits, labels, targets))
+
+
+def _begin(images: Tensor, labels: Tensor, targets: Tensor, current: Tensor, slope: Slope, step: float) -> _State:
+    count = len(images)
+    return _State(
+        images=images,
+        labels=labels,
+        targets=targets,
+        current=current,
+        previous=current.clone(),
+        gradient=slope.gradient,
+        best=current.clone(),
+        best_gradient=slope.gradient.clone(),
+        best_loss=slope.loss.clone(),
+        step=torch.full((count, 1, 1, 1), step, device=images.device),
+        loss=slope.loss,
+        rises=torch.zeros(count, dtype=torch.int64, device=images.device),
+        checked_loss=slope.loss.clone(),
+        halved=torch.ones(count, dtype=torch.bool, device=images.device),
+    )
+
+
+def _kept(state: _State, survivors: Survivors, slope: Slope, *, everything: bool) -> _State:
+    """The state of the images that remain once the suspects of the last step are judged."""
+    suspected = slope.logits.argmax(dim=1) != state.labels
+    keep = survivors.submit(state.current, suspected)
+    if keep is not None:
+        state = narrowed(state, keep)
+    if everything:
+        keep = survivors.submit(state.best, torch.ones(len(survivors), dtype=torch.bool, device=state.best.device))
+        if keep is not None:
+            state = narrowed(state, keep)
+    return state
+
+
+def _move(state: _State, threat: ThreatModel, scale: Tensor, *, first: bool) -> None:
+    """One step along the gradient, with momentum from the second on."""
+    direction = ASCEND[threat.norm](state.gradient * scale)
+    ahead = constrain(state.current + state.step * scale * direction, state.images, threat, scale)
+    if not first:
+        mixed = state.current + MOMENTUM * (ahead - state.current) + (1 - MOMENTUM) * (state.current - state.previous)
+        ahead = constrain(mixed, state.images, threat, scale)
+    state.previous, state.current = state.current, ahead
+
+
+def _record(state: _State, slope: Slope) -> None:
+    """What the last step came to."""
+    state.rises += slope.loss > state.loss
+    state.gradient, state.loss = slope.gradient, slope.loss
+    better = slope.loss > state.best_loss
+    state.best_loss = torch.where(better, slope.loss, state.best_loss)
+    mask = better.view(-1, 1, 1, 1)
+    state.best = torch.where(mask, state.current, state.best)
+    state.best_gradient = torch.where(mask, slope.gradient, state.best_gradient)
+
+
+def _adapt(state: _State, period: int) -> None:
+    """Halve the step where the loss stopped rising, and go back to the best point there."""
+    stuck = state.rises <= RISING * period
+    stuck |= ~state.halved & (state.checked_loss >= state.best_loss)
+    state.rises.zero_()
+    state.checked_loss = state.best_loss.clone()
+    state.halved = stuck
+    mask = stuck.view(-1, 1, 1, 1)
+    state.step = torch.where(mask, state.step / 2, state.step)
+    state.current = torch.where(mask, state.best, state.current)
+    state.gradient = torch.where(mask, state.best_gradient, state.gradient)
+
+
+def _checkpoints(steps: int) -> frozenset[int]:
+    """The steps after which step sizes are adapted."""
+    period, shortest, shrink = (max(1, int(share * steps)) for share in (FIRST_CHECK, SHORTEST, SHRINK))
+    found, at = set[int](), period
+    while at < steps:
+        found.add(at)
+        period = max(period - shrink, shortest)
+        at += period
+    return frozenset(found)
