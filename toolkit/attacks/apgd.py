@@ -20,7 +20,7 @@ MOMENTUM = 0.75
 RISING = 0.75
 """A step size is halved if the loss rose in no more than this share of the steps since the last check."""
 FIRST_CHECK, SHRINK, SHORTEST = 0.22, 0.03, 0.06
-"""Shares of all steps: the first period between checks, by how much each is shorter than the one before, the shortest."""
+"""Shares of all steps: the first period between checks, by how much each is shorter than the last, the shortest."""
 SUBMIT_EVERY = 10
 """Steps after which all survivors are judged, whatever the surrogate makes of them."""
 

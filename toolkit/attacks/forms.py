@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from toolkit.errors import ToolkitError
 from toolkit.progress import notice
 
-Precision = Literal["float32", "bfloat16"]
-"""What is asked for; `Form.precision` is what is done."""
+Precision = Literal["float32", "autocast", "bfloat16"]
+"""What is asked for; `Form.precision` is what is done. Networks that round must keep float32 weights: `autocast`."""
 Result = TypeVar("Result")
 
 FORMATS: Mapping[str, torch.memory_format] = {
@@ -69,9 +69,10 @@ FLOAT_FORMS = (Form("float32", "channels-last"), Form("float32", "contiguous"))
 AUTOCAST_FORMS = (Form("autocast", "channels-last"), Form("autocast", "contiguous"), *FLOAT_FORMS)
 ATTACK_FORMS: Mapping[Precision, Sequence[Form]] = {
     "bfloat16": (Form("bfloat16", "channels-last"), Form("bfloat16", "contiguous"), *AUTOCAST_FORMS),
+    "autocast": AUTOCAST_FORMS,
     "float32": FLOAT_FORMS,
 }
-TRAINING_FORMS: Mapping[Precision, Sequence[Form]] = {"bfloat16": AUTOCAST_FORMS, "float32": FLOAT_FORMS}
+TRAINING_FORMS: Mapping[Precision, Sequence[Form]] = {**ATTACK_FORMS, "bfloat16": AUTOCAST_FORMS}
 """Training keeps its weights in float32, so that small steps add up."""
 
 
