@@ -64,7 +64,7 @@ def _start(quiet: bool, verbose: bool) -> None:
 
 
 HARDEN_FLAGS = (
-    *(flags.Flag("--finetune", "finetune.objective", "adversarial, standard or none."),),
+    *(flags.Flag("--finetune", "finetune.objective", "adversarial, fgsm, trades, distill, standard or none."),),
     *flags.PRUNE,
     flags.Flag("--int8", "quantize.int8", "Quantise to int8; without it --allow-float is needed.", bool),
     *flags.under("finetune", flags.TRAINING),
@@ -127,7 +127,7 @@ def harden(
 
 
 TRAIN_FLAGS = (
-    flags.Flag("--objective", "training.objective", "standard or adversarial."),
+    flags.Flag("--objective", "training.objective", "standard, adversarial, fgsm, trades or distill."),
     *flags.under("training", flags.TRAINING),
     *flags.DATA,
     *flags.THREAT,

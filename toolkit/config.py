@@ -88,7 +88,7 @@ class PruneConfig(StageConfig):
 class TrainConfig(StageConfig):
     """Training from scratch and fine-tuning."""
 
-    objective: Literal["adversarial", "standard", "none"] = "adversarial"
+    objective: Literal["adversarial", "fgsm", "trades", "distill", "standard", "none"] = "adversarial"
     epochs: Annotated[int, Field(ge=0)] = 3
     batch_size: Annotated[int, Field(ge=1)] = 128
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
@@ -97,6 +97,17 @@ class TrainConfig(StageConfig):
     schedule: Literal["one-cycle", "stepped"] = "one-cycle"
     """`one-cycle`: linear warm-up to the rate, then linear to 0. `stepped`: the paper's, a tenth after epoch 4."""
     attack_steps: Annotated[int, Field(ge=1)] = 7
+    """PGD steps; with `fgsm` those after a collapse."""
+    clean_share: Share | None = None
+    """Share of the loss on clean images, of `adversarial`, `fgsm` and `distill`; None: 1/6 of `distill`, else 0."""
+    beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 6.0
+    """Weight of the divergence of `trades`."""
+    teacher: Path | None = None
+    """Checkpoint whose soft labels `distill` learns."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """By which `distill` divides logits."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the exponential moving average of the weights, which is shipped in their place; 0: none."""
     precision: PrecisionChoice = "auto"
     augment: bool = False
     """Random horizontal flips and shifts of up to an eighth of the side."""
@@ -261,6 +272,7 @@ def _map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str
         ("model", "arch"): change,
         ("data", "source"): change,
         ("data", "data_dir"): plain,
+        ("finetune", "teacher"): plain,
     }
     mapped = {part: dict(inner) if isinstance(inner, dict) else inner for part, inner in values.items()}
     for (part, name), how in places.items():

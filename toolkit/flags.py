@@ -60,6 +60,13 @@ TRAINING = (
     Flag("--weight-decay", "weight_decay", "SGD weight decay.", float),
     Flag("--schedule", "schedule", "one-cycle, or stepped as in the paper."),
     Flag("--attack-steps", "attack_steps", "PGD steps of adversarial training.", int),
+    Flag(
+        "--clean-share", "clean_share", "Share of the loss on clean images; by default 1/6 of distill, else 0.", float
+    ),
+    Flag("--beta", "beta", "Weight of the divergence of trades.", float),
+    Flag("--teacher", "teacher", "Robust checkpoint whose soft labels distill learns.", Path),
+    Flag("--temperature", "temperature", "By which distill divides logits.", float),
+    Flag("--ema", "ema", "Decay of the moving average of the weights, e.g. 0.999; 0: none.", float),
     Flag("--precision", "precision", "auto, float32 or bfloat16."),
     Flag("--augment/--no-augment", "augment", "Random flips and shifts.", bool),
 )

@@ -32,12 +32,14 @@ from toolkit.exporters.parity import Parity, check_parity, measure_parity
 from toolkit.exporters.quantize import QuantizedModel, quantize_int8
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.models.checkpoint import save_checkpoint
-from toolkit.prepare import PreparedAttack, describe, prepare_attack, resolved_data, resolved_threat
+from toolkit.prepare import PreparedAttack, describe, load_teacher, prepare_attack, resolved_data, resolved_threat
 from toolkit.pruning import PruningResult, prune
 from toolkit.reports.build import Evidence, build_report
 from toolkit.reports.markdown import render_markdown
 from toolkit.reports.schema import Report
-from toolkit.training.loop import TrainingResult, train
+from toolkit.training.loop import train
+from toolkit.training.losses import cost_per_image
+from toolkit.training.records import TrainingResult
 
 BASELINE_IMAGES = 1000
 """So many evaluation images show how robust the network was that came in."""
@@ -97,6 +99,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
     with bundle.open_workspace(output, force=force, resume=resume) as workspace:
         with watch.stage("load"):
             prepared = prepare_attack(config)
+            teacher = load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
         config = _resolve(config, prepared)
         with watch.stage("prune"):
             pruned = prune(prepared.model, config.prune)
@@ -104,7 +107,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
             original = export_onnx(prepared.model, workspace.scratch("original.onnx"), config.export)
             OnnxPredictor(original.path, provider=config.benchmark.provider)
         with watch.stage("finetune"):
-            tuned = _finetune(config, prepared, pruned.model, workspace, resume=resume)
+            tuned = _finetune(config, prepared, pruned.model, teacher, workspace, resume=resume)
         graphs = _write_graphs(config, prepared, tuned.model, original, workspace, watch)
         evidence = _gather(config, prepared, pruned, tuned, graphs, watch)
         report = build_report(config, evidence)
@@ -113,7 +116,13 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
 
 
 def _finetune(
-    config: HardenConfig, prepared: PreparedAttack, model: TorchModel, workspace: bundle.Workspace, *, resume: bool
+    config: HardenConfig,
+    prepared: PreparedAttack,
+    model: TorchModel,
+    teacher: TorchModel | None,
+    workspace: bundle.Workspace,
+    *,
+    resume: bool,
 ) -> TrainingResult:
     try:
         return train(
@@ -126,6 +135,7 @@ def _finetune(
             label="fine-tuning",
             checkpoint=workspace.training_checkpoint,
             resume=resume,
+            teacher=teacher,
         )
     except ToolkitError:
         if not resume:  # it would only diverge again
@@ -146,18 +156,18 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
     check_deployable(config)
     bundle.check_output(output, force=force, resume=resume)
     prepared = prepare_attack(config)
+    load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
     config = _resolve(config, prepared)
     pruned = prune(prepared.model, config.prune)
     gradient, forward = (_seconds_per_image(model, config) for model in (prepared.model, pruned.model))
     tuning, evaluated = config.finetune, len(prepared.splits.evaluation)
-    attack = tuning.attack_steps if tuning.objective == "adversarial" else 0
-    images = tuning.epochs * len(prepared.splits.train) if tuning.objective != "none" else 0
+    images = tuning.epochs * len(prepared.splits.train)
     steps = prepared.plan.steps * prepared.plan.restarts
     estimates = {
         f"prune      {config.prune.ratio:g} of the filters per {config.prune.scope}: "
         f"{pruned.parameters_before:,} -> {pruned.parameters_after:,} parameters": 1.0,
         f"fine-tune  {tuning.objective}, {tuning.epochs} epoch(s) of {len(prepared.splits.train):,} images": images
-        * (attack + 2)
+        * cost_per_image(tuning)
         * forward,
         f"export     opset {config.export.opset}, parity, end-to-end graph": 5.0,
         f"quantise   {'int8, ' + config.quantize.calibrate if config.quantize.int8 else 'not asked for'}": 2.0,

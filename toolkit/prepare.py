@@ -10,7 +10,7 @@ import torch
 from toolkit import __version__
 from toolkit.artifacts import ModelSpec, Normalization, Splits, TorchModel
 from toolkit.attacks.threat import PgdPlan, resolve_plan
-from toolkit.config import DataConfig, ModelConfig, ModelRunConfig, ThreatConfig
+from toolkit.config import DataConfig, ModelConfig, ModelRunConfig, ThreatConfig, TrainConfig
 from toolkit.data.sources import DataSource, check_fits, load_source
 from toolkit.data.splits import check_trained_on, make_splits
 from toolkit.errors import ToolkitError
@@ -18,6 +18,7 @@ from toolkit.evaluators.environment import usable_threads
 from toolkit.models.loading import assemble, read_model_file, resolve_path
 from toolkit.paths import public_name
 from toolkit.progress import notice, warn
+from toolkit.training.teacher import check_teacher
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,48 @@ def prepare_attack(config: ModelRunConfig) -> PreparedAttack:
     found = prepare(config)
     plan = resolve_plan(config.threat, found.source.threat_key)
     return PreparedAttack(found.model, found.source, found.splits, found.threads, plan)
+
+
+def load_teacher(
+    training: TrainConfig, student: ModelSpec, splits: Splits, how: ModelConfig | None = None
+) -> TorchModel | None:
+    """The network whose soft labels the objective `distill` learns; None for other objectives.
+
+    Args:
+        training: objective and teacher.
+        student: what the teacher has to fit.
+        splits: the parts in use; none that judges the student may have trained the teacher.
+        how: what a teacher that does not describe itself (a bare state dict) is read with, as the model itself is.
+
+    Raises:
+        ToolkitError: none is named, its file is unusable, it does not fit the student, or it saw images that judge it.
+    """
+    if training.objective != "distill":
+        if training.teacher is not None:
+            warn(f"the objective {training.objective} learns from no teacher, so --teacher is ignored")
+        return None
+    if training.teacher is None:
+        raise ToolkitError(
+            "distillation needs a teacher",
+            found="the objective distill without --teacher",
+            fix="name a robust checkpoint: --teacher FILE, made by `toolkit train ARCH --objective adversarial`",
+        )
+    how = (how or ModelConfig(path=training.teacher)).model_copy(update={"path": training.teacher})
+    try:
+        teacher = assemble(
+            read_model_file(resolve_path(training.teacher), trust_pickle=how.trust_pickle),
+            arch=how.arch,
+            class_names=student.class_names,
+            input_shape=student.input_shape,
+            normalization=student.normalization,
+            dataset=student.dataset,
+        )
+    except ToolkitError as error:
+        error.add_note(f"the file is the one that --teacher names: {training.teacher}")
+        raise
+    check_teacher(teacher.spec, student)
+    check_trained_on(splits, teacher.training_hashes, "teacher")
+    return teacher
 
 
 def _size(config: DataConfig, source: str, spec: ModelSpec | None) -> int | None:

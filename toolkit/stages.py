@@ -40,9 +40,11 @@ from toolkit.exporters.session import OnnxPredictor
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import check_outputs
 from toolkit.models.registry import build_network
-from toolkit.prepare import describe, prepare, prepare_attack, set_threads
+from toolkit.prepare import describe, load_teacher, prepare, prepare_attack, set_threads
 from toolkit.pruning import PruningResult, prune
-from toolkit.training.loop import TrainingResult, train
+from toolkit.training.loop import train
+from toolkit.training.losses import ATTACKED
+from toolkit.training.records import TrainingResult
 
 
 def training_checkpoint(output: Path) -> Path:
@@ -71,14 +73,14 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
     set_threads(config.threads)
     source = load_source(config.data)
     splits = make_splits(source, config.data, config.seed)
-    adversarial = config.training.objective == "adversarial"
-    plan = resolve_plan(config.threat, source.threat_key) if adversarial else None
+    plan = resolve_plan(config.threat, source.threat_key) if config.training.objective in ATTACKED else None
     torch.manual_seed(config.seed)
     shape, classes = source.train.shape, source.train.class_names
     network = build_network(config.arch, len(classes), shape)
     spec = ModelSpec(config.arch, classes, shape, source.normalization_hint, source.name)
     model = TorchModel(Normalized(network, source.normalization_hint).eval(), spec)
     check_outputs(model, config.arch)
+    teacher = load_teacher(config.training, spec, splits)
     with bundle.disk_errors(output), bundle.folders_above(output):
         try:
             result = train(
@@ -90,6 +92,7 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
                 seed=config.seed,
                 checkpoint=checkpoint,
                 resume=resume,
+                teacher=teacher,
             )
         except ToolkitError:
             if not resume:  # it would only diverge again

@@ -25,8 +25,11 @@ from toolkit.errors import ToolkitError
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import assemble, read_model_file
 from toolkit.training import loop
-from toolkit.training.adversary import training_plan
-from toolkit.training.loop import TrainingResult, augment, train
+from toolkit.training import run as run_module
+from toolkit.training.adversary import training_attack
+from toolkit.training.batches import augment
+from toolkit.training.loop import TrainingResult, train
+from toolkit.training.run import Run
 
 PLAN = PgdPlan("pixel", ThreatModel("linf", 0.1, "pixels", clip=True), 20, 0.0125, random_start=True)
 TRAIN, VALIDATION, TEST = halves(256, seed=1), halves(64, seed=2), halves(64, seed=3)
@@ -131,7 +134,7 @@ def test_a_finished_run_is_resumed_without_another_step(
     model: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(model, STANDARD, checkpoint=tmp_path / "a.pt")
-    monkeypatch.setattr(loop._Run, "advance", lambda _self: pytest.fail("no step is left"))
+    monkeypatch.setattr(Run, "advance", lambda _self: pytest.fail("no step is left"))
     again = run(model, STANDARD, checkpoint=tmp_path / "a.pt", resume=True)
     assert equal(weights(first.model), weights(again.model))
 
@@ -224,7 +227,7 @@ def test_the_best_epoch_on_validation_is_kept(model: TorchModel, monkeypatch: py
         seen.append({key: value.clone() for key, value in self.module.network.state_dict().items()})
         return Proportion(next(scores), 100), None
 
-    monkeypatch.setattr(loop._Run, "_validate", validate)
+    monkeypatch.setattr(Run, "_validate", validate)
     result = run(model, STANDARD)
     assert result.best_epoch == 2
     assert equal(weights(result.model), seen[1]) and not equal(seen[1], seen[2])
@@ -359,15 +362,15 @@ def test_users_networks_train_in_the_fastest_form_that_they_bear(
 
 def test_standard_training_keeps_freed_memory_too(model: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
-    monkeypatch.setattr(loop, "keep_freed_memory", lambda: calls.append(True))
-    monkeypatch.setattr(loop, "compute_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(run_module, "keep_freed_memory", lambda: calls.append(True))
+    monkeypatch.setattr(run_module, "compute_device", lambda: torch.device("cpu"))
     train(model, TRAIN, VALIDATION, STANDARD, None, seed=0)
     assert calls
 
 
 def test_trying_a_network_leaves_no_trace_in_its_statistics(model: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop._Run, "advance", lambda _self: pytest.fail("nothing is trained here"))
-    started = loop._Run(model, TRAIN, VALIDATION, CONFIG, PLAN, 0)
+    monkeypatch.setattr(Run, "advance", lambda _self: pytest.fail("nothing is trained here"))
+    started = Run(model, TRAIN, VALIDATION, CONFIG, PLAN, 0)
     assert equal(weights(model), {key: value.cpu() for key, value in started.module.network.state_dict().items()})
     assert all(parameter.grad is None for parameter in started.module.parameters())
 
@@ -385,8 +388,8 @@ def test_a_network_that_answers_otherwise_in_training_is_bad_input(model: TorchM
 
 
 def test_the_attack_of_training_keeps_the_threat_model() -> None:
-    attack = training_plan(replace(PLAN, restarts=5, random_start=False), 7)
-    assert (attack.threat, attack.steps, attack.restarts, attack.random_start) == (PLAN.threat, 7, 1, True)
+    attack = training_attack("adversarial", PLAN.threat, 7)
+    assert (attack.threat, attack.steps, attack.start) == (PLAN.threat, 7, "uniform")
     assert attack.step_size == pytest.approx(2.5 * 0.1 / 7)
 
 
@@ -442,15 +445,15 @@ def shifted(image: Tensor, down: int, right: int, flip: bool) -> Tensor:
 
 def test_ctrl_c_loses_no_step(model: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(model, STANDARD, checkpoint=tmp_path / "whole.pt")
-    original = loop._Run.advance
+    original = Run.advance
 
-    def advance(self: loop._Run) -> None:
+    def advance(self: Run) -> None:
         original(self)
         if self.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop._Run, "advance", advance)
+        patched.setattr(Run, "advance", advance)
         with pytest.raises(KeyboardInterrupt):
             run(model, STANDARD, checkpoint=tmp_path / "cut.pt")
     assert torch.load(tmp_path / "cut.pt", weights_only=True)["step"] == 2

@@ -101,7 +101,7 @@ def _check_filled(source: DataSource, parts: dict[str, Int64Array]) -> None:
         )
 
 
-def check_trained_on(splits: Splits, hashes: HashArray) -> None:
+def check_trained_on(splits: Splits, hashes: HashArray, network: str = "checkpoint") -> None:
     """Check that no image which judges a network was among those that trained it.
 
     Copies are known by their pixels. A notice says when the data set holds none of the images that trained the network:
@@ -110,6 +110,7 @@ def check_trained_on(splits: Splits, hashes: HashArray) -> None:
     Args:
         splits: the parts in use.
         hashes: of all images that the network was ever trained on; empty if unknown.
+        network: what messages call it.
 
     Raises:
         ToolkitError: calibration, validation or evaluation images are among them.
@@ -118,12 +119,12 @@ def check_trained_on(splits: Splits, hashes: HashArray) -> None:
     seen = {name: int(np.isin(part.hashes, hashes).sum()) for name, part in parts.items()}
     if len(hashes) and not any(seen.values()) and not np.isin(splits.train.hashes, hashes).any():
         progress.notice(
-            f"none of the {len(hashes)} images that trained the checkpoint is in {splits.train.images.name}: if it is "
+            f"none of the {len(hashes)} images that trained the {network} is in {splits.train.images.name}: if it is "
             "the same data set in another form (resized, JPEG), images that trained it may judge it unnoticed"
         )
     if any(seen.values()):
         raise ToolkitError(
-            "the checkpoint was trained on images that are to judge it",
+            f"the {network} was trained on images that are to judge it",
             found=", ".join(f"{count} of {len(parts[name])} {name} images" for name, count in seen.items() if count)
             + " are among its training images",
             fix="use the data set and the parts that it was trained on (--data), or test images that it never saw",

@@ -21,7 +21,7 @@ from toolkit.paths import public_name
 from toolkit.pruning import PruningResult
 from toolkit.reports import schema
 from toolkit.reports.schema import Change, Report, Share
-from toolkit.training.loop import TrainingResult
+from toolkit.training.records import TrainingResult
 
 
 @dataclass(frozen=True)

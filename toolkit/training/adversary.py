@@ -1,39 +1,105 @@
-"""The attack of adversarial training, on a network whose weights change from call to call."""
+"""The attacks of adversarial training, on a network whose weights change from call to call."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from toolkit.artifacts import ModelSpec, Normalized
 from toolkit.attacks.forms import Precision
-from toolkit.attacks.pgd import pgd
-from toolkit.attacks.surrogate import Surrogate
-from toolkit.attacks.threat import RELATIVE_STEP, PgdPlan
+from toolkit.attacks.pgd import constrain
+from toolkit.attacks.projections import ASCEND, START
+from toolkit.attacks.surrogate import Loss, Surrogate
+from toolkit.attacks.threat import RELATIVE_STEP, ThreatModel
+
+NEAR = 0.03
+"""Standard deviation of the start that TRADES needs, in units of eps (the paper's 0.001 at eps 8/255): at the image
+itself the divergence from the clean output has no gradient."""
+FAST_STEP = 1.25
+"""Step of FGSM with random start, in units of eps (Wong et al. 2020)."""
 
 
-def training_plan(plan: PgdPlan, steps: int) -> PgdPlan:
-    """The attack of adversarial training: the same threat model, fewer steps, a random start."""
-    return replace(plan, steps=steps, step_size=RELATIVE_STEP * plan.threat.eps / steps, random_start=True, restarts=1)
+@dataclass(frozen=True, slots=True)
+class TrainingAttack:
+    """Gradient ascent within a threat model."""
+
+    threat: ThreatModel
+    steps: int
+    step_size: float
+    """In the units of the threat model's ball."""
+    start: Literal["uniform", "normal"] = "uniform"
+    """Uniform in the ball, or normal with the standard deviation `NEAR` times eps."""
+
+    @classmethod
+    def multi_step(
+        cls, threat: ThreatModel, steps: int, start: Literal["uniform", "normal"] = "uniform"
+    ) -> TrainingAttack:
+        """PGD whose steps together can cross the ball 2.5 times its radius (Madry et al. 2018)."""
+        return cls(threat, steps, RELATIVE_STEP * threat.eps / steps, start)
+
+    @classmethod
+    def fast(cls, threat: ThreatModel) -> TrainingAttack:
+        """One step from a random start (Wong et al. 2020)."""
+        return cls(threat, 1, FAST_STEP * threat.eps)
+
+
+def training_attack(objective: str, threat: ThreatModel, steps: int) -> TrainingAttack:
+    """The attack of an objective; single steps need none."""
+    if objective == "fgsm":
+        return TrainingAttack.fast(threat)
+    return TrainingAttack.multi_step(threat, steps, "normal" if objective == "trades" else "uniform")
 
 
 class Adversary:
-    """Attacks `module` with its weights as they are at every call.
+    """Attacks networks of one architecture, with their weights as they are at every call.
 
     Args:
-        module: the network in training.
+        module: a network of that architecture.
         spec: of it.
-        plan: the attack.
-        precision: in which the attack's copy of the network is to run.
+        precision: in which the attacked copy of the network is to run.
+
+    Raises:
+        ToolkitError: the network gives no gradient.
     """
 
-    def __init__(self, module: Normalized, spec: ModelSpec, plan: PgdPlan, precision: Precision) -> None:
-        self._module, self._plan = module, plan
+    def __init__(self, module: Normalized, spec: ModelSpec, precision: Precision) -> None:
         self._surrogate = Surrogate(module, spec.normalization, precision, input_shape=spec.input_shape)
 
-    def attack(self, images: Tensor, labels: Tensor, generator: torch.Generator, steps: int | None = None) -> Tensor:
-        """Attacked images, in `steps` steps if it is given."""
-        self._surrogate.refresh(self._module)
-        return pgd(self._surrogate, images, labels, replace(self._plan, steps=steps or self._plan.steps), generator)
+    def attack(
+        self, module: Normalized, images: Tensor, loss: Loss, attack: TrainingAttack, generator: torch.Generator
+    ) -> Tensor:
+        """Images float32 [n, C, H, W] within the threat model around `images`, on which `loss` is high.
+
+        Args:
+            module: the network, in any mode; it is attacked in evaluation mode.
+            images: float32 [n, C, H, W] in [0, 1].
+            loss: of the network's logits.
+            attack: how.
+            generator: of the random start.
+        """
+        self._surrogate.refresh(module)
+        images = images.to(self._surrogate.device)
+        threat = attack.threat
+        scale = threat.pixel_scale(self._surrogate.normalization).to(images.device)
+        start = _start(images.shape, attack, generator).to(images.device)
+        attacked = constrain(images + scale * start, images, threat, scale)
+        for _ in range(attack.steps):
+            gradient = self._surrogate.differentiate(attacked, loss).gradient
+            direction = ASCEND[threat.norm](gradient * scale)
+            attacked = constrain(attacked + (attack.step_size * scale) * direction, images, threat, scale)
+        return attacked
+
+    def logits(self, module: Normalized, images: Tensor) -> Tensor:
+        """Logits float32 [n, classes] of `module` in evaluation mode, in the precision of the attack."""
+        self._surrogate.refresh(module)
+        return self._surrogate.logits(images)
+
+
+def _start(shape: torch.Size, attack: TrainingAttack, generator: torch.Generator) -> Tensor:
+    """In the units of the ball, on the CPU."""
+    if attack.start == "normal":
+        return torch.empty(shape).normal_(0.0, NEAR * attack.threat.eps, generator=generator)
+    return START[attack.threat.norm](shape, attack.threat.eps, generator)

@@ -1,0 +1,43 @@
+"""The batches of a training: their size, and random changes of their images that keep the class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from toolkit.config import TrainConfig
+from toolkit.errors import ToolkitError
+from toolkit.progress import notice
+
+
+def fitting_batch(config: TrainConfig, images: int) -> int:
+    """The batch size that `images` training images allow.
+
+    Raises:
+        ToolkitError: more was asked for than there are images, and than the default.
+    """
+    if config.batch_size <= images:
+        return config.batch_size
+    if config.batch_size > TrainConfig().batch_size:
+        raise ToolkitError(
+            "the batch is larger than the training data",
+            found=f"--batch-size {config.batch_size}, {images} training images",
+            fix=f"pass --batch-size {min(images, TrainConfig().batch_size)}",
+        )
+    notice(f"all {images} training images make one batch: fewer than --batch-size {config.batch_size}")
+    return images
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Random horizontal flips and shifts by up to an eighth of the side (zero padding), one draw per image."""
+    count, _, height, width = images.shape
+    reach = max(1, height // 8)
+    padded = functional.pad(images, (reach, reach, reach, reach))
+    top = torch.randint(0, 2 * reach + 1, (count, 1), generator=generator)
+    left = torch.randint(0, 2 * reach + 1, (count, 1), generator=generator)
+    flip = torch.rand((count, 1), generator=generator) < 0.5
+    rows = top + torch.arange(height)
+    columns = left + torch.where(flip, torch.arange(width - 1, -1, -1), torch.arange(width))
+    picked = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2).contiguous()

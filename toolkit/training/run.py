@@ -1,0 +1,313 @@
+"""The mutable state of one training: its steps, validations, checkpoints and result."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from toolkit.allocator import keep_freed_memory
+from toolkit.artifacts import Int64Array, Normalized, Proportion, Split, TorchModel, derive_seed
+from toolkit.attacks.forms import Precision
+from toolkit.attacks.surrogate import Loss, compute_device, resolve_precision
+from toolkit.attacks.threat import PgdPlan
+from toolkit.config import TrainConfig
+from toolkit.errors import ToolkitError
+from toolkit.models.checkpoint import spec_to_dict
+from toolkit.progress import notice
+from toolkit.training import guard
+from toolkit.training.adversary import Adversary, TrainingAttack, training_attack
+from toolkit.training.averaging import WeightAverage
+from toolkit.training.batches import augment, fitting_batch
+from toolkit.training.forward import find_form, forward
+from toolkit.training.guard import OverfittingGuard
+from toolkit.training.losses import ATTACKED, OBJECTIVES
+from toolkit.training.records import EpochRecord, TrainingResult
+from toolkit.training.schedules import SCHEDULES
+from toolkit.training.teacher import Teacher
+from toolkit.training.validation import measure
+
+VALIDATION_IMAGES = 1024
+"""At most so many validation images choose the best epoch."""
+VALIDATION_STEPS = 10
+"""Steps of the attack on them."""
+
+
+class Run:
+    """The mutable state of one training."""
+
+    def __init__(
+        self,
+        model: TorchModel,
+        train_split: Split,
+        validation: Split,
+        config: TrainConfig,
+        plan: PgdPlan | None,
+        seed: int,
+        teacher: TorchModel | None = None,
+    ) -> None:
+        self.original, self.train_split, self.config, self.seed = model, train_split, config, seed
+        self.batch_size = fitting_batch(config, len(train_split))
+        self.validation = validation.first(VALIDATION_IMAGES)
+        self.device = compute_device()
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        precision = resolve_precision(config.precision)
+        self.module: Normalized = copy.deepcopy(model.module).to(self.device).requires_grad_(True)
+        self.form = find_form(self.module, model.spec.input_shape, precision, self.device)
+        self.form.cast(self.module.network)
+        self.precision: Precision = "bfloat16" if self.form.precision == "autocast" else "float32"
+        self.plan = plan if config.objective in ATTACKED else None
+        self._arm(precision)
+        self.teacher = self._hire(teacher, precision)
+        self.average = WeightAverage(self.module, config.ema) if config.ema else None
+        self.optimizer = torch.optim.SGD(
+            self.module.parameters(),
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        # a last batch of one image would break batch norm, so incomplete batches are dropped where there are others
+        self.steps_per_epoch = max(1, len(train_split) // self.batch_size)
+        self.steps = self.steps_per_epoch * config.epochs
+        self.guard = OverfittingGuard(copy.deepcopy(self._weights())) if config.objective == "fgsm" else None
+        self.step = 0
+        self.order = np.empty(0, dtype=np.int64)
+        self.order_epoch = -1
+        self.losses: list[float] = []
+        self.epochs: list[EpochRecord] = []
+        self.best: dict[str, Tensor] = {}
+        self.best_epoch = 0
+        self.note = ""
+        self.fingerprint = self._fingerprint()
+
+    def _arm(self, precision: Precision) -> None:
+        """Set up the attack of the objective, and that of the validation."""
+        self.adversary: Adversary | None = None
+        self.attacks: tuple[TrainingAttack, ...] = ()
+        if self.config.objective not in ATTACKED:
+            return
+        if self.plan is None:
+            raise ValueError(f"the objective {self.config.objective} needs a threat model")
+        self.adversary = Adversary(self.module, self.original.spec, precision)
+        self.attacks = (TrainingAttack.multi_step(self.plan.threat, VALIDATION_STEPS),)
+        self.attack = training_attack(self.config.objective, self.plan.threat, self.config.attack_steps)
+
+    def _hire(self, model: TorchModel | None, precision: Precision) -> Teacher | None:
+        if self.config.objective != "distill":
+            return None
+        if model is None:
+            raise ValueError("distillation needs a teacher")
+        teacher = Teacher(model, precision)
+        if not self.config.augment:
+            teacher.keep_labels(self.train_split)
+        return teacher
+
+    def _fingerprint(self) -> str:
+        facts = {
+            "config": self.config.model_dump(mode="json", exclude={"teacher"}),
+            "teacher": self.teacher and self.teacher.digest,
+            "plan": self.plan and [self.plan.record(), self.plan.steps, self.plan.step_size],
+            "seed": self.seed,
+            "train": self.train_split.digest,
+            "validation": self.validation.digest,
+            "spec": spec_to_dict(self.original.spec),
+        }
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        for value in self.original.network.state_dict().values():
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def advance(self) -> None:
+        """One optimiser step."""
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        if position == 0:
+            self.losses = []
+        rate = SCHEDULES[self.config.schedule](self.step, self.steps, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * rate
+        batch = self._batch(epoch, position)
+        self.module.train()
+        loss = OBJECTIVES[self.config.objective](batch, self.config)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        self.optimizer.step()
+        self.losses.append(float(loss.detach()))
+        self._check_loss(epoch)
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.module, self.step)
+        self._watch()
+        self.note = f"loss {np.mean(self.losses[-50:]):.3f}"
+
+    def _batch(self, epoch: int, position: int) -> _Batch:
+        if self.order_epoch != epoch:
+            self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train_split))
+            self.order_epoch = epoch
+        positions = self.order[position * self.batch_size : (position + 1) * self.batch_size]
+        batch = self.train_split.take(positions)
+        # every step has its own seeds, so that a resumed run needs no generator's state
+        step_seed = derive_seed(self.seed, epoch, position)
+        generator = torch.Generator().manual_seed(step_seed)
+        torch.manual_seed(step_seed)
+        images = augment(batch.images, generator) if self.config.augment else batch.images
+        return _Batch(self, images.to(self.device), batch.labels.to(self.device), positions, generator)
+
+    def _watch(self) -> None:
+        """At intervals, see whether single-step training has collapsed; if so, go back and train by PGD."""
+        if self.guard is None or self.guard.collapse or self.step % min(guard.INTERVAL, self.steps_per_epoch):
+            return
+        assert self.plan is not None  # `_arm` has seen to it
+        pair = (self.attack, TrainingAttack.multi_step(self.plan.threat, guard.STEPS))
+        images = self.validation.first(guard.IMAGES)
+        _, fgsm, pgd = measure(self.module, images, self.adversary, pair, derive_seed(self.seed, self.step))
+        if self.guard.check(self.step, self.step / self.steps, fgsm, pgd, self._weights()):
+            self._set_weights(self.guard.good)
+            self._fall_back()
+            notice(
+                f"step {self.step}: single-step training collapsed (FGSM {fgsm.value:.0%}, PGD {pgd.value:.0%}); "
+                f"back to the last good weights, and on with PGD-{self.attack.steps}"
+            )
+
+    def _fall_back(self) -> None:
+        """Attack by PGD from now on."""
+        assert self.plan is not None  # as above
+        self.attack = TrainingAttack.multi_step(self.plan.threat, self.config.attack_steps)
+
+    def _weights(self) -> dict[str, Any]:
+        return {
+            "network": self.module.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average and self.average.state(),
+        }
+
+    def _set_weights(self, weights: dict[str, Any]) -> None:
+        self.module.network.load_state_dict(weights["network"])
+        # the optimiser would keep the tensors that it is given, and change the good state with its next step
+        self.optimizer.load_state_dict(copy.deepcopy(weights["optimizer"]))
+        if self.average is not None:
+            self.average.restore(weights["average"])
+
+    def _check_loss(self, epoch: int) -> None:
+        last = self.losses[-1]
+        window = float(np.mean(self.losses[-50:]))
+        chance = math.log(len(self.original.spec.class_names))
+        diverged = len(self.losses) > 100 and window > 3 * chance and window > 2 * float(np.mean(self.losses[:50]))
+        if not math.isfinite(last) or diverged:
+            raise self._diverged(epoch + 1)
+
+    def _diverged(self, epoch: int) -> ToolkitError:
+        return ToolkitError(
+            "the training diverged",
+            found=f"loss {self.losses[-1]:.3g} in epoch {epoch}, step {len(self.losses)}",
+            fix=f"lower --learning-rate (now {self.config.learning_rate:g}), or pass --precision float32",
+        )
+
+    @property
+    def shipped(self) -> Normalized:
+        """What is validated and returned: the averaged weights if they are averaged."""
+        return self.module if self.average is None else self.average.module
+
+    def finish_epoch(self) -> None:
+        """Measure on the validation part and keep the weights if they are the best so far."""
+        if not all(bool(value.isfinite().all()) for value in self.module.state_dict().values()):
+            raise self._diverged(self.step // self.steps_per_epoch)
+        clean, robust = self._validate()
+        epoch = self.step // self.steps_per_epoch
+        self.epochs.append(EpochRecord(epoch, float(np.mean(self.losses)), clean, robust))
+        best = max(self.epochs, key=lambda record: (record.score, record.epoch))
+        if best.epoch == epoch:
+            self.best = {key: value.detach().cpu().clone() for key, value in self.shipped.network.state_dict().items()}
+            self.best_epoch = epoch
+        robust_text = f", robust {robust.value:.1%}" if robust else ""
+        self.note = f"epoch {epoch}: validation clean {clean.value:.1%}{robust_text}"
+
+    def _validate(self) -> tuple[Proportion, Proportion | None]:
+        clean, *robust = measure(self.shipped, self.validation, self.adversary, self.attacks, self.seed)
+        return clean, robust[0] if robust else None
+
+    def state(self) -> dict[str, Any]:
+        """Everything that `restore` needs, as plain data and tensors."""
+        return {
+            "fingerprint": self.fingerprint,
+            "threads": torch.get_num_threads(),
+            "step": self.step,
+            "losses": self.losses,
+            "epochs": [record.to_list() for record in self.epochs],
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "weights": self._weights(),
+            "guard": self.guard and self.guard.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.step, self.losses = state["step"], list(state["losses"])
+        self.epochs = [EpochRecord.from_list(values) for values in state["epochs"]]
+        self.best, self.best_epoch = state["best"], state["best_epoch"]
+        self._set_weights(state["weights"])
+        if self.guard is not None:
+            self.guard.restore(state["guard"])
+            if self.guard.collapse:
+                self._fall_back()
+
+    def result(self) -> TrainingResult:
+        """The best epoch's network in float32, with this training in its record."""
+        trained = self.original.copy()
+        trained.network.load_state_dict(self.best)
+        config = self.config
+        record = {
+            "objective": config.objective,
+            "epochs": config.epochs,
+            "best_epoch": self.best_epoch,
+            "seed": self.seed,
+            "precision": self.precision,
+            "threat": self.plan and self.plan.record(),
+            "images": len(self.train_split),
+            "images_sha256": self.train_split.digest,
+            "validation": [epoch.to_list() for epoch in self.epochs],
+            "ema": config.ema,
+            "teacher_sha256": self.teacher and self.teacher.digest,
+            "collapse": self.guard and self.guard.collapse,
+        }
+        seen = [self.original.training_hashes, self.train_split.hashes]
+        hashes = np.unique(np.concatenate([*seen, *([self.teacher.training_hashes] if self.teacher else [])]))
+        spec = replace(trained.spec, training=(*trained.spec.training, record))
+        trained.module.eval()
+        model = replace(trained, spec=spec, training_hashes=hashes)
+        return TrainingResult(model, tuple(self.epochs), self.best_epoch, self.precision)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """One batch in training, as objectives see it (`losses.Step`)."""
+
+    run: Run
+    images: Tensor
+    labels: Tensor
+    positions: Int64Array
+    """Of the images, in the training part."""
+    generator: torch.Generator
+
+    def forward(self, images: Tensor) -> Tensor:
+        return forward(self.run.module, self.run.form, images)
+
+    def attack(self, loss: Loss) -> Tensor:
+        assert self.run.adversary is not None  # only objectives in ATTACKED attack
+        return self.run.adversary.attack(self.run.module, self.images, loss, self.run.attack, self.generator)
+
+    def frozen_logits(self) -> Tensor:
+        assert self.run.adversary is not None  # as above
+        return self.run.adversary.logits(self.run.module, self.images)
+
+    def teacher_logits(self) -> Tensor:
+        assert self.run.teacher is not None  # only distillation asks for it
+        kept = self.run.teacher.kept(self.positions)
+        return self.run.teacher.logits(self.images) if kept is None else kept.to(self.images.device)
