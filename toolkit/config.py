@@ -68,7 +68,7 @@ class ThreatConfig(StageConfig):
     """Threat model and PGD schedule; what is None is filled in from the preset of the data set."""
 
     preset: Literal["pixel", "paper"] = "pixel"
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Literal["linf", "l2", "l1"] = "linf"
     eps: Epsilon | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
     step_size: Epsilon | None = None

@@ -40,7 +40,7 @@ DATA = (
 EVALUATION = (Flag("--n", "data.evaluation", "Number of evaluation images, drawn by class with the seed.", int, "-n"),)
 THREAT = (
     Flag("--threat", "threat.preset", "Preset of the threat model: pixel (sound) or paper.", short="-t"),
-    Flag("--norm", "threat.norm", "Norm of the ball: linf or l2."),
+    Flag("--norm", "threat.norm", "Norm of the ball: linf, l2 or l1."),
     Flag("--eps", "threat.eps", "Radius of the ball, e.g. 8/255."),
     Flag("--steps", "threat.steps", "PGD steps.", int),
     Flag("--step-size", "threat.step_size", "PGD step size."),

@@ -18,7 +18,7 @@ from toolkit.errors import ToolkitError
 class ThreatModel:
     """What an attacker may do to an image: a ball of radius `eps`, and whether pixels stay in [0, 1]."""
 
-    norm: Literal["linf", "l2"]
+    norm: Literal["linf", "l2", "l1"]
     eps: float
     space: Literal["pixels", "normalised"]
     """Where the ball lies: in pixels [0, 1], or behind the model's normalisation."""
@@ -105,7 +105,7 @@ def resolve_plan(config: ThreatConfig, data_key: str | None) -> PgdPlan:
         raise ToolkitError(
             f"--threat {config.preset} has no {config.norm} preset for this data set",
             found=data_key or "a data set without presets",
-            fix="state the radius: --eps 8/255 (l-inf) or --eps 0.5 with --norm l2",
+            fix="state the radius: --eps 8/255 (l-inf), --eps 0.5 with --norm l2 or --eps 12 with --norm l1",
         )
     if known is None:
         assert config.eps is not None

@@ -32,7 +32,7 @@ def percent(share: Share) -> str:
 
 def threat_text(threat: Threat) -> str:
     """The threat model in words."""
-    norm = "l-inf" if threat.norm == "linf" else "l2"
+    norm = "l-inf" if threat.norm == "linf" else threat.norm
     space = "pixels in [0, 1]" if threat.space == "pixels" else "the normalised space"
     clip = "clipped to valid pixels" if threat.clip else "not clipped to valid pixels"
     return f"{norm}, eps {threat.eps:.4g} in {space}, {clip} (preset `{threat.preset}`)"

@@ -95,7 +95,7 @@ class Threat(Part):
     """What the attacker may do; eps in pixels, or behind the normalisation."""
 
     preset: str
-    norm: Literal["linf", "l2"]
+    norm: Literal["linf", "l2", "l1"]
     eps: float
     space: Literal["pixels", "normalised"]
     clip: bool

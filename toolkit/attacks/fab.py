@@ -1,0 +1,121 @@
+"""FAB, the fast adaptive boundary attack, targeted (Croce & Hein 2020): the closest point across a boundary.
+
+Every step linearises one boundary, projects onto it within the pixel range, both the current point and the image
+itself, and mixes the two; a point that fools the surrogate is drawn back towards the image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toolkit.attacks.boundary import Box, displacement
+from toolkit.attacks.losses import ranked_targets
+from toolkit.attacks.minimum_norm import SUBMIT_EVERY, MinimumNorm, Search
+from toolkit.attacks.projections import NORM, START
+from toolkit.attacks.surrogate import Slope, Surrogate
+from toolkit.attacks.survivors import Settle, narrowed
+from toolkit.attacks.threat import ThreatModel
+
+OVERSHOOT = 1.05
+"""By how much a projection is prolonged beyond the boundary (eta in the paper)."""
+BACKWARD = 0.9
+"""Share of its perturbation that a point keeps when it is drawn back (beta)."""
+MOST_OF_IMAGE = 0.1
+"""The largest weight of the image's own projection (alpha_max)."""
+NEAREST = 1e-8
+"""Norms of projections below which they do not weigh."""
+
+
+@dataclass
+class _State:
+    """One row per image still attacked."""
+
+    images: Tensor
+    labels: Tensor
+    targets: Tensor
+    current: Tensor
+
+
+def fab_targeted(
+    surrogate: Surrogate,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    *,
+    steps: int,
+    rank: int,
+    generator: torch.Generator,
+    restarts: int = 1,
+    settle: Settle | None = None,
+) -> MinimumNorm:
+    """The smallest perturbations found across the boundary to each image's `rank`-th likeliest other class.
+
+    Args:
+        surrogate: that is to be fooled, into whatever class.
+        images: float32 [n, C, H, W] in [0, 1].
+        labels: int64 [n], the true classes.
+        threat: norm (l-inf, l2 or l1), space and clipping; its radius bounds the random starts and what is judged.
+        steps: gradients per image and restart.
+        rank: 1 for the likeliest other class; below the number of classes.
+        generator: of the random starts, which all restarts but the first have.
+        restarts: searches, each for points closer than those before.
+        settle: ends the attack on images that fool the graph that counts.
+    """
+    search = Search(surrogate, images, labels, threat, settle)
+    targets = ranked_targets(search.logits, search.labels)[:, rank - 1]
+    for restart in range(restarts):
+        rows = search.positions
+        current = search.images[rows] if restart == 0 else _random_start(search, generator)
+        _approach(surrogate, search, _State(search.images[rows], search.labels[rows], targets[rows], current), steps)
+    return search.finish()
+
+
+def _random_start(search: Search, generator: torch.Generator) -> Tensor:
+    """Uniform in the ball of half the radius, or of half the smallest perturbation found if that is less."""
+    images = search.images[search.positions]
+    start = START[search.threat.norm](images.shape, 0.5, generator).to(images.device)
+    radius = search.norms.clamp_max(search.threat.eps).view(-1, 1, 1, 1)
+    return search.clip(images + search.scale * radius * start)
+
+
+def _approach(surrogate: Surrogate, search: Search, state: _State, steps: int) -> None:
+    for step in range(1, steps + 1):
+        if not len(search):
+            break
+        state.current = _cross(search, state, _slope(surrogate, state))
+        fooled = surrogate.logits(state.current).argmax(dim=1) != state.labels
+        search.record(state.current, fooled)
+        drawn_back = state.images + BACKWARD * (state.current - state.images)
+        state.current = torch.where(fooled.view(-1, 1, 1, 1), drawn_back, state.current)
+        keep = search.settle(everything=step % SUBMIT_EVERY == 0)
+        if keep is not None:
+            state = narrowed(state, keep)
+
+
+def _slope(surrogate: Surrogate, state: _State) -> Slope:
+    """The target's logit minus the true class's, which is 0 on the boundary between them."""
+    labels, targets = state.labels[:, None], state.targets[:, None]
+    return surrogate.differentiate(
+        state.current, lambda logits: (logits.gather(1, targets) - logits.gather(1, labels))[:, 0]
+    )
+
+
+def _cross(search: Search, state: _State, slope: Slope) -> Tensor:
+    """Just beyond the linearised boundary: from the current point, with a share of the way from the image."""
+    scale, norm = search.scale, search.threat.norm
+    perturbation = ((state.current - state.images) / scale).flatten(1)
+    weight = (slope.gradient * scale).flatten(1)
+    box = search.box()
+    # what is left to the bounds may be below 0 by rounding
+    left = None if box is None else Box((box.low - perturbation).clamp_max(0), (box.high - perturbation).clamp_min(0))
+    from_current = displacement(norm, weight, slope.loss, left)
+    from_image = displacement(norm, weight, slope.loss - (weight * perturbation).sum(dim=1), box)
+    near, far = (
+        NORM[norm](moved.view_as(state.images)).clamp_min(NEAREST)[:, None] for moved in (from_current, from_image)
+    )
+    share = (near / (near + far)).clamp_max(MOST_OF_IMAGE)
+    mixed = (1 - share) * (perturbation + OVERSHOOT * from_current) + share * OVERSHOOT * from_image
+    return search.clip(state.images + scale * mixed.view_as(state.images))
