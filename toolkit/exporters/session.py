@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import ToolkitError
+from toolkit.exporters.interface import FIX, GraphInterface, read_interface
 
 Provider = Literal["cpu", "cuda"]
 
@@ -104,14 +106,17 @@ def _no_provider(provider: str, reason: str) -> ToolkitError:
 
 
 class OnnxPredictor:
-    """Logits of an ONNX classifier file, by ONNX Runtime.
+    """Logits of an ONNX classifier file, ours or a stranger's, by ONNX Runtime.
 
     Args:
-        path: file with one float32 image input [N, C, H, W] and logits [N, classes] as its first output.
+        path: file with one image input, [N, C, H, W] or [N, H, W, C] in float32, float16 or uint8, and one output
+            [N, classes]: logits, or probabilities (then the logits are their logarithms).
         provider: `cpu` or `cuda`; the session is checked to run there.
         threads: CPU threads; None: as many as torch uses.
         optimized: the graph as deployed; False: as it stands in the file.
         batch_size: images per run; larger inputs are cut.
+        interface: how the file is to be fed, where that differs from what the file says (a normalisation outside of
+            it, or pixels up to 255 in a float input); None: `read_interface`.
 
     Raises:
         ToolkitError: no such file, no ONNX in it, no such provider, or a graph that is no image classifier.
@@ -125,31 +130,32 @@ class OnnxPredictor:
         threads: int | None = None,
         optimized: bool = True,
         batch_size: int = 256,
+        interface: GraphInterface | None = None,
     ) -> None:
         self.path = path
         # Predictors live beside torch's threads and other sessions: no busy waiting.
         self._session = make_session(path, provider=provider, threads=threads, optimized=optimized, spinning=False)
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
-            found = ", ".join(f"{node.name}: {node.type} {node.shape}" for node in inputs) or "no inputs"
-            raise ToolkitError(
-                "the ONNX file is no image classifier of ours",
-                found=f"{path}: inputs {found}",
-                fix="give a file with one input, float32 [N, C, H, W] with pixels in [0, 1]",
-            )
-        self.input_name: str = inputs[0].name
-        self.output_name: str = outputs[0].name
-        fixed = inputs[0].shape[0]
-        self._fixed = fixed if isinstance(fixed, int) else None
+        self.interface = interface or read_interface(path)
+        """What the file takes and gives."""
+        self._fixed = self.interface.batch
         self._batch_size = batch_size if self._fixed is None else self._fixed
-        self.input_shape: tuple[int | None, ...] = tuple(
-            size if isinstance(size, int) else None for size in inputs[0].shape[1:]
-        )
+        if self.interface.classes is None:
+            self.interface = replace(self.interface, classes=self._count_classes())
 
     @property
     def provider(self) -> str:
         """The provider that the session really uses, in ONNX Runtime's words."""
         return str(self._session.get_providers()[0])
+
+    @property
+    def input_name(self) -> str:
+        """Of the file's image input."""
+        return self.interface.input_name
+
+    @property
+    def input_shape(self) -> tuple[int | None, ...]:
+        """(channels, height, width) of the images; None where the file takes any."""
+        return self.interface.input_shape
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits float32 [n, classes] of images float32 [n, C, H, W] in [0, 1].
@@ -158,16 +164,30 @@ class OnnxPredictor:
             ToolkitError: images of another shape than the file takes.
         """
         self._check(images)
-        array = np.ascontiguousarray(images.detach().cpu().numpy(), dtype=np.float32)
-        starts = range(0, max(1, len(array)), self._batch_size)
-        parts = [self._run(array[start : start + self._batch_size]) for start in starts]
-        return torch.from_numpy(np.concatenate(parts))
+        fed = self.interface.feed(images.detach().cpu().float()).numpy()
+        starts = range(0, max(1, len(fed)), self._batch_size)
+        parts = [self._run(fed[start : start + self._batch_size]) for start in starts]
+        return self.interface.logits(torch.from_numpy(np.concatenate(parts)))
 
-    def _run(self, part: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def _run(self, part: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
         missing = 0 if self._fixed is None else self._fixed - len(part)
-        padded = np.concatenate([part, np.zeros((missing, *part.shape[1:]), np.float32)]) if missing else part
-        (logits,) = self._session.run([self.output_name], {self.input_name: padded})
-        return np.asarray(logits, dtype=np.float32)[: len(part)]
+        padded = np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)]) if missing else part
+        (output,) = self._session.run([self.interface.output_name], {self.interface.input_name: padded})
+        return np.asarray(output, dtype=np.float32)[: len(part)]
+
+    def _count_classes(self) -> int | None:
+        """The classes that one image shows; None if the file takes images of any size, so that none can be made."""
+        channels, height, width = self.interface.input_shape
+        if channels is None or height is None or width is None:
+            return None
+        output = self._run(self.interface.feed(torch.zeros(1, channels, height, width)).numpy())
+        if output.ndim != 2:
+            raise ToolkitError(
+                "the ONNX file is no classifier",
+                found=f"{self.path}: output '{self.interface.output_name}' of one image is {list(output.shape)}",
+                fix=FIX,
+            )
+        return int(output.shape[1])
 
     def _check(self, images: Tensor) -> None:
         agree = images.ndim == 4 and all(
