@@ -119,6 +119,17 @@ def test_the_resolved_configuration_comes_back_from_its_file(tmp_path: Path) -> 
     assert build(HardenConfig, read_settings(tmp_path / "config.yaml")) == config
 
 
+def test_a_teacher_is_named_relative_to_the_config_file(tmp_path: Path) -> None:
+    teacher = {"objective": "distill", "teacher": tmp_path / "strong" / "model.pt"}
+    config = build(HardenConfig, {**HARDEN, "finetune": teacher})
+    home = tmp_path / "out"
+    write_settings(config, tmp_path / "config.yaml", home)
+    assert "teacher: ../strong/model.pt" in (tmp_path / "config.yaml").read_text()
+    home.mkdir()
+    (tmp_path / "config.yaml").rename(home / "config.yaml")
+    assert build(HardenConfig, read_settings(home / "config.yaml")).finetune == config.finetune
+
+
 @pytest.mark.parametrize("content", [b"a: [1", b"\xff\xfe\x00", None])
 def test_a_config_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "config.yaml"

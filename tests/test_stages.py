@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -12,7 +13,7 @@ import torch
 from tests import tiny
 from tests.tiny import World, entries
 from toolkit import cli
-from toolkit.training import loop
+from toolkit.training.run import Run
 
 DATA = ("--data", "npz:data.npz")
 
@@ -44,15 +45,15 @@ def test_training_repeats_and_resumes_to_the_same_weights(
 ) -> None:
     assert tiny.run(*train("one.pt", "-q")) == cli.DONE
     left = [6]
-    advance = loop._Run.advance
+    advance = Run.advance
 
-    def interrupted(run: loop._Run) -> None:
+    def interrupted(run: Run) -> None:
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
         advance(run)
 
-    monkeypatch.setattr(loop._Run, "advance", interrupted)
+    monkeypatch.setattr(Run, "advance", interrupted)
     assert tiny.run(*train("two.pt", "-q")) == cli.INTERRUPTED
     assert "--resume" in capsys.readouterr().err
     assert not Path("two.pt").exists() and ".two.pt.partial" in entries(here)
@@ -74,15 +75,15 @@ def test_a_failed_training_leaves_nothing(here: Path, capsys: pytest.CaptureFixt
 def test_a_training_that_diverges_late_leaves_nothing(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    advance = loop._Run.advance
+    advance = Run.advance
 
-    def poisoned(run: loop._Run) -> None:
+    def poisoned(run: Run) -> None:
         if run.step == 5:
             with torch.no_grad():
                 next(run.module.parameters()).fill_(torch.nan)
         advance(run)
 
-    monkeypatch.setattr(loop._Run, "advance", poisoned)
+    monkeypatch.setattr(Run, "advance", poisoned)
     before = entries(here)
     assert tiny.run(*train("deep/new.pt", "-q")) == cli.BAD_INPUT
     assert tiny.run(*tiny.harden_arguments(), "--finetune", "standard", "-q") == cli.BAD_INPUT
@@ -117,6 +118,9 @@ def test_export_quantize_and_benchmark(capsys: pytest.CaptureFixture[str]) -> No
     assert session.get_inputs()[0].name == "image"
 
 
+DISTILL = ("train", "net.py:net", "--objective", "distill", "--eps", "0.1", *DATA, "--output", "new.pt")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -130,6 +134,14 @@ def test_export_quantize_and_benchmark(capsys: pytest.CaptureFixture[str]) -> No
         (["train", "net.py:nothing", *DATA, "--output", "new.pt"], ["nothing"]),
         (["train", "net.py:net", "--objective", "adversarial", *DATA, "--output", "new.pt"], ["--eps"]),
         (["train", "net.py:net", *DATA, "--output", "net.py/x.pt"], ["cannot be written"]),
+        (["train", "net.py:net", "--objective", "trade", *DATA, "--output", "new.pt"], ["--objective", "'trades'"]),
+        (["train", "net.py:net", "--objective", "fgsm", *DATA, "--output", "new.pt"], ["--eps"]),
+        (["train", "net.py:net", "--beta", "-1", *DATA, "--output", "new.pt"], ["--beta"]),
+        (["train", "net.py:net", "--ema", "1", *DATA, "--output", "new.pt"], ["--ema"]),
+        (["train", "net.py:net", "--temperature", "0", *DATA, "--output", "new.pt"], ["--temperature"]),
+        (["train", "net.py:net", "--clean-share", "2", *DATA, "--output", "new.pt"], ["--clean-share"]),
+        ([*DISTILL], ["distillation needs a teacher", "--teacher FILE"]),
+        ([*DISTILL, "--teacher", "nothing.pt"], ["not there", "nothing.pt", "that --teacher names"]),
         (["attack", "nothing.onnx"], ["--target nothing.onnx"]),
         (["attack", "model.pt", "--eps", "0.1", "--target", "nothing.onnx"], ["nothing.onnx"]),
     ],
@@ -207,3 +219,28 @@ def test_benchmark_of_bundles(out: Path, capsys: pytest.CaptureFixture[str]) -> 
     rows = result(capsys, "benchmark", out, "--batch", "1,2", "--rounds", "3", "--threads", "1")
     assert [(row["file"], row["batch"]) for row in rows] == [("fp32", 1), ("deployed", 1), ("fp32", 2), ("deployed", 2)]
     assert all(row["baseline"] == "fp32" and row["threads"] == 1 for row in rows)
+
+
+def test_a_student_is_distilled_from_a_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny.run(*DISTILL, "--teacher", "model.pt", "--epochs", "2", "--threads", "1", "-q") == cli.DONE
+    content = torch.load("new.pt", weights_only=True)
+    (record,) = content["spec"]["training"]
+    assert record["objective"] == "distill" and len(record["teacher_sha256"]) == 64
+    assert str(here) not in str(content["spec"])
+    capsys.readouterr()
+    assert tiny.run(*DISTILL[:2], *DATA, "-o", "two.pt", "--teacher", "model.pt", "--epochs", "0", "-q") == cli.DONE
+    assert "the objective standard learns from no teacher, so --teacher is ignored" in capsys.readouterr().err
+
+
+def test_a_teacher_that_saw_the_images_that_judge_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with np.load("data.npz") as archive:  # trained on what is tested here
+        other = {"x_train": archive["x_test"], "y_train": archive["y_test"]}
+        other |= {"x_test": archive["x_train"], "y_test": archive["y_train"]}
+    np.savez_compressed("other.npz", allow_pickle=False, **other)
+    teach = ["train", "net.py:net", "--data", "npz:other.npz", "--epochs", "1", "--batch-size", "32"]
+    teach += ["--output", "teacher.pt"]
+    assert tiny.run(*teach, "--threads", "1", "-q") == cli.DONE
+    assert tiny.run(*DISTILL, "--teacher", "teacher.pt", "-q") == cli.BAD_INPUT
+    said = capsys.readouterr().err
+    assert "the teacher was trained on images that are to judge it" in said and "evaluation images" in said
+    assert not (here / "new.pt").exists()

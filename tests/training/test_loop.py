@@ -110,24 +110,85 @@ def cut_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(loop, "task", task)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def teacher() -> TorchModel:
+    torch.manual_seed(7)
+    return wrap(small_network(), classes=2, shape=(1, 8, 8))
+
+
+EVERY: dict[str, dict[str, Any]] = {
+    "adversarial": {"augment": True},
+    "adversarial, bfloat16": {"augment": True, "precision": "bfloat16"},
+    "averaged": {"ema": 0.9},
+    "fgsm": {"objective": "fgsm", "ema": 0.5},
+    "trades": {"objective": "trades", "beta": 2.0},
+    "distill": {"objective": "distill", "clean_share": 0.5, "temperature": 2.0},
+    "distill, augmented": {"objective": "distill", "augment": True},
+}
+"""Settings that resume, each over `CONFIG`."""
+
+
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("steps", [3, 8, 13])
 def test_an_interrupted_run_goes_on_to_the_same_weights(
-    model: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, precision: str
+    model: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, name: str
 ) -> None:
-    config = CONFIG.model_copy(update={"augment": True, "precision": precision, "epochs": 2})
-    whole = run(model, config, checkpoint=tmp_path / "whole.pt")
+    config = CONFIG.model_copy(update={"epochs": 2, **EVERY[name]})
+    whole = run(model, config, checkpoint=tmp_path / "whole.pt", teacher=teacher())
     with monkeypatch.context() as patched:
         patched.setattr(loop, "SAVE_EVERY_S", -1.0)
         cut_after(patched, steps)
         with pytest.raises(KeyboardInterrupt):
-            run(model, config, checkpoint=tmp_path / "cut.pt")
+            run(model, config, checkpoint=tmp_path / "cut.pt", teacher=teacher())
     saved = torch.load(tmp_path / "cut.pt", weights_only=True)
     assert saved["step"] == steps
     torch.rand(5)  # the state of the global generator must not matter
-    resumed = run(model, config, checkpoint=tmp_path / "cut.pt", resume=True)
+    resumed = run(model, config, checkpoint=tmp_path / "cut.pt", resume=True, teacher=teacher())
     assert equal(weights(whole.model), weights(resumed.model))
     assert whole.epochs == resumed.epochs and whole.best_epoch == resumed.best_epoch
+
+
+def test_a_distillation_resumes_with_its_own_teacher_wherever_its_file_lies(model: TorchModel, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"objective": "distill", "epochs": 1, "teacher": Path("here.pt")})
+    run(model, config, checkpoint=tmp_path / "a.pt", teacher=teacher())
+    moved = config.model_copy(update={"teacher": Path("there.pt")})
+    run(model, moved, checkpoint=tmp_path / "a.pt", resume=True, teacher=teacher())
+    with pytest.raises(ToolkitError, match="other settings, data or weights"):
+        run(model, config, checkpoint=tmp_path / "a.pt", resume=True, teacher=model)
+
+
+@pytest.mark.parametrize("objective", ["fgsm", "trades"])
+def test_every_objective_learns_and_is_robust(model: TorchModel, objective: str) -> None:
+    result = run(model, CONFIG.model_copy(update={"objective": objective}))
+    assert robust_share(result.model) > 0.9
+    assert result.model.spec.training[-1]["threat"] == PLAN.record()
+
+
+def test_a_student_is_as_robust_as_its_teacher(model: TorchModel) -> None:
+    strong = run(model, CONFIG).model
+    torch.manual_seed(5)
+    student = wrap(small_network(), classes=2, shape=(1, 8, 8))
+    result = run(student, CONFIG.model_copy(update={"objective": "distill", "epochs": 6}), teacher=strong)
+    assert robust_share(result.model) > 0.9
+
+
+def test_averaged_weights_are_validated_and_returned(model: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Weights, Weights]] = []
+    original = Run._validate
+
+    def validate(self: Run) -> Any:
+        assert self.average is not None
+        raw, averaged = (
+            {name: value.clone() for name, value in part.state_dict().items()}
+            for part in (self.module.network, self.average.module.network)
+        )
+        seen.append((raw, averaged))
+        return original(self)
+
+    monkeypatch.setattr(Run, "_validate", validate)
+    result = run(model, STANDARD.model_copy(update={"ema": 0.9}))
+    raw, averaged = seen[result.best_epoch - 1]
+    assert equal(weights(result.model), averaged) and not equal(raw, averaged)
+    assert result.model.spec.training[-1]["ema"] == 0.9
 
 
 def test_a_finished_run_is_resumed_without_another_step(

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.toys import linear_model
+from toolkit.attacks.threat import ThreatModel
+from toolkit.training.adversary import NEAR, Adversary, TrainingAttack, training_attack
+from toolkit.training.losses import cross_entropy_of
+
+LINF = ThreatModel("linf", 0.1, "pixels", clip=False)
+L2 = ThreatModel("l2", 0.5, "normalised", clip=True)
+WEIGHT = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+LABELS = torch.arange(8) % 2
+
+
+def attacked_by(attack: TrainingAttack, weight: Tensor = WEIGHT) -> Tensor:
+    model = linear_model(weight, (1, 4, 4))
+    adversary = Adversary(model.module, model.spec, "float32")
+    generator = torch.Generator().manual_seed(3)
+    return adversary.attack(model.module, IMAGES, cross_entropy_of(LABELS), attack, generator).cpu()
+
+
+@pytest.mark.parametrize("objective", ["adversarial", "trades", "distill"])
+def test_many_steps_reach_the_worst_corner_of_a_linear_network(objective: str) -> None:
+    attacked = attacked_by(training_attack(objective, LINF, 20))
+    away = torch.where(LABELS.bool()[:, None], WEIGHT[0] - WEIGHT[1], WEIGHT[1] - WEIGHT[0]).sign().view(8, 1, 4, 4)
+    assert torch.allclose(attacked, IMAGES + 0.1 * away, atol=1e-6)
+
+
+def test_a_single_step_goes_from_a_random_start_and_is_projected() -> None:
+    attack = training_attack("fgsm", LINF, 7)
+    assert attack.steps == 1 and attack.step_size == pytest.approx(0.125)
+    delta = attacked_by(attack) - IMAGES
+    away = torch.where(LABELS.bool()[:, None], WEIGHT[0] - WEIGHT[1], WEIGHT[1] - WEIGHT[0]).sign().view(8, 1, 4, 4)
+    along = delta * away
+    # from -eps or more by 1.25 eps, cut at eps
+    assert float(along.min()) >= 0.025 - 1e-6 and float(along.max()) == pytest.approx(0.1, abs=1e-6)
+    assert len(set(along.flatten().tolist())) > 20, "the start is random"
+
+
+@pytest.mark.parametrize("threat", [LINF, L2])
+@pytest.mark.parametrize("objective", ["fgsm", "adversarial", "trades"])
+def test_no_attack_leaves_its_threat_model(threat: ThreatModel, objective: str) -> None:
+    attacked = attacked_by(training_attack(objective, threat, 3))
+    if threat is LINF:
+        assert float((attacked - IMAGES).abs().max()) <= 0.1 + 1e-6
+    else:
+        normalised = (attacked - IMAGES) / 0.5
+        assert float(normalised.flatten(1).norm(dim=1).max()) <= 0.5 + 1e-5
+        assert float(attacked.min()) >= 0 and float(attacked.max()) <= 1
+
+
+def test_where_nothing_can_be_raised_the_start_remains() -> None:
+    flat = torch.zeros_like(WEIGHT)
+    near = (attacked_by(training_attack("trades", LINF, 3), flat) - IMAGES) / 0.1
+    assert float(near.std()) == pytest.approx(NEAR, rel=0.3)
+    wide = (attacked_by(training_attack("adversarial", LINF, 3), flat) - IMAGES) / 0.1
+    assert float(wide.std()) == pytest.approx(3**-0.5, rel=0.2)
+
+
+def test_the_weights_are_those_of_the_call() -> None:
+    model, other = linear_model(WEIGHT, (1, 4, 4)), linear_model(-WEIGHT, (1, 4, 4))
+    adversary = Adversary(model.module, model.spec, "float32")
+    attack = TrainingAttack.multi_step(LINF, 20)
+    found = [
+        adversary.attack(m.module, IMAGES, cross_entropy_of(LABELS), attack, torch.Generator().manual_seed(0)) - IMAGES
+        for m in (model, other)
+    ]
+    assert torch.allclose(found[0], -found[1], atol=1e-6)
+    for m in (model, other):
+        assert torch.allclose(adversary.logits(m.module, IMAGES).cpu(), m.predict(IMAGES), atol=1e-5)
