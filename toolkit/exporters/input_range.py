@@ -93,14 +93,14 @@ def _affine(
     return value if node.op_type == "Mul" else 1 / value, zero
 
 
-def covering_grid(low: float, high: float) -> InputGrid:
-    """The finest uint8 grid that has 0 on it and represents all of [low, high], 0 included."""
+def covering_grid(low: float, high: float, levels: int = LEVELS) -> InputGrid:
+    """The finest grid of `levels` steps (uint8's) that has 0 on it and represents all of [low, high], 0 included."""
     low, high = min(low, 0.0), max(high, 0.0)
     if high <= low:
         return InputGrid(np.ones(1), 0)
-    nearest = np.clip(-low / (high - low) * LEVELS, 1 if low < 0 else 0, LEVELS - 1 if high > 0 else LEVELS)
+    nearest = np.clip(-low / (high - low) * levels, 1 if low < 0 else 0, levels - 1 if high > 0 else levels)
     step, zero_point = min(
-        (max(-low / max(zero_point, 1), high / max(LEVELS - zero_point, 1)), zero_point)
+        (max(-low / max(zero_point, 1), high / max(levels - zero_point, 1)), zero_point)
         for zero_point in {int(np.floor(nearest)), int(np.ceil(nearest))}
     )
     return InputGrid(np.array([step]), zero_point)
