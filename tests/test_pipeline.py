@@ -322,15 +322,15 @@ def test_a_dry_run_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("here")
-def test_a_dry_run_counts_the_passes_of_the_objective(capsys: pytest.CaptureFixture[str]) -> None:
-    seconds = {}
-    for objective in ("fgsm", "trades"):
-        more = ["--finetune", objective, "--attack-steps", "50", "--epochs", "1000"]
-        assert tiny.run(*tiny.harden_arguments(), *more, "--dry-run", "--json", "-q") == cli.DONE
-        plan = {row["step"].split()[0]: row["seconds"] for row in json.loads(capsys.readouterr().out)}
-        seconds[objective] = plan["fine-tune"]
-    # 53.2 passes against 2.6; each dry run measures the time of one anew
-    assert seconds["trades"] > 5 * seconds["fgsm"]
+@pytest.mark.parametrize(("objective", "passes"), [("fgsm", 2.6), ("trades", 10.2), ("standard", 1.6), ("none", 0)])
+def test_a_dry_run_counts_the_passes_of_the_objective(
+    objective: str, passes: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "_seconds_per_image", lambda *_: 1.0)
+    more = ["--finetune", objective, "--dry-run", "--json", "-q"]
+    assert tiny.run(*tiny.harden_arguments(), *more) == cli.DONE
+    plan = {row["step"].split()[0]: row["seconds"] for row in json.loads(capsys.readouterr().out)}
+    assert plan["fine-tune"] == pytest.approx(2 * 540 * passes)
 
 
 def test_the_pruned_network_learns_from_a_teacher(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
