@@ -21,6 +21,7 @@ from toolkit.evaluators.twin.graph import UnconvertibleOperators, needed_nodes, 
 from toolkit.evaluators.twin.network import Entry, TwinNetwork
 from toolkit.exporters.interface import GraphInterface, interface_of
 from toolkit.exporters.onnx import load_onnx
+from toolkit.exporters.qoperator import to_qdq
 
 __all__ = [
     "FIDELITY_LIMIT",
@@ -84,7 +85,7 @@ def build_twin(
         UnconvertibleGraph: with the operators that cannot be converted.
         ToolkitError: no ONNX image classifier in the file, or images of unknown size.
     """
-    model = load_onnx(path)
+    model = to_qdq(load_onnx(path))
     interface = interface or interface_of(model, str(path))
     shape = _input_shape(path, interface, input_shape)
     entry = Entry(

@@ -9,12 +9,13 @@ from typing import Literal
 
 import onnx
 import torch
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from torch import Tensor
 
 from toolkit.artifacts import Normalization
 from toolkit.errors import ToolkitError
+from toolkit.exporters.onnx import load_onnx
+from toolkit.exporters.qoperator import to_qdq
 
 Layout = Literal["NCHW", "NHWC"]
 InputType = Literal["float32", "float16", "uint8"]
@@ -84,11 +85,11 @@ def read_interface(path: Path, *, normalization: Normalization | None = None) ->
         ToolkitError: no ONNX in the file, several inputs, an input that is no image, or an output that is not
             [N, classes].
     """
-    return interface_of(_load(path), str(path), normalization=normalization)
+    return interface_of(to_qdq(load_onnx(path)), str(path), normalization=normalization)
 
 
 def interface_of(model: ModelProto, name: str, *, normalization: Normalization | None = None) -> GraphInterface:
-    """`read_interface` of a graph in memory; `name` stands in messages.
+    """`read_interface` of a graph in memory, float or QDQ; `name` stands in messages.
 
     Raises:
         ToolkitError: as `read_interface`; whole-number input together with a normalisation.
@@ -131,15 +132,6 @@ def with_normalization(interface: GraphInterface, normalization: Normalization, 
             fix="give one mean and standard deviation per channel, and none for a graph that takes uint8",
         )
     return replace(interface, normalization=normalization)
-
-
-def _load(path: Path) -> ModelProto:
-    fix = "name an ONNX file, for instance the model.onnx of a bundle"
-    try:
-        # What the interface is does not depend on the weights, which may lie in files beside it.
-        return onnx.load(path, load_external_data=False)
-    except (OSError, DecodeError) as error:
-        raise ToolkitError("the ONNX file cannot be read", found=f"{path}: {type(error).__name__}", fix=fix) from error
 
 
 def _image_input(model: ModelProto, name: str) -> ValueInfoProto:

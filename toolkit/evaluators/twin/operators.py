@@ -215,6 +215,18 @@ def _split(attributes: Attributes) -> Function:
     return with_attributes(shapes.split, "axis", "split", "parts", wrap=moves)(attributes)
 
 
+def _fused_matmul(
+    first: Tensor,
+    second: Tensor,
+    *,
+    alpha: float = 1.0,
+    transA: int = 0,
+    transB: int = 0,
+) -> Tensor:
+    left, right = first.mT if transA else first, second.mT if transB else second
+    return alpha * torch.matmul(left, right)
+
+
 def _normalised_sum(*values: Any, **attributes: Any) -> Tensor:
     """SkipLayerNormalization: LayerNormalization of a sum, first output."""
     missing: list[Any] = [None] * (5 - len(values))
@@ -287,10 +299,13 @@ OPERATORS: Mapping[str, Builder] = {
     "Transpose": with_attributes(shapes.transpose, "perm", wrap=moves),
     "Unsqueeze": with_attributes(shapes.unsqueeze, "axes", wrap=moves), "Where": fixed(torch.where),
     "com.microsoft:BiasGelu": fixed(lambda value, bias: functional.gelu(value + bias)),
+    "com.microsoft:DequantizeLinear": with_attributes(quantised.dequantize, "axis", "offset", wrap=lambda f: f),
     "com.microsoft:FastGelu": fixed(
         lambda value, bias=None: functional.gelu(value if bias is None else value + bias, approximate="tanh")
     ),
+    "com.microsoft:FusedMatMul": with_attributes(_fused_matmul, "alpha", "transA", "transB"),
     "com.microsoft:Gelu": fixed(functional.gelu),
+    "com.microsoft:QuantizeLinear": with_attributes(quantised.quantize, "axis", "offset", "ends", wrap=lambda f: f),
     "com.microsoft:QuickGelu": with_attributes(_swish, "alpha"),
     "com.microsoft:SkipLayerNormalization": with_attributes(_normalised_sum, "epsilon"),
 }  # fmt: skip
