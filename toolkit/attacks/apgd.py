@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 
 from toolkit.attacks import losses
+from toolkit.attacks.apgd_l1 import climb_l1
+from toolkit.attacks.losses import Objective
 from toolkit.attacks.pgd import constrain
 from toolkit.attacks.projections import ASCEND, START
 from toolkit.attacks.surrogate import Slope, Surrogate
@@ -49,14 +50,15 @@ def apgd(
         surrogate: whose loss is raised.
         images: float32 [n, C, H, W] in [0, 1].
         labels: int64 [n], the true classes.
-        threat: the ball, l-inf or l2.
+        threat: the ball.
         steps: gradients per image.
         generator: of the random start.
         loss: the loss by its name.
         settle: ends the attack on images that fool the graph that counts.
     """
     function = LOSSES[loss]
-    return _climb(surrogate, images, labels, labels, lambda z, y, _: function(z, y), threat, steps, generator, settle)
+    climb = climb_l1 if threat.norm == "l1" else _climb
+    return climb(surrogate, images, labels, labels, lambda z, y, _: function(z, y), threat, steps, generator, settle)
 
 
 def apgd_targeted(
@@ -78,7 +80,8 @@ def apgd_targeted(
     """
     images, labels = images.to(surrogate.device), labels.to(surrogate.device)
     targets = losses.ranked_targets(surrogate.logits(images), labels)[:, rank - 1]
-    return _climb(surrogate, images, labels, targets, losses.targeted_dlr, threat, steps, generator, settle)
+    climb = climb_l1 if threat.norm == "l1" else _climb
+    return climb(surrogate, images, labels, targets, losses.targeted_dlr, threat, steps, generator, settle)
 
 
 @dataclass
@@ -103,10 +106,6 @@ class _State:
     """The best loss at the last check."""
     halved: Tensor
     """Whether the last check halved the step."""
-
-
-Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Logits, labels and targets to losses [n]."""
 
 
 def _climb(

@@ -10,6 +10,8 @@ from torch.nn import functional
 
 LabelLoss = Callable[[Tensor, Tensor], Tensor]
 """Logits float32 [n, classes] and true labels int64 [n] to losses [n]."""
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Logits, true labels and target classes to losses [n]."""
 
 TINY = 1e-12
 

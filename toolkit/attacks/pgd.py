@@ -50,11 +50,17 @@ def steepest(gradient: Tensor, attacked: Tensor, threat: ThreatModel, scale: Ten
         threat: whose norm counts.
         scale: its `pixel_scale`.
     """
-    if threat.norm == "l1" and threat.clip:
-        # the few pixels that move in l1 would else be, after some steps, those that are at their bounds already
-        stuck = ((attacked <= 0.0) & (gradient < 0)) | ((attacked >= 1.0) & (gradient > 0))
-        gradient = torch.where(stuck, 0.0, gradient)
-    return ASCEND[threat.norm](gradient * scale)
+    free = movable(gradient, attacked) if threat.norm == "l1" and threat.clip else gradient
+    return ASCEND[threat.norm](free * scale)
+
+
+def movable(gradient: Tensor, attacked: Tensor) -> Tensor:
+    """The gradient, 0 where a step along it would leave the pixel range at once.
+
+    The few pixels that a step in l1 moves would else be, after some steps, those that are at their bounds already.
+    """
+    stuck = ((attacked <= 0.0) & (gradient < 0)) | ((attacked >= 1.0) & (gradient > 0))
+    return torch.where(stuck, 0.0, gradient)
 
 
 def constrain(attacked: Tensor, images: Tensor, threat: ThreatModel, scale: Tensor) -> Tensor:
