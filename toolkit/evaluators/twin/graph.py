@@ -14,7 +14,7 @@ from torch import Tensor
 
 from toolkit.evaluators.twin.network import Entry, Step, TwinNetwork
 from toolkit.evaluators.twin.operators import OPERATORS, Unconvertible
-from toolkit.evaluators.twin.values import Codes, Scaled, plain
+from toolkit.evaluators.twin.values import Codes, Pair, Scaled, plain
 
 ENDS: Mapping[int, tuple[float, float]] = {
     TensorProto.UINT8: (0.0, 255.0), TensorProto.INT8: (-128.0, 127.0), TensorProto.UINT4: (0.0, 15.0),
@@ -84,7 +84,7 @@ class _Reader:
         if constant and not self._missing and node.op_type not in UNCERTAIN:
             with torch.no_grad():
                 found = function(*(self._static[name] if name else None for name in inputs))
-            several = isinstance(found, tuple) and not isinstance(found, (Scaled, Codes))
+            several = isinstance(found, tuple) and not isinstance(found, (Scaled, Codes, Pair))
             self._static.update(zip(node.output, found if several else (found,), strict=False))
             return None
         return step

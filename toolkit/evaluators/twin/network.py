@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from toolkit.evaluators.twin.values import Codes, Scaled, plain, round_to_grid
+from toolkit.evaluators.twin.values import Codes, Pair, Scaled, plain, round_to_grid
 
 Observer = Callable[[str, str, tuple[Any, ...], Mapping[str, Any]], None]
 CREATES = frozenset({"Cast", "ConstantOfShape", "Range"})
@@ -77,7 +77,7 @@ class TwinNetwork(nn.Module):
         self._integers: dict[str, Tensor] = {}
         self._buffers_of: dict[str, tuple[str, ...]] = {}
         for number, (name, value) in enumerate(constants.items()):
-            parts = tuple(value) if isinstance(value, Scaled) else (plain(value),)
+            parts = (value.values, value.scale) if isinstance(value, Scaled) else (plain(value),)
             if not parts[0].is_floating_point():
                 self._integers[name] = parts[0]
                 continue
@@ -123,7 +123,7 @@ class TwinNetwork(nn.Module):
             found = step.function(*inputs)
             if step.operator in CREATES and isinstance(found, Tensor) and found.is_floating_point():
                 found = found.to(images)
-            if isinstance(found, tuple) and not isinstance(found, (Scaled, Codes)):
+            if isinstance(found, tuple) and not isinstance(found, (Scaled, Codes, Pair)):
                 values.update(zip(step.outputs, found, strict=False))
             else:
                 values[step.outputs[0]] = found

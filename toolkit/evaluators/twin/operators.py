@@ -114,7 +114,7 @@ def _cast(value: Tensor, *, to: int) -> Tensor:
 def _concat(*values: Any, axis: int) -> Any:
     first = values[0]
     if all(isinstance(value, Scaled) and value.scale is first.scale for value in values) and first.scale.numel() == 1:
-        return Scaled(shapes.concat(*(value.values for value in values), axis=axis), first.scale)
+        return first._replace(values=shapes.concat(*(value.values for value in values), axis=axis))
     return shapes.concat(*map(plain, values), axis=axis)
 
 

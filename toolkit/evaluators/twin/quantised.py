@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from toolkit.evaluators.twin.values import Bound, Codes, Scaled, along, plain, round_to_grid
+from toolkit.evaluators.twin.values import Bound, Codes, Pair, Scaled, along, plain, round_pair, round_to_grid
 
 
 def quantize(
@@ -30,13 +30,16 @@ def quantize(
         offset: the zero point, where it is a constant and the same for all channels.
         ends: of the integer type.
     """
+    if isinstance(value, Pair) and offset is not None and scale.numel() == 1:
+        low, high = ends[0] - offset, ends[1] - offset
+        return Codes(round_pair(value, scale.reshape(()), offset, low, high), offset)
     values = value.values if isinstance(value, Scaled) else plain(value)
     step = along(scale, values.ndim, axis)
     point = _zero_point(zero_point, offset, values, axis)
-    low, high = ends[0] - point, ends[1] - point
+    least, most = ends[0] - point, ends[1] - point
     if isinstance(value, Scaled):
-        return Codes(round_to_grid(values, value.scale / step, low, high, divide=False), point)
-    return Codes(round_to_grid(values, step, low, high, divide=True), point)
+        return Codes(round_to_grid(values, value.scale / step, least, most, divide=False), point)
+    return Codes(round_to_grid(values, step, least, most, divide=True), point)
 
 
 def dequantize(
@@ -49,7 +52,7 @@ def dequantize(
     shift: Bound = before - point
     if isinstance(shift, Tensor) or shift != 0:
         values = values + shift
-    return Scaled(values, along(scale, values.ndim, axis))
+    return Scaled(values, along(scale, values.ndim, axis), point if isinstance(point, float) else 0.0)
 
 
 def _floating(value: Any, scale: Tensor) -> Tensor:
@@ -158,15 +161,14 @@ def _flat(bias: Any) -> Any:
 
 
 def add(first: Any, second: Any) -> Any:
-    """Add; of two tensors with one scale each in units of the first."""
+    """Add; a quantiser may follow the sum of two scaled tensors."""
     if isinstance(first, Scaled) and isinstance(second, Scaled) and first.scale.numel() == second.scale.numel() == 1:
-        ratio = second.scale / first.scale
-        return Scaled(torch.addcmul(first.values, second.values, ratio), first.scale)
+        return Pair("Add", first, second)
     return plain(first) + plain(second)
 
 
 def multiply(first: Any, second: Any) -> Any:
-    """Mul; of two tensors with one scale each, the product of the integers, scaled."""
+    """Mul; a quantiser may follow the product of two scaled tensors."""
     if isinstance(first, Scaled) and isinstance(second, Scaled) and first.scale.numel() == second.scale.numel() == 1:
-        return Scaled(first.values * second.values, first.scale * second.scale)
+        return Pair("Mul", first, second)
     return plain(first) * plain(second)

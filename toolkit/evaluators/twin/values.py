@@ -9,7 +9,7 @@ memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,13 +30,25 @@ class Scaled(NamedTuple):
 
     values: Tensor
     scale: Tensor
+    zero_point: float = 0.0
+    """Of the integers that were dequantised: the kernels of Add and Mul round differently with it."""
 
 
-Value = Tensor | Scaled | Codes
+class Pair(NamedTuple):
+    """The sum or product of two scaled tensors with one scale each, not computed: a quantiser may follow."""
+
+    operator: Literal["Add", "Mul"]
+    first: Scaled
+    second: Scaled
 
 
 def plain(value: Any) -> Any:
     """`value` as a tensor of what the graph holds there: real numbers, or the integers of a quantised tensor."""
+    if isinstance(value, Pair):
+        first, second = value.first, value.second
+        if value.operator == "Mul":
+            return first.values * second.values * (first.scale * second.scale)
+        return torch.addcmul(plain(first), second.values, second.scale)
     if isinstance(value, Scaled):
         return value.values * value.scale
     if isinstance(value, Codes):
@@ -53,6 +65,11 @@ def along(values: Tensor, rank: int, axis: int) -> Tensor:
     return values.reshape(shape)
 
 
+def _clip_and_round(position: Tensor, low: float, high: float, shift: float) -> Tensor:
+    found = position.clamp(low + shift, high + shift).round_()
+    return found.sub_(shift) if shift else found
+
+
 class _Round(torch.autograd.Function):
     """round(x * factor), halves to even, clipped to [low, high]; its gradient is `factor` inside and 0 outside.
 
@@ -61,17 +78,21 @@ class _Round(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, factor: Tensor, divide: bool, low: float, high: float) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, factor: Tensor, divide: bool, low: float, high: float, shift: float
+    ) -> Tensor:  # fmt: skip
         position = values / factor if divide else values * factor
+        if shift:
+            position += shift
         ctx.save_for_backward(position, factor)
-        ctx.divide, ctx.ends = divide, (low - 0.5, high + 0.5)
-        return position.clamp(low, high).round_()
+        ctx.divide, ctx.ends = divide, (low + shift - 0.5, high + shift + 0.5)
+        return _clip_and_round(position, low, high, shift)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         position, factor = ctx.saved_tensors
         inside = torch.ops.aten.hardtanh_backward(gradients[0], position, *ctx.ends)
-        return inside.div_(factor) if ctx.divide else inside.mul_(factor), None, None, None, None
+        return inside.div_(factor) if ctx.divide else inside.mul_(factor), None, None, None, None, None
 
 
 class _RoundPerChannel(torch.autograd.Function):
@@ -88,7 +109,62 @@ class _RoundPerChannel(torch.autograd.Function):
         return gradients[0] * inside, None, None
 
 
-def round_to_grid(values: Tensor, factor: Tensor, low: Bound, high: Bound, *, divide: bool) -> Tensor:
+class _RoundSum(torch.autograd.Function):
+    """The integers of ONNX Runtime's QLinearAdd: round(fma(a, ratio_a, fma(b, ratio_b, fixed))) with whole zero points.
+
+    A product of a small integer and a float32 is exact in float64, so that each step below rounds as the fused
+    multiply-add does. Were it computed in another order, one sum in 100,000 would round to the other neighbour, and in
+    a residual network every later layer would see it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, first: Tensor, second: Tensor, ratios: Tensor, points: tuple[float, float, float], low: float,
+        high: float,
+    ) -> Tensor:  # fmt: skip
+        if first.dtype == torch.float32:
+            a, b = (ratio.double() for ratio in ratios)
+            fixed = points[2] - (a * points[0] + (ratios[1] * points[1])).float()
+            inner = (second.double() + points[1]).mul_(b).add_(fixed).float()
+            position, shift = (first.double() + points[0]).mul_(a).add_(inner).float(), points[2]
+        else:
+            position, shift = torch.addcmul(first * ratios[0], second, ratios[1]), 0.0
+        ctx.save_for_backward(position, ratios)
+        ctx.ends = (low + shift - 0.5, high + shift + 0.5)
+        return _clip_and_round(position, low, high, shift)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        position, ratios = ctx.saved_tensors
+        inside = torch.ops.aten.hardtanh_backward(gradients[0], position, *ctx.ends)
+        return inside * ratios[0], inside * ratios[1], None, None, None, None
+
+
+def round_pair(pair: Pair, scale: Tensor, zero_point: float, low: float, high: float) -> Tensor:
+    """Integers, centred, that ONNX Runtime's kernels of quantised sums and products give; straight-through.
+
+    Args:
+        pair: the two factors or summands.
+        scale: one, of the result.
+        zero_point: of the result.
+        low: least integer, from the zero point.
+        high: largest integer, from the zero point.
+    """
+    first, second = pair.first, pair.second
+    if pair.operator == "Add":
+        ratios = torch.stack([first.scale / scale, second.scale / scale])
+        points = first.zero_point, second.zero_point, zero_point
+        shapes = torch.broadcast_tensors(first.values, second.values)  # type: ignore[no-untyped-call]
+        total: Tensor = _RoundSum.apply(*shapes, ratios, points, low, high)
+        return total
+    product = first.values * second.values
+    ratio = first.scale * second.scale / scale
+    return round_to_grid(product, ratio, low, high, divide=False, shift=zero_point)
+
+
+def round_to_grid(
+    values: Tensor, factor: Tensor, low: Bound, high: Bound, *, divide: bool, shift: float = 0.0
+) -> Tensor:
     """Integers in [low, high] nearest to `values * factor` (or `values / factor`), with a straight-through gradient.
 
     Args:
@@ -97,9 +173,10 @@ def round_to_grid(values: Tensor, factor: Tensor, low: Bound, high: Bound, *, di
         low: least integer.
         high: largest integer.
         divide: QuantizeLinear divides by its scale; requantisation multiplies by a ratio of scales.
+        shift: a whole number that is added before rounding and taken off again, as some kernels do.
     """
     if isinstance(low, float) and isinstance(high, float):
-        rounded: Tensor = _Round.apply(values, factor, divide, low, high)
+        rounded: Tensor = _Round.apply(values, factor, divide, low, high, shift)
         return rounded
     position = values / factor if divide else values * factor
     ends = (torch.as_tensor(end, dtype=position.dtype, device=position.device) for end in (low, high))
@@ -112,9 +189,9 @@ def moves(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def moved(value: Any, *rest: Any, **attributes: Any) -> Any:
         if isinstance(value, Scaled) and value.scale.numel() == 1:
-            return _wrap(function(value.values, *rest, **attributes), Scaled, value.scale)
+            return _wrap(function(value.values, *rest, **attributes), value)
         if isinstance(value, Codes) and isinstance(value.zero_point, float):
-            return _wrap(function(value.values, *rest, **attributes), Codes, value.zero_point)
+            return _wrap(function(value.values, *rest, **attributes), value)
         return function(plain(value), *rest, **attributes)
 
     return moved
@@ -125,11 +202,13 @@ def scales(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def scaled(value: Any, *rest: Any, **attributes: Any) -> Any:
         if isinstance(value, Scaled) and value.scale.numel() == 1:
-            return _wrap(function(value.values, *rest, **attributes), Scaled, value.scale)
+            return _wrap(function(value.values, *rest, **attributes), value)
         return function(plain(value), *rest, **attributes)
 
     return scaled
 
 
-def _wrap(found: Any, kind: Callable[[Tensor, Any], Any], extra: Any) -> Any:
-    return tuple(kind(part, extra) for part in found) if isinstance(found, tuple) else kind(found, extra)
+def _wrap(found: Any, source: Scaled | Codes) -> Any:
+    if isinstance(found, tuple):
+        return tuple(source._replace(values=part) for part in found)
+    return source._replace(values=found)
