@@ -127,6 +127,8 @@ class QuantizeConfig(StageConfig):
     calibrate: Literal["minmax", "percentile"] = "minmax"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     per_channel: bool = True
+    calibrate_adversarial: Share = 0.0
+    """Share of the calibration images that is attacked first, by the run's PGD on the float network."""
 
 
 class BenchmarkConfig(StageConfig):

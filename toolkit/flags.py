@@ -78,6 +78,12 @@ QUANTIZE = (
     Flag("--calibrate", "quantize.calibrate", "minmax or percentile."),
     Flag("--percentile", "quantize.percentile", "Percentile of --calibrate percentile.", float),
     Flag("--per-channel/--per-tensor", "quantize.per_channel", "Granularity of weight scales.", bool),
+    Flag(
+        "--calibrate-adversarial",
+        "quantize.calibrate_adversarial",
+        "Share of the calibration images to attack first; harden alone can, and measures whether it helps.",
+        float,
+    ),
 )
 BENCHMARK = (
     Flag("--provider", "benchmark.provider", "cpu or cuda."),

@@ -17,15 +17,18 @@ from PIL import Image
 
 from toolkit import bundle
 from toolkit.artifacts import OnnxModel, Split, TorchModel
+from toolkit.attacks.planned import PlannedAttack
 from toolkit.attacks.surrogate import Surrogate, resolve_precision
-from toolkit.config import HardenConfig, write_settings
+from toolkit.config import HardenConfig, QuantizeConfig, write_settings
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import measure_accuracy
+from toolkit.evaluators.calibration import CalibrationComparison, compare_calibrations
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage, layer_macs
 from toolkit.evaluators.environment import environment_record
 from toolkit.evaluators.latency import LatencyRow, benchmark
 from toolkit.evaluators.robustness import Robustness, evaluate_robustness
 from toolkit.evaluators.soundness import Alarm, end_to_end_differs, integer_above_float
+from toolkit.exporters.calibration import AdversarialShare
 from toolkit.exporters.end_to_end import EndToEndComparison, compare_end_to_end, export_end_to_end
 from toolkit.exporters.onnx import export_onnx, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
@@ -170,13 +173,20 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
         * cost_per_image(tuning)
         * forward,
         f"export     opset {config.export.opset}, parity, end-to-end graph": 5.0,
-        f"quantise   {'int8, ' + config.quantize.calibrate if config.quantize.int8 else 'not asked for'}": 2.0,
+        f"quantise   {_calibration_text(config.quantize)}": 2.0,
         f"evaluate   PGD-{prepared.plan.steps} on {evaluated:,} images": steps
         * (evaluated * forward + min(BASELINE_IMAGES, evaluated) * gradient)
         + 10 * evaluated * forward,
         f"benchmark  {config.benchmark.provider}, batches {', '.join(map(str, config.benchmark.batches))}": 15.0,
     }
     return [PlannedStep(text, seconds) for text, seconds in estimates.items()]
+
+
+def _calibration_text(config: QuantizeConfig) -> str:
+    if not config.int8:
+        return "not asked for"
+    attacked = f", {config.calibrate_adversarial:.0%} of the images attacked" if config.calibrate_adversarial else ""
+    return f"int8, {config.calibrate}{attacked}"
 
 
 def _seconds_per_image(model: TorchModel, config: HardenConfig) -> float:
@@ -210,6 +220,7 @@ class Graphs:
     fp32: OnnxModel
     deployed: OnnxModel
     quantized: QuantizedModel | None
+    calibrations: CalibrationComparison | None
     parity_fp32: Parity
     parity_deployed: Parity
     end_to_end: EndToEndComparison | None
@@ -230,14 +241,11 @@ def _write_graphs(
         fp32 = export_onnx(model, files / bundle.FLOAT_TWIN, config.export, metadata=metadata)
         parity_fp32 = measure_parity(model, OnnxPredictor(fp32.path, provider=provider), evaluation)
         check_parity(parity_fp32)
-    quantized = None
+    quantized = calibrations = None
     deployed_path = files / bundle.DEPLOYED
     with watch.stage("quantize"):
         if config.quantize.int8:
-            margin = prepared.plan.threat.margin(model.spec.normalization)
-            quantized = quantize_int8(
-                fp32, deployed_path, prepared.splits.calibration, config.quantize, input_margin=margin
-            )
+            quantized, calibrations = _quantize(config, prepared, model, fp32, workspace)
             write_metadata(deployed_path, metadata)
         else:
             deployed_path.write_bytes(fp32.path.read_bytes())
@@ -246,7 +254,24 @@ def _write_graphs(
     with watch.stage("end_to_end"):
         end_to_end = _end_to_end(config, model, deployed_path, evaluation, workspace)
     deployed = OnnxModel(deployed_path, "deployed")
-    return Graphs(original, fp32, deployed, quantized, parity_fp32, parity_deployed, end_to_end)
+    return Graphs(original, fp32, deployed, quantized, calibrations, parity_fp32, parity_deployed, end_to_end)
+
+
+def _quantize(
+    config: HardenConfig, prepared: PreparedAttack, model: TorchModel, fp32: OnnxModel, workspace: bundle.Workspace
+) -> tuple[QuantizedModel, CalibrationComparison | None]:
+    """The integer graph; with attacked calibration images also how it fares against one without."""
+    splits, how, plan = prepared.splits, config.quantize, prepared.plan
+    path, margin = workspace.files / bundle.DEPLOYED, plan.threat.margin(model.spec.normalization)
+    if not how.calibrate_adversarial:
+        return quantize_int8(fp32, path, splits.calibration, how, input_margin=margin), None
+    attack = PlannedAttack(model, plan, seed=config.seed, precision=resolve_precision(config.finetune.precision))
+    share = AdversarialShare(attack, how.calibrate_adversarial)
+    made = quantize_int8(fp32, path, splits.calibration, how, input_margin=margin, adversarial=share)
+    without = how.model_copy(update={"calibrate_adversarial": 0.0})
+    plain = quantize_int8(fp32, workspace.scratch("plain.onnx"), splits.calibration, without, input_margin=margin)
+    provider = config.benchmark.provider
+    return made, compare_calibrations(made, plain, attack, splits.validation, provider=provider)
 
 
 def _end_to_end(
@@ -320,6 +345,7 @@ def _gather(
         parity={"fp32": graphs.parity_fp32, "deployed": graphs.parity_deployed},
         end_to_end=graphs.end_to_end,
         quantized=graphs.quantized,
+        calibrations=graphs.calibrations,
         coverage=coverage,
         latency=latency,
         environment=environment_record(prepared.threads),

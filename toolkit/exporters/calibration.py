@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 from onnxruntime.quantization import CalibrationDataReader
+from torch import Tensor
 
-from toolkit.artifacts import Split
+from toolkit.artifacts import Batch, Int64Array, Split
+from toolkit.attacks.planned import PlannedAttack
 from toolkit.errors import ToolkitError
 from toolkit.progress import Task
 
@@ -29,6 +33,30 @@ def calibration_batch(images: int, pixels: int) -> int:
     return divisor if divisor >= min(MIN_BATCH, largest) else largest
 
 
+@dataclass(frozen=True)
+class AdversarialShare:
+    """A share of the calibration images, evenly spread, comes attacked: made when it is read, and never kept."""
+
+    attack: PlannedAttack
+    share: float
+    """In [0, 1]."""
+
+    def chosen(self, start: int, count: int) -> Int64Array:
+        """Which of the `count` images from position `start` on come attacked; the positions are within the batch."""
+        reached = np.floor(self.share * np.arange(start, start + count + 1) + 1e-9)
+        found: Int64Array = np.flatnonzero(np.diff(reached)).astype(np.int64)
+        return found
+
+    def apply(self, batch: Batch, start: int) -> Tensor:
+        """The images of the batch that begins at position `start`, float32 [n, C, H, W]; those chosen are attacked."""
+        rows = self.chosen(start, len(batch))
+        if not len(rows):
+            return batch.images
+        images = batch.images.clone()
+        images[rows] = self.attack.attack(Batch(batch.images[rows], batch.labels[rows]), start)
+        return images
+
+
 class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
     """Gives the images of a split batch by batch, for `CalibStridedMinMax=1`.
 
@@ -41,12 +69,21 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]  # onnxrun
         margin: pixels by which attacked images may leave [0, 1]. If there are any, every batch comes a second time with
             its contrast stretched over [-margin, 1 + margin], so that activations behind the input have room as well.
         batch_size: where the graph takes batches of one size only.
+        adversarial: the share of images that comes attacked.
 
     Raises:
         ToolkitError: the split is empty.
     """
 
-    def __init__(self, split: Split, input_name: str, *, margin: float = 0.0, batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        input_name: str,
+        *,
+        margin: float = 0.0,
+        batch_size: int | None = None,
+        adversarial: AdversarialShare | None = None,
+    ) -> None:
         if len(split) < (batch_size or 1):
             raise ToolkitError(
                 "there are no calibration images" if not len(split) else "there are too few calibration images",
@@ -54,6 +91,7 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]  # onnxrun
                 fix="raise --calibration",
             )
         self._split, self._input_name, self._margin = split, input_name, margin
+        self._adversarial = adversarial
         self._task: Task | None = None
         self.batch_size = batch_size or calibration_batch(len(split), int(np.prod(split.images.shape)))
         self._next, self._end = 0, len(self)
@@ -71,6 +109,11 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]  # onnxrun
         """The number of images in all batches, each counted once."""
         return self._plain * self.batch_size
 
+    @property
+    def adversarial_images(self) -> int:
+        """How many of these come attacked."""
+        return 0 if self._adversarial is None else len(self._adversarial.chosen(0, self.images))
+
     def report_to(self, task: Task) -> None:
         """Advance `task` by one per batch."""
         self._task = task
@@ -85,7 +128,10 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]  # onnxrun
         start = position * self.batch_size
         self._next += 1
         batch = self._split.take(np.arange(start, start + self.batch_size, dtype=np.int64))
+        if stretched:
+            images = batch.images * (1 + 2 * self._margin) - self._margin
+        else:
+            images = batch.images if self._adversarial is None else self._adversarial.apply(batch, start)
         if self._task is not None:
             self._task.advance()
-        margin = self._margin if stretched else 0.0
-        return {self._input_name: (batch.images * (1 + 2 * margin) - margin).numpy()}
+        return {self._input_name: images.numpy()}

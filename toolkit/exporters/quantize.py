@@ -22,7 +22,7 @@ from toolkit import progress
 from toolkit.artifacts import OnnxModel, Split
 from toolkit.config import QuantizeConfig
 from toolkit.errors import ToolkitError
-from toolkit.exporters.calibration import CalibrationReader
+from toolkit.exporters.calibration import AdversarialShare, CalibrationReader
 from toolkit.exporters.input_folding import fold_normalization, move_quantiser_to_pixels, read_shape_from_image
 from toolkit.exporters.input_range import InputGrid, covering_grid, input_range, pixel_map
 from toolkit.exporters.onnx import load_onnx, save_onnx
@@ -50,6 +50,8 @@ class QuantizedModel:
     input_low: float
     input_high: float
     """The pixels that the input quantiser represents."""
+    adversarial_images: int = 0
+    """Of the calibration images, those that came attacked."""
 
 
 def quantize_int8(
@@ -59,6 +61,7 @@ def quantize_int8(
     config: QuantizeConfig,
     *,
     input_margin: tuple[float, ...] | float = 0.0,
+    adversarial: AdversarialShare | None = None,
 ) -> QuantizedModel:
     """Quantise a float graph in QDQ form, so that ONNX Runtime runs all its layers in integers.
 
@@ -71,10 +74,13 @@ def quantize_int8(
         config: the calibration method.
         input_margin: pixels by which images may leave [0, 1]; the input quantiser represents them unclipped. Of several
             (one per channel) the largest counts.
+        adversarial: the attack for `config.calibrate_adversarial`; needed where that is above 0.
 
     Raises:
-        ToolkitError: the graph is quantised already, has weights that are no numbers, or there are no images.
+        ToolkitError: the graph is quantised already, has weights that are no numbers, there are no images, or
+            adversarial images are asked for with no attack to make them.
     """
+    _refuse_missing_attack(config, adversarial, model.path)
     float_model = load_onnx(model.path)
     _refuse_quantised(float_model, model.path)
     _refuse_bad_weights(float_model, model.path)
@@ -87,7 +93,9 @@ def quantize_int8(
     grid = covering_grid(float(mapping.of(-margin).min()), float(mapping.of(1 + margin).max()))
     if folded is not None:
         grid = InputGrid(np.ones(1), folded.quantiser.zero_point + folded.mean_steps)
-    reader = CalibrationReader(calibration, prepared.graph.input[0].name, margin=margin, batch_size=batch_size)
+    reader = CalibrationReader(
+        calibration, prepared.graph.input[0].name, margin=margin, batch_size=batch_size, adversarial=adversarial
+    )
     quantised = _run_onnxruntime(prepared, reader, _options(mapping.tensor, grid, config), config)
     if folded is not None:
         move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
@@ -106,6 +114,7 @@ def quantize_int8(
         config.per_channel,
         low,
         high,
+        reader.adversarial_images,
     )
 
 
@@ -159,6 +168,16 @@ def _silence() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+def _refuse_missing_attack(config: QuantizeConfig, adversarial: AdversarialShare | None, path: Path) -> None:
+    if config.calibrate_adversarial > 0 and adversarial is None:
+        raise ToolkitError(
+            "--calibrate-adversarial needs the torch network, which the attacked images are made on",
+            found=f"an ONNX file alone: {path}",
+            fix="run `toolkit harden MODEL --int8 --calibrate-adversarial SHARE` (with --prune 0 --finetune none to "
+            "leave the network as it is), or leave the flag away",
+        )
 
 
 def _refuse_quantised(model: ModelProto, path: Path) -> None:

@@ -10,6 +10,7 @@ from toolkit import __version__
 from toolkit.artifacts import Proportion, Splits, TorchModel
 from toolkit.attacks.threat import PgdPlan
 from toolkit.config import DataConfig, GateConfig, HardenConfig
+from toolkit.evaluators.calibration import CalibrationComparison, CalibrationScore
 from toolkit.evaluators.cost import IntegerCoverage
 from toolkit.evaluators.latency import LatencyRow
 from toolkit.evaluators.robustness import Robustness
@@ -44,6 +45,7 @@ class Evidence:
     parity: Mapping[Literal["fp32", "deployed"], Parity]
     end_to_end: EndToEndComparison | None
     quantized: QuantizedModel | None
+    calibrations: CalibrationComparison | None
     coverage: IntegerCoverage
     latency: tuple[LatencyRow, ...]
     environment: Mapping[str, Any]
@@ -208,6 +210,7 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
         calibration_images=quantized.calibration_images if quantized else 0,
         input_range=[quantized.input_low, quantized.input_high] if quantized else None,
         clipped_share=evidence.robustness.clipped_share,
+        calibration_comparison=_calibrations(config.quantize.calibrate_adversarial, quantized, evidence.calibrations),
         integer_coverage=coverage.share,
         macs_integer=coverage.macs_integer,
         macs_total=coverage.macs_total,
@@ -225,6 +228,32 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
             ],
         ),
         verdict=verdict(quantized is not None, coverage, evidence.latency),
+    )
+
+
+def _calibrations(
+    share: float, quantized: QuantizedModel | None, found: CalibrationComparison | None
+) -> schema.CalibrationComparison | None:
+    if quantized is None or found is None:
+        return None
+    return schema.CalibrationComparison(
+        share=share,
+        adversarial_images=quantized.adversarial_images,
+        attack=found.attack,
+        adversarial=_calibration_side(found.adversarial),
+        plain=_calibration_side(found.plain),
+        accuracy_test=schema.PairedTest.of(found.clean_test),
+        robust_test=schema.PairedTest.of(found.robust_test),
+        verdict=found.verdict,
+    )
+
+
+def _calibration_side(score: CalibrationScore) -> schema.CalibrationSide:
+    return schema.CalibrationSide(
+        accuracy=Share.of(score.clean),
+        robust_accuracy=Share.of(score.robust),
+        clipped_clean=score.clipped_clean,
+        clipped_attacked=score.clipped_attacked,
     )
 
 

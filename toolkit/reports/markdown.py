@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from toolkit.evaluators.timing import BUSY
-from toolkit.reports.schema import Latency, Report, Share, Threat
+from toolkit.reports.schema import CalibrationComparison, Latency, Report, Share, Threat
 
 
 def render_markdown(report: Report) -> str:
@@ -17,6 +17,7 @@ def render_markdown(report: Report) -> str:
         _size(report),
         _speed(report),
         _integers(report),
+        _calibrations(report.quantization.calibration_comparison),
         _parity(report),
         _training(report),
         _gates(report),
@@ -170,6 +171,39 @@ def _integers(report: Report) -> str:
         f"multiply-accumulates and {found.kernel_time.integer_share:.1%} of the kernel time run in integers. "
         f"Float islands: {islands or 'none'}. Conversions left: {left}.\n\n"
         f"{table(('layer', 'kernel', 'multiply-accumulates', 'integer'), rows)}"
+    )
+
+
+CALIBRATION_VERDICTS = {
+    "helps": "They help: keep the flag.",
+    "hurts": "They hurt: leave `--calibrate-adversarial` away.",
+    "trades": "They help in one and hurt in the other: choose by what counts more.",
+    "no_difference": "No difference can be told: `--calibrate-adversarial` is not worth its time here.",
+}
+
+
+def _calibrations(found: CalibrationComparison | None) -> str:
+    if found is None:
+        return ""
+    rows = [
+        (
+            name,
+            percent(side.accuracy),
+            percent(side.robust_accuracy),
+            "not counted" if side.clipped_clean is None else f"{side.clipped_clean:.3%}",
+            "not counted" if side.clipped_attacked is None else f"{side.clipped_attacked:.3%}",
+        )
+        for name, side in (("with (ships)", found.adversarial), ("without", found.plain))
+    ]
+    tests = [
+        f"{name} {test.only_first} images right only with and {test.only_second} only without (p = {test.p_value:.2g})"
+        for name, test in (("clean", found.accuracy_test), ("worst case", found.robust_test))
+    ]
+    header = ("attacked calibration images", "clean", "worst case", "activations clipped, clean", "attacked")
+    return (
+        f"## Attacked images in calibration\n\n{found.adversarial_images} calibration images ({found.share:.0%}) were "
+        f"attacked first. On validation images, {found.attack} made on the float network:\n\n{table(header, rows)}\n\n"
+        f"McNemar's exact test: {'; '.join(tests)}. **{CALIBRATION_VERDICTS[found.verdict]}**"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from toolkit.artifacts import Proportion
+from toolkit.statistics import Mcnemar
 
 SCHEMA_VERSION: Literal["1.0"] = "1.0"
 
@@ -219,6 +220,49 @@ class KernelTime(Part):
     float_islands: list[IslandRecord]
 
 
+class PairedTest(Part):
+    """McNemar's exact test of two graphs on the same images."""
+
+    only_first: int = Field(ge=0)
+    """Images that the first graph alone classifies rightly."""
+    only_second: int = Field(ge=0)
+    p_value: float = Field(ge=0, le=1)
+
+    @classmethod
+    def of(cls, test: Mcnemar) -> PairedTest:
+        """The same test as a part of a report."""
+        return cls.model_validate(test.as_dict())
+
+
+class CalibrationSide(Part):
+    """A graph calibrated in one of two ways, on validation images."""
+
+    accuracy: Share
+    robust_accuracy: Share
+    """Right when clean and under the attack."""
+    clipped_clean: float | None
+    """Share of activations that quantisers clip, mean over the quantised tensors; null: not counted."""
+    clipped_attacked: float | None
+
+
+class CalibrationComparison(Part):
+    """What a share of attacked calibration images did; the attack is made on the float network."""
+
+    share: float = Field(gt=0, le=1)
+    """Of the calibration images, asked for."""
+    adversarial_images: int
+    attack: str
+    adversarial: CalibrationSide
+    """With attacked images: the graph that ships."""
+    plain: CalibrationSide
+    """Without."""
+    accuracy_test: PairedTest
+    """First: with attacked images; second: without."""
+    robust_test: PairedTest
+    verdict: Literal["helps", "hurts", "trades", "no_difference"]
+    """Of both tests at the 5 % level; `trades`: better in one and worse in the other."""
+
+
 class Quantization(Part):
     """What of the deployed graph runs in integers, and how it came about."""
 
@@ -231,6 +275,8 @@ class Quantization(Part):
     """Pixels that the input quantiser represents."""
     clipped_share: float | None
     """Share of attacked pixels outside that range."""
+    calibration_comparison: CalibrationComparison | None = None
+    """Where attacked calibration images were asked for."""
     integer_coverage: float = Field(ge=0, le=1)
     macs_integer: int
     macs_total: int
