@@ -16,7 +16,7 @@ from toolkit.attacks.projections import START
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.threat import PRESETS, PgdPlan, ThreatModel
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "l1"]
 
 
 def a_plan(
@@ -58,6 +58,36 @@ def test_on_a_linear_network_the_attack_finds_the_optimum(
     assert torch.allclose(attacked, images + scale * eps * best, atol=1e-6)
 
 
+@pytest.mark.parametrize("space", ["pixels", "normalised"])
+def test_in_l1_the_attack_puts_all_of_the_radius_where_the_gradient_is_largest(
+    space: Literal["pixels", "normalised"],
+) -> None:
+    model, images, labels, direction = a_linear_problem()
+    threat = ThreatModel("l1", 0.2, space, clip=False)
+    scale = threat.pixel_scale(RGB)
+    attacked = attack(model, images, labels, a_plan(threat, steps=3, step_size=0.2))
+    delta = ((attacked - images) / scale).flatten(1)
+    along = (direction * scale).expand_as(images).flatten(1)
+    top = along.abs().argmax(dim=1, keepdim=True)
+    assert torch.allclose(delta.gather(1, top), 0.2 * along.gather(1, top).sign(), atol=1e-6)
+    assert torch.allclose(delta.abs().sum(dim=1), torch.full((6,), 0.2), atol=1e-5)
+
+
+def test_in_l1_the_attack_goes_on_where_pixels_are_at_their_bounds() -> None:
+    """The optimum of a linear function fills one pixel after another, those of the steepest gradient first."""
+    model, images, labels, direction = a_linear_problem()
+    threat = ThreatModel("l1", 3.0, "pixels", clip=True)
+    attacked = attack(model, images, labels, a_plan(threat, steps=40, step_size=1.0))
+    gain = ((attacked - images) * direction).flatten(1).sum(dim=1)
+    along = direction.expand_as(images).flatten(1)
+    room = torch.where(along > 0, 1 - images.flatten(1), images.flatten(1))
+    order = along.abs().argsort(dim=1, descending=True)
+    rooms = room.gather(1, order)
+    filled = torch.minimum(rooms, (3.0 - rooms.cumsum(dim=1) + rooms).clamp_min(0))
+    best = (along.abs().gather(1, order) * filled).sum(dim=1)
+    assert bool((gain <= best * (1 + 1e-5)).all()) and bool((gain >= 0.97 * best).all())
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_steps_that_do_not_reach_the_boundary_add_up(norm: Norm) -> None:
     model, images, labels, direction = a_linear_problem()
@@ -78,7 +108,7 @@ def test_under_paper_eps_is_in_normalised_units_and_pixels_leave_the_range() -> 
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from(["linf", "l2"]), st.floats(0.01, 2.0), st.integers(1, 4))
+@given(st.integers(0, 10_000), st.sampled_from(["linf", "l2", "l1"]), st.floats(0.01, 2.0), st.integers(1, 4))
 def test_under_pixel_attacked_images_never_leave_ball_and_range(seed: int, norm: Norm, eps: float, steps: int) -> None:
     torch.manual_seed(0)
     model = wrap(small_network(), classes=2, shape=(1, 8, 8))
@@ -91,7 +121,7 @@ def test_under_pixel_attacked_images_never_leave_ball_and_range(seed: int, norm:
     assert largest_violation(attacked, images, threat, GREY) <= 1e-5
 
 
-@given(st.integers(0, 10_000), st.sampled_from(["linf", "l2"]), st.floats(0.01, 2.0), st.booleans())
+@given(st.integers(0, 10_000), st.sampled_from(["linf", "l2", "l1"]), st.floats(0.01, 2.0), st.booleans())
 def test_constraining_keeps_the_ball_after_clipping_and_is_idempotent(
     seed: int, norm: Norm, eps: float, normalised: bool
 ) -> None:
@@ -114,7 +144,7 @@ def test_violations_are_measured_in_the_balls_units() -> None:
     assert largest_violation(images + 0.6, images, pixel, GREY) == pytest.approx(0.2, abs=1e-6)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_random_starts_repeat_with_their_seed_and_need_a_generator(norm: Norm) -> None:
     model, images, labels, _ = a_linear_problem()
     plan = a_plan(ThreatModel(norm, 0.1, "pixels", clip=True), step_size=0.001, random_start=True)
@@ -174,7 +204,7 @@ def test_the_attack_is_the_papers_image_by_image() -> None:
         assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-3)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize(
     ("std", "eps", "side", "space", "clip"),
     [
@@ -199,7 +229,7 @@ def test_rounding_allows_what_float32_does_and_no_more(
     far = images + scale * 3 * eps * torch.randn(images.shape, generator=generator)
     for attacked in (constrain(far, images, threat, scale), constrain(images + scale * eps, images, threat, scale)):
         assert largest_violation(attacked, images, threat, normalization) <= allowed
-    assert allowed < 0.2 * eps or std == 1 / 255, "a pixel of 1/255 is as coarse as the smallest ball there"
+    assert allowed < 0.2 * eps or std == 1 / 255 or norm == "l1", "what is as coarse as the smallest balls there"
 
 
 def test_one_and_the_same_rounding_stays_strict_for_ordinary_units() -> None:

@@ -67,6 +67,8 @@ def fab_targeted(
     search = Search(surrogate, images, labels, threat, settle)
     targets = ranked_targets(search.logits, search.labels)[:, rank - 1]
     for restart in range(restarts):
+        if not len(search):
+            break
         rows = search.positions
         current = search.images[rows] if restart == 0 else _random_start(search, generator)
         _approach(surrogate, search, _State(search.images[rows], search.labels[rows], targets[rows], current), steps)

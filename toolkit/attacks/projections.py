@@ -131,7 +131,7 @@ def start_linf(shape: torch.Size, eps: float, generator: torch.Generator) -> Ten
 def start_l2(shape: torch.Size, eps: float, generator: torch.Generator) -> Tensor:
     """Uniform in the l2 ball: a uniform direction, and a radius whose d-th power is uniform."""
     direction = torch.empty(shape).normal_(generator=generator)
-    dimensions = direction[0].numel()
+    dimensions = math.prod(shape[1:])
     radius = torch.rand((shape[0], 1, 1, 1), generator=generator) ** (1 / dimensions)
     return eps * radius * direction / batch_norm_l2(direction)
 
