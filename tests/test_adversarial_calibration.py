@@ -12,7 +12,7 @@ from tests import tiny
 from tests.tiny import World, entries
 from toolkit import cli
 from toolkit.bundle import read_report
-from toolkit.reports.markdown import percent, render_markdown
+from toolkit.reports.markdown import render_markdown
 from toolkit.reports.schema import Report
 
 FLAG = ("--calibrate-adversarial", "0.25")
@@ -58,7 +58,8 @@ def test_the_report_recommends(report: Report, verdict: str, words: str) -> None
     text = render_markdown(report.model_copy(update={"quantization": judged}))
     section = text.split("## Attacked images in calibration")[1].split("\n## ")[0]
     assert f"{found.adversarial_images} calibration images (25%)" in section and words in section
-    assert percent(found.adversarial.robust_accuracy) in section and percent(found.plain.accuracy) in section
+    for share in (found.adversarial.robust_accuracy, found.plain.accuracy):
+        assert f"{share.value:.2%} [{share.low:.2%}, {share.high:.2%}] (n={share.total})" in section
 
 
 def test_what_was_not_counted_is_said(report: Report) -> None:
