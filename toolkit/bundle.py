@@ -48,6 +48,16 @@ class Workspace:
         return self.root / "training.pt"
 
     @property
+    def journals(self) -> Path:
+        """Where the evaluation keeps what it found so far."""
+        return self.root / "journals"
+
+    @property
+    def kept(self) -> tuple[Path, ...]:
+        """What a run that is cut short leaves for the next one."""
+        return (self.training_checkpoint, self.journals)
+
+    @property
     def resumable(self) -> bool:
         return self.training_checkpoint.is_file()
 
@@ -101,7 +111,7 @@ def open_workspace(output: Path, *, force: bool, resume: bool) -> Iterator[Works
     workspace = check_output(output, force=force, resume=resume)
     with disk_errors(output), folders_above(output), _alone(workspace):
         for path in workspace.root.iterdir():
-            if not (resume and path == workspace.training_checkpoint):
+            if not (resume and path in workspace.kept):
                 _remove(path)
         workspace.files.mkdir()
         try:
@@ -146,7 +156,7 @@ def _clear(workspace: Workspace) -> None:
     """Remove all but a training that can be resumed."""
     if workspace.resumable:
         for path in workspace.root.iterdir():
-            if path != workspace.training_checkpoint:
+            if path not in workspace.kept:
                 _remove(path)
     else:
         shutil.rmtree(workspace.root, ignore_errors=True)

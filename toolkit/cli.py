@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 
 from toolkit import __version__, flags, progress
 from toolkit.config import (
+    AttackRunConfig,
     BenchmarkConfig,
     DataConfig,
     ExportConfig,
@@ -72,6 +73,7 @@ HARDEN_FLAGS = (
     *flags.DATA,
     *flags.EVALUATION,
     *flags.THREAT,
+    *flags.ATTACKS,
     *flags.EXPORT,
     *flags.QUANTIZE,
     *flags.BENCHMARK,
@@ -266,68 +268,41 @@ def quantize(
     print(f"\nwritten: {output}\nnext:    toolkit benchmark {file} {output}")
 
 
-ATTACK_FLAGS = (*flags.MODEL, *flags.DATA, *flags.EVALUATION, *flags.THREAT, *flags.MACHINE)
+ATTACK_FLAGS = (
+    *flags.ATTACKS,
+    flags.Flag("--budget", "budget", "Seconds that the attacks may take; the cheap ones come first.", float),
+    *flags.MODEL,
+    *flags.DATA,
+    *flags.EVALUATION,
+    *flags.THREAT,
+    *flags.MACHINE,
+)
 
 
 @app.command()
-@flags.with_flags(ATTACK_FLAGS, HardenConfig)
+@flags.with_flags(ATTACK_FLAGS, AttackRunConfig)
 def attack(
     settings: Settings,
-    model: Annotated[str, typer.Argument(metavar="MODEL|BUNDLE", help="A checkpoint or a bundle.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL|FILE.onnx|BUNDLE", help="What is attacked.")],
     target: Annotated[Path | None, typer.Option("--target", help="An ONNX file made from the checkpoint.")] = None,
+    save_adversarial: Annotated[
+        Path | None, typer.Option("--save-adversarial", help="Folder for the PNG files that fool the graph.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted or unfinished attack.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Attack a network by PGD, and score it and its ONNX graphs."""
+    """Robust accuracy of a network or of any ONNX classifier: attacks, transfer, alarms."""
     _start(quiet, verbose)
-    config = _model_run(flags.nested(settings | {"model.path": model}), ATTACK_FLAGS)
-    from toolkit import stages
-    from toolkit.reports.build import attack_rows
-    from toolkit.reports.markdown import threat_text
-    from toolkit.reports.schema import Threat
+    values = flags.nested(settings | {"model.path": model})
+    config = build(AttackRunConfig, values, flags.names_by_path(ATTACK_FLAGS))
+    from toolkit import attacking
+    from toolkit.reports.summary import render_attack
 
-    report = stages.attack(config, target)
-    found = report.robustness
-    if as_json:
-        result = {
-            "data": report.source,
-            "images": report.images,
-            "threat": report.plan.record(),
-            "steps": report.plan.steps,
-            "step_size": report.plan.step_size,
-            "random_start": report.plan.random_start,
-            "restarts": report.plan.restarts,
-            "accuracy": {name: share.as_dict() for name, share in found.clean.items()},
-            "robustness": [row.model_dump() for row in attack_rows(found, report.plan)],
-            "robust_accuracy": {name: share.as_dict() for name, share in found.worst_case.items()},
-            "clipped_share": found.clipped_share,
-            "soundness": [
-                {"name": a.name, "message": a.message, "value": a.value, "limit": a.limit} for a in report.alarms
-            ],
-        }
-        print(json.dumps(result))
-        return
-    plan = report.plan
-    words = threat_text(Threat(**plan.record()))
-    start = "random" if plan.random_start else "zero"
-    print(f"{report.source}, {report.images} images; {words}")
-    print(f"{plan.steps} steps of {plan.step_size:.4g}, {plan.restarts} {start} start(s)")
-    rows = [
-        (
-            cell.target,
-            str(found.clean[cell.target]),
-            str(cell.robust),
-            str(cell.transfer_rate) if cell.transfer_rate else "none to transfer",
-            str(found.worst_case[cell.target]),
-        )
-        for cell in found.transfers
-    ]
-    _table(("scored on", "clean", f"{found.transfers[0].attack} on float", "transfer rate", "worst case"), rows)
-    if found.clipped_share is not None:
-        print(f"attacked pixels outside the range of the integer graph's input quantiser: {found.clipped_share:.2%}")
-    for alarm in report.alarms:
-        print(f"ALARM {alarm.message}")
+    _say_on_interrupt(lambda: _continue_with("what was attacked so far is kept"))
+    found = attacking.attack(config, target, resume=resume, gallery=save_adversarial)
+    print(found.model_dump_json() if as_json else render_attack(found, save_adversarial))
 
 
 BENCHMARK_FLAGS = (*flags.BENCHMARK, *flags.MACHINE)
@@ -476,16 +451,20 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 def _resume_hint(resumable: Callable[[], bool], output: str) -> None:
-    """What to say if this command is interrupted."""
+    """What to say if this command is interrupted, which writes `output` at its end."""
+    nothing = f"nothing was written to {output}"
+    again = f"{nothing}; start again with the same command"
+    _say_on_interrupt(lambda: _continue_with(nothing) if resumable() else again)
+
+
+def _say_on_interrupt(hint: Callable[[], str]) -> None:
     global _on_interrupt
-
-    def hint() -> str:
-        if not resumable():
-            return f"nothing was written to {output}; start again with the same command"
-        arguments = [argument for argument in _arguments if argument != "--resume"]
-        return f"nothing was written to {output}; continue with: toolkit {shlex.join([*arguments, '--resume'])}"
-
     _on_interrupt = hint
+
+
+def _continue_with(state: str) -> str:
+    arguments = [argument for argument in _arguments if argument != "--resume"]
+    return f"{state}; continue with: toolkit {shlex.join([*arguments, '--resume'])}"
 
 
 def main() -> None:

@@ -141,6 +141,13 @@ class BenchmarkConfig(StageConfig):
     """Number of interleaved rounds; each gives one sample per file."""
 
 
+class AttackConfig(StageConfig):
+    """Which attacks make up the worst case."""
+
+    attacks: str = "fast"
+    """`fast`, `ensemble`, `pgd` (the transfer matrix alone), or attacks by name with commas between."""
+
+
 class GateConfig(StageConfig):
     """Lower limits that a user sets on the deployed graph; unmet ones end `harden` with exit code 3."""
 
@@ -156,9 +163,10 @@ class ModelConfig(StageConfig):
     """A checkpoint, state dict or pickled module; `shipped:NAME` is one that comes with the package."""
     arch: str | None = None
     trust_pickle: bool = False
-    mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None
-    """Per-channel mean of the input that a bare state dict was trained on, in pixels [0, 1]; None: the data set's."""
-    std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
+    mean: tuple[Annotated[Fraction, Field(allow_inf_nan=False)], ...] | None = None
+    """Per-channel mean of the input that a bare state dict was trained on, in pixels [0, 1]; None: the data set's.
+    Of an ONNX file to be attacked: what is done to the pixels before it gets them; None: nothing."""
+    std: tuple[Epsilon, ...] | None = None
 
 
 class MachineConfig(StageConfig):
@@ -184,10 +192,19 @@ class HardenConfig(ModelRunConfig):
     finetune: TrainConfig = TrainConfig()
     export: ExportConfig = ExportConfig()
     quantize: QuantizeConfig = QuantizeConfig()
+    attack: AttackConfig = AttackConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
     gates: GateConfig = GateConfig()
     allow_float: bool = False
     """Ship a float model.onnx where `--int8` is not given."""
+
+
+class AttackRunConfig(ModelRunConfig):
+    """Everything `toolkit attack` needs."""
+
+    attack: AttackConfig = AttackConfig()
+    budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Seconds that the attacks may take; None: as long as they need."""
 
 
 class TrainRunConfig(MachineConfig):

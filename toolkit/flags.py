@@ -47,6 +47,13 @@ THREAT = (
     Flag("--random-start/--zero-start", "threat.random_start", "Where PGD starts.", bool),
     Flag("--restarts", "threat.restarts", "PGD restarts; the worst counts.", int),
 )
+ATTACKS = (
+    Flag(
+        "--attacks",
+        "attack.attacks",
+        "fast, ensemble (as AutoAttack), pgd, or by name: apgd-ce,apgd-t,fab-t,square,...; dear ones last.",
+    ),
+)
 PRUNE = (
     Flag("--prune", "prune.ratio", "Share of the filters to remove, in [0, 1).", float, "-p"),
     Flag("--scope", "prune.scope", "layer: the same share in every layer; global: the weakest of all."),

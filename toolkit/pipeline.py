@@ -17,6 +17,7 @@ from PIL import Image
 
 from toolkit import bundle
 from toolkit.artifacts import OnnxModel, Split, TorchModel
+from toolkit.attacks.ensemble import Pass, compose
 from toolkit.attacks.planned import PlannedAttack
 from toolkit.attacks.surrogate import Surrogate, resolve_precision
 from toolkit.config import HardenConfig, QuantizeConfig, write_settings
@@ -25,15 +26,18 @@ from toolkit.evaluators.accuracy import measure_accuracy
 from toolkit.evaluators.calibration import CalibrationComparison, compare_calibrations
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage, layer_macs
 from toolkit.evaluators.environment import environment_record
+from toolkit.evaluators.evaluation import Conditions
+from toolkit.evaluators.examination import Examination
 from toolkit.evaluators.latency import LatencyRow, benchmark
-from toolkit.evaluators.robustness import Robustness, evaluate_robustness
-from toolkit.evaluators.soundness import Alarm, end_to_end_differs, integer_above_float
+from toolkit.evaluators.robustness import evaluate_robustness
+from toolkit.evaluators.soundness import Check, alarms, end_to_end_differs
 from toolkit.exporters.calibration import AdversarialShare
 from toolkit.exporters.end_to_end import EndToEndComparison, compare_end_to_end, export_end_to_end
 from toolkit.exporters.onnx import export_onnx, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
 from toolkit.exporters.quantize import QuantizedModel, quantize_int8
 from toolkit.exporters.session import OnnxPredictor
+from toolkit.lineup import Lineup
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.prepare import PreparedAttack, describe, load_teacher, prepare_attack, resolved_data, resolved_threat
 from toolkit.pruning import PruningResult, prune
@@ -75,8 +79,9 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def check_deployable(config: HardenConfig) -> None:
-    """Refuse a run whose model.onnx would be float without the user having said so."""
+def check_settings(config: HardenConfig) -> None:
+    """Refuse what could not be done in the end: a float model.onnx that nobody allowed, attacks that do not exist."""
+    compose(config.attack.attacks, classes=2)
     if not config.quantize.int8 and not config.allow_float:
         raise ToolkitError(
             "model.onnx would be a float graph",
@@ -97,7 +102,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
     Raises:
         ToolkitError: bad input, or a stage that cannot handle the network.
     """
-    check_deployable(config)
+    check_settings(config)
     watch = Stopwatch()
     with bundle.open_workspace(output, force=force, resume=resume) as workspace:
         with watch.stage("load"):
@@ -112,7 +117,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
         with watch.stage("finetune"):
             tuned = _finetune(config, prepared, pruned.model, teacher, workspace, resume=resume)
         graphs = _write_graphs(config, prepared, tuned.model, original, workspace, watch)
-        evidence = _gather(config, prepared, pruned, tuned, graphs, watch)
+        evidence = _gather(config, prepared, pruned, tuned, graphs, workspace, watch, resume=resume)
         report = build_report(config, evidence)
         _write_documents(config, prepared, report, workspace)
     return HardenResult(output, report)
@@ -156,7 +161,7 @@ class PlannedStep:
 
 def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: bool = False) -> list[PlannedStep]:
     """What `harden` would do; loads and checks everything that `harden` does, writes nothing."""
-    check_deployable(config)
+    check_settings(config)
     bundle.check_output(output, force=force, resume=resume)
     prepared = prepare_attack(config)
     load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
@@ -308,26 +313,29 @@ def _gather(
     pruned: PruningResult,
     tuned: TrainingResult,
     graphs: Graphs,
+    workspace: bundle.Workspace,
     watch: Stopwatch,
+    *,
+    resume: bool,
 ) -> Evidence:
     evaluation = prepared.splits.evaluation
-    with watch.stage("evaluate"):
-        first = evaluation.first(BASELINE_IMAGES)
+    with watch.stage("baseline"):
         baseline = evaluate_robustness(
-            prepared.model,
+            {"original": prepared.model},
             {"torch": prepared.model},
-            first,
-            prepared.plan,
-            seed=config.seed,
-            surrogate="original",
-            precision=config.finetune.precision,
+            evaluation.first(BASELINE_IMAGES),
+            _conditions(config, prepared, prepared.model),
         )
         baseline_accuracy = measure_accuracy(prepared.model, evaluation)
-        robustness = _robustness(config, prepared, tuned.model, graphs)
+    with watch.stage("evaluate"):
+        lineup = _lineup(config, prepared, tuned.model, graphs)
+        passes = compose(config.attack.attacks, len(tuned.model.spec.class_names))
+        conditions = _conditions(config, prepared, tuned.model, passes)
+        examination = lineup.examine(evaluation, conditions, journals=workspace.journals, resume=resume)
     with watch.stage("profile"):
         coverage = integer_coverage(graphs.deployed.path, provider=config.benchmark.provider)
-    alarms = (*integer_above_float(robustness.worst_case), *end_to_end_differs(graphs.end_to_end))
-    _write_headlines(graphs, robustness, coverage, alarms)
+    checks = end_to_end_differs(graphs.end_to_end)
+    _write_headlines(graphs, examination, coverage, alarms((*examination.checks, *checks)))
     with watch.stage("benchmark"):
         latency = _latency(config, prepared, graphs)
     return Evidence(
@@ -340,8 +348,8 @@ def _gather(
         bytes=(graphs.original.path.stat().st_size, graphs.deployed.path.stat().st_size),
         baseline_accuracy=baseline_accuracy,
         baseline_robust=baseline.worst_case["torch"],
-        robustness=robustness,
-        alarms=alarms,
+        examination=examination,
+        checks=checks,
         parity={"fp32": graphs.parity_fp32, "deployed": graphs.parity_deployed},
         end_to_end=graphs.end_to_end,
         quantized=graphs.quantized,
@@ -353,21 +361,30 @@ def _gather(
     )
 
 
-def _robustness(config: HardenConfig, prepared: PreparedAttack, model: TorchModel, graphs: Graphs) -> Robustness:
-    quantized = graphs.quantized
-    return evaluate_robustness(
-        model,
-        {
-            "torch": model,
-            "fp32": OnnxPredictor(graphs.fp32.path, provider=config.benchmark.provider),
-            "deployed": OnnxPredictor(graphs.deployed.path, provider=config.benchmark.provider),
-        },
-        prepared.splits.evaluation,
-        prepared.plan,
-        seed=config.seed,
-        precision=config.finetune.precision,
-        input_range=(quantized.input_low, quantized.input_high) if quantized else None,
+def _conditions(
+    config: HardenConfig, prepared: PreparedAttack, model: TorchModel, passes: tuple[Pass, ...] = ()
+) -> Conditions:
+    return Conditions(
+        prepared.plan, model.spec.normalization, config.seed, passes=passes, precision=config.finetune.precision
     )
+
+
+def _lineup(config: HardenConfig, prepared: PreparedAttack, model: TorchModel, graphs: Graphs) -> Lineup:
+    """The network before and after, its fake-quantised form and the deployed graph's twin against all graphs."""
+    provider, names = config.benchmark.provider, model.spec.class_names
+    lineup = Lineup().with_network("float", model).with_target("torch", model)
+    lineup = lineup.with_float_twin(graphs.fp32.path, provider=provider)
+    integer = graphs.quantized is not None
+    lineup = lineup.with_deployed(graphs.deployed.path, names, provider=provider, twin=integer)
+    if integer:
+        lineup = lineup.with_fake_quantised(
+            model,
+            prepared.splits.calibration,
+            per_channel=config.quantize.per_channel,
+            margin=prepared.plan.threat.margin(model.spec.normalization),
+        )
+    changed = config.prune.ratio > 0 or config.finetune.objective != "none"
+    return lineup.with_network("original", prepared.model) if changed else lineup
 
 
 def _latency(config: HardenConfig, prepared: PreparedAttack, graphs: Graphs) -> tuple[LatencyRow, ...]:
@@ -399,17 +416,15 @@ def _write_documents(
     )
 
 
-def _write_headlines(
-    graphs: Graphs, robustness: Robustness, coverage: IntegerCoverage, alarms: tuple[Alarm, ...]
-) -> None:
+def _write_headlines(graphs: Graphs, found: Examination, coverage: IntegerCoverage, raised: tuple[Check, ...]) -> None:
     """Let every ONNX file carry its own results; the end-to-end file has the deployed graph inside."""
     folder = graphs.deployed.path.parent
     for name, graph in ((bundle.DEPLOYED, "deployed"), (bundle.END_TO_END, "deployed"), (bundle.FLOAT_TWIN, "fp32")):
         results = {
-            "accuracy": robustness.clean[graph].as_dict(),
-            "robust_accuracy": robustness.worst_case[graph].as_dict(),
+            "accuracy": found.robustness.clean[graph].as_dict(),
+            "robust_accuracy": found.robustness.worst_case[graph].as_dict(),
             "integer_coverage": coverage.share if graph == "deployed" else 0.0,
-            "alarms": [alarm.name for alarm in alarms],
+            "alarms": [check.name for check in raised],
         }
         if (folder / name).exists():
             write_metadata(folder / name, {"results": json.dumps(results)})

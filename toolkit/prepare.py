@@ -171,21 +171,26 @@ def resolved_threat(config: ThreatConfig, plan: PgdPlan) -> ThreatConfig:
 
 
 def _normalization(config: ModelConfig, source: DataSource) -> Normalization:
-    channels = source.train.shape[0]
-    hint = source.normalization_hint
-    values = {}
-    for name, given, default in (("mean", config.mean, hint.mean), ("std", config.std, hint.std)):
-        found = default if given is None else given
-        if len(found) == 1:
-            found = found * channels
-        if len(found) != channels:
-            raise ToolkitError(
-                f"--{name} does not fit the images",
-                found=f"{len(found)} values for {channels} channel(s)",
-                fix=f"give one value, or one per channel: --{name} {','.join(['0.5'] * channels)}",
-            )
-        values[name] = found
-    return Normalization(values["mean"], values["std"])
+    channels, hint = source.train.shape[0], source.normalization_hint
+    mean = hint.mean if config.mean is None else channel_values("mean", config.mean, channels)
+    std = hint.std if config.std is None else channel_values("std", config.std, channels)
+    return Normalization(mean, std)
+
+
+def channel_values(name: str, given: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """What the user gave with `--name`, one value per channel; a single one is that of all.
+
+    Raises:
+        ToolkitError: another number of values than there are channels.
+    """
+    found = given * channels if len(given) == 1 else given
+    if len(found) != channels:
+        raise ToolkitError(
+            f"--{name} does not fit the images",
+            found=f"{len(found)} values for {channels} channel(s)",
+            fix=f"give one value, or one per channel: --{name} {','.join(['0.5'] * channels)}",
+        )
+    return found
 
 
 def describe(model: TorchModel, plan: PgdPlan | None = None) -> dict[str, str]:

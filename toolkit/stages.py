@@ -10,29 +10,22 @@ from pathlib import Path
 import torch
 
 from toolkit import bundle
-from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Predictor, TorchModel
-from toolkit.attacks.threat import PgdPlan, ThreatModel, resolve_plan
+from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, TorchModel
+from toolkit.attacks.threat import ThreatModel, resolve_plan
 from toolkit.config import (
     BenchmarkConfig,
     DataConfig,
     ExportConfig,
-    HardenConfig,
     ModelRunConfig,
-    PrecisionChoice,
     PruneConfig,
     QuantizeConfig,
-    ThreatConfig,
     TrainRunConfig,
-    override_threat,
 )
 from toolkit.data.sources import load_source
 from toolkit.data.splits import make_splits
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
 from toolkit.evaluators.latency import LatencyRow, benchmark
-from toolkit.evaluators.robustness import Robustness, TargetName, evaluate_robustness
-from toolkit.evaluators.soundness import Alarm, integer_above_float
-from toolkit.exporters.input_range import input_range
 from toolkit.exporters.onnx import export_onnx, read_metadata, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
 from toolkit.exporters.quantize import QuantizedModel, quantize_int8
@@ -40,7 +33,7 @@ from toolkit.exporters.session import OnnxPredictor
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import check_outputs
 from toolkit.models.registry import build_network
-from toolkit.prepare import describe, load_teacher, prepare, prepare_attack, set_threads
+from toolkit.prepare import describe, load_teacher, prepare, set_threads
 from toolkit.pruning import PruningResult, prune
 from toolkit.training.loop import train
 from toolkit.training.losses import ATTACKED
@@ -196,107 +189,6 @@ def _margin(metadata: Mapping[str, str]) -> float:
     threat = {key: value for key, value in json.loads(metadata["threat_model"]).items() if key != "preset"}
     normalization = json.loads(metadata["normalization"])
     return ThreatModel(**threat).margin(Normalization(tuple(normalization["mean"]), tuple(normalization["std"])))
-
-
-def _input_range(path: Path | None) -> tuple[float, float] | None:
-    """The pixels that an integer graph's input quantiser represents; None for float graphs."""
-    if path is None:
-        return None
-    try:
-        return input_range(path)
-    except ToolkitError:
-        return None
-
-
-@dataclass(frozen=True)
-class AttackReport:
-    """Robustness of a network and of the graphs made from it."""
-
-    robustness: Robustness
-    plan: PgdPlan
-    images: int
-    source: str
-    alarms: tuple[Alarm, ...]
-
-
-def attack(config: ModelRunConfig, target: Path | None) -> AttackReport:
-    """Attack a checkpoint, and score it and its graphs.
-
-    Args:
-        config: `config.model.path` is a checkpoint or a bundle; of a bundle, model.pt is the surrogate and both of its
-            graphs are targets.
-        target: an ONNX file to be scored as `deployed`.
-
-    Raises:
-        ToolkitError: bad input, among it an ONNX file in the model's place.
-    """
-    folder = config.model.path
-    files: dict[TargetName, Path] = {}
-    precision: PrecisionChoice = "auto"
-    if folder.is_dir():
-        if target is not None:
-            raise ToolkitError(
-                "a bundle brings its own targets",
-                found=f"{folder} and --target {target}",
-                fix=f"name {folder / bundle.CHECKPOINT} as the model, or leave --target away",
-            )
-        bundle.read_report(folder)
-        files = {"fp32": folder / bundle.FLOAT_TWIN, "deployed": folder / bundle.DEPLOYED}
-        saved = bundle.read_config(folder)
-        config, precision = _with_bundle_settings(config, folder, saved), saved.finetune.precision
-    elif folder.suffix == ".onnx":
-        raise ToolkitError(
-            "an ONNX file gives no gradients to attack with",
-            found=str(folder),
-            fix=f"name the checkpoint that it was made from, and the file as the target: MODEL.pt --target {folder}",
-        )
-    elif target is not None:
-        files = {"deployed": target}
-    prepared = prepare_attack(config)
-    targets: dict[TargetName, Predictor] = {"torch": prepared.model}
-    for name, path in files.items():
-        targets[name] = _checked(OnnxPredictor(path), prepared.model, path)
-    found = evaluate_robustness(
-        prepared.model,
-        targets,
-        prepared.splits.evaluation,
-        prepared.plan,
-        seed=config.seed,
-        surrogate="float",
-        precision=precision,
-        input_range=_input_range(files.get("deployed")),
-    )
-    alarms = integer_above_float(found.worst_case) if {"fp32", "deployed"} <= set(files) else ()
-    return AttackReport(found, prepared.plan, len(prepared.splits.evaluation), prepared.source.name, alarms)
-
-
-def _with_bundle_settings(config: ModelRunConfig, folder: Path, saved: HardenConfig) -> ModelRunConfig:
-    """The bundle's own images, seed and threat model, where the user set none."""
-    given = {name: getattr(config.threat, name) for name in config.threat.model_fields_set}
-    changes: dict[str, object] = {
-        "model": config.model.model_copy(update={"path": folder / bundle.CHECKPOINT}),
-        "threat": ThreatConfig(**override_threat(saved.threat.model_dump(), given)),
-    }
-    if config.data.source is None:
-        own = {name: getattr(config.data, name) for name in config.data.model_fields_set}
-        changes["data"] = saved.data.model_copy(update=own)
-    if "seed" not in config.model_fields_set:
-        changes["seed"] = saved.seed  # it chose the evaluation images
-    return config.model_copy(update=changes)
-
-
-def _checked(predictor: OnnxPredictor, model: TorchModel, path: Path) -> OnnxPredictor:
-    shape = predictor.input_shape
-    fits = all(size in (None, wanted) for size, wanted in zip(shape, model.spec.input_shape, strict=True))
-    classes = predictor.predict(torch.zeros(1, *model.spec.input_shape)).shape[-1] if fits else 0
-    if not fits or classes != len(model.spec.class_names):
-        raise ToolkitError(
-            "the target is no form of the model",
-            found=f"{path}: images {list(shape)}, {classes} classes; the model: {list(model.spec.input_shape)}, "
-            f"{len(model.spec.class_names)} classes",
-            fix="name an ONNX file that was made from this model with --target",
-        )
-    return predictor
 
 
 def benchmark_files(paths: Sequence[Path], config: BenchmarkConfig, seed: int) -> tuple[LatencyRow, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,24 +10,25 @@ import torch
 from torch import Tensor
 
 from toolkit.attacks.apgd import apgd, apgd_targeted
+from toolkit.attacks.fab import fab_targeted
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.survivors import Settle
 from toolkit.attacks.threat import ThreatModel
-from toolkit.errors import ToolkitError
+from toolkit.errors import unknown_name
 
 SQUARE = "square"
 """The one attack that needs no gradients: it runs on the graph that counts itself."""
 PGD = "pgd"
 """The attack of the transfer matrix, which every evaluation makes."""
 
-GradientAttack = Callable[..., Tensor]
-"""(surrogate, images, labels, threat, *, steps, generator, settle[, rank]) to attacked images [n, C, H, W]."""
+GradientAttack = Callable[..., object]
+"""(surrogate, images, labels, threat, *, steps, generator, settle[, rank]); what it finds it hands to `settle`."""
 
 UNTARGETED: Mapping[str, GradientAttack] = {
     "apgd-ce": partial(apgd, loss="cross_entropy"),
     "apgd-dlr": partial(apgd, loss="dlr"),
 }
-TARGETED: Mapping[str, GradientAttack] = {"apgd-t": apgd_targeted}
+TARGETED: Mapping[str, GradientAttack] = {"apgd-t": apgd_targeted, "fab-t": fab_targeted}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,11 @@ class Pass:
         labels: Tensor,
         threat: ThreatModel,
         generator: torch.Generator,
-        settle: Settle | None,
-    ) -> Tensor:
-        """Attacked images [n, C, H, W] on the surrogate's device; not for attacks by queries."""
+        settle: Settle,
+    ) -> None:
+        """Make the attack, of a kind that needs gradients; what it finds is handed to `settle`."""
         call = partial(TARGETED[self.attack], rank=self.rank) if self.rank else UNTARGETED[self.attack]
-        return call(surrogate, images, labels, threat, steps=self.steps, generator=generator, settle=settle)
+        call(surrogate, images, labels, threat, steps=self.steps, generator=generator, settle=settle)
 
     def __str__(self) -> str:
         target = "" if self.rank is None else f" to class {self.rank}"
@@ -72,6 +72,7 @@ TARGETS = 9
 ENSEMBLE = (
     Pass("apgd-ce", STEPS, everywhere=True),
     *(Pass("apgd-t", STEPS, rank) for rank in range(1, TARGETS + 1)),
+    *(Pass("fab-t", STEPS, rank) for rank in range(1, TARGETS + 1)),
     Pass(SQUARE, QUERIES),
 )
 """AutoAttack's standard composition (Croce & Hein 2020)."""
@@ -106,10 +107,4 @@ def _named(name: str) -> tuple[Pass, ...]:
         return (Pass(name, STEPS),)
     if name in TARGETED:
         return tuple(Pass(name, STEPS, rank) for rank in range(1, TARGETS + 1))
-    known = (*COMPOSITIONS, *UNTARGETED, *TARGETED, SQUARE)
-    near = difflib.get_close_matches(name, known, n=1)
-    raise ToolkitError(
-        "there is no such attack",
-        found=f"--attacks {name!r}",
-        fix=f"{f'did you mean {near[0]}? ' if near else ''}choose from {', '.join(known)}, with commas between several",
-    )
+    raise unknown_name("attack", name, (*COMPOSITIONS, *UNTARGETED, *TARGETED, SQUARE))

@@ -1,160 +1,105 @@
-"""Robust accuracy: attacks made on a differentiable surrogate, scored on every graph that counts.
+"""Robust accuracy: attacks made on differentiable surrogates, scored on every graph that counts.
 
-Every transfer cell runs all steps on all images. Stopping early once the surrogate is fooled would leave the other
-graphs with weaker attacks and inflate their figures.
+Two kinds of evidence. The transfer matrix attacks all images with all steps on every surrogate: stopping early once the
+surrogate is fooled would leave the other graphs with weaker attacks and inflate their figures. The worst case then goes
+on, from cheap attacks to dear ones, with the images that some compared graph still classifies rightly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from toolkit.artifacts import Predictor, Proportion, Split, TorchModel, derive_seed
-from toolkit.attacks.pgd import largest_violation, pgd, rounding
-from toolkit.attacks.surrogate import Surrogate, compute_device, resolve_precision
-from toolkit.attacks.threat import PgdPlan
-from toolkit.evaluators.accuracy import correct
+from toolkit.artifacts import Predictor, Proportion, Split, TorchModel
+from toolkit.attacks.forms import Precision
+from toolkit.attacks.surrogate import Surrogate, resolve_precision
+from toolkit.evaluators.evaluation import Clock, Conditions, Evaluation
+from toolkit.evaluators.image_files import WRITABLE_CHANNELS, Gallery
+from toolkit.evaluators.journal import Journal
+from toolkit.evaluators.scoring import FILE, Judges, Ledger, SurrogateName, TargetName, clean_flags
+from toolkit.evaluators.transfer import ColumnTest, Transfer, transfer_matrix
+from toolkit.evaluators.worst_case import PassRecord, pursue
 from toolkit.progress import task
-
-SurrogateName = Literal["original", "float", "fake_quantised", "twin"]
-TargetName = Literal["torch", "fp32", "deployed", "deployed_unoptimised"]
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """One attack made on `surrogate` and scored on `target`."""
-
-    attack: str
-    surrogate: SurrogateName
-    target: TargetName
-    robust: Proportion
-    """Images that the target still classifies rightly under the attack, of all images."""
-    transfer_rate: Proportion | None
-    """Of the images clean-correct on both and fooled on the surrogate, the share that fools the target too."""
+from toolkit.statistics import Mcnemar, mcnemar
 
 
 @dataclass(frozen=True)
 class Robustness:
-    """What all graphs have left under the same attack on the same images."""
+    """What all graphs have left under the same attacks on the same images."""
 
     transfers: tuple[Transfer, ...]
+    columns: tuple[ColumnTest, ...]
     clean: Mapping[str, Proportion]
+    clean_test: Mcnemar | None
+    """Whether the float twin and the deployed graph differ on clean images; None where one is missing."""
     worst_case: Mapping[str, Proportion]
-    """Per target: share of images right when clean and under every attack."""
+    """By compared graph: share of images right when clean and under every attack."""
+    file: Proportion | None
+    """The same of the graph that counts, reading the attacked images from 8-bit files; None for other than 1 or 3
+    channels."""
+    passes: tuple[PassRecord, ...]
+    not_run: tuple[str, ...]
+    """What the time did not suffice for."""
     clipped_share: float | None
     """Share of attacked pixels outside the range of the deployed graph's input quantiser; None if it was not asked."""
+    best_surrogate: SurrogateName | None
+    """On which the attack that fools the graph that counts most was made; None without any."""
 
 
 def evaluate_robustness(
-    model: TorchModel,
+    surrogates: Mapping[SurrogateName, TorchModel],
     targets: Mapping[TargetName, Predictor],
     split: Split,
-    plan: PgdPlan,
+    conditions: Conditions,
     *,
-    seed: int,
-    surrogate: SurrogateName = "float",
-    precision: Literal["auto", "float32", "bfloat16"] = "auto",
-    input_range: tuple[float, float] | None = None,
+    journal: Journal | None = None,
+    clock: Clock | None = None,
+    gallery: Gallery | None = None,
 ) -> Robustness:
-    """Attack `model` by PGD and score the attacked images, in float32, on it and on every target.
+    """Attack every surrogate, and score the attacked images, in float32, on every target.
 
     Args:
-        model: the surrogate, named `surrogate` in the result.
+        surrogates: the differentiable networks by name; may be empty, where only attacks by queries are possible.
         targets: the graphs to be judged, by name.
-        split: the images, all of which are attacked.
-        plan: threat model, steps, start and restarts.
-        seed: of the random starts; each batch has its own, so that the figures do not depend on what ran before.
-        precision: of the surrogate's gradients; scoring is always in float32.
-        input_range: pixels that the deployed graph's input quantiser represents.
+        split: the evaluation images, all of which are attacked.
+        conditions: threat model, attacks, seed.
+        journal: keeps what is done, and gives what an earlier run did.
+        clock: the time that may be spent; clean accuracy is measured in any case.
+        gallery: keeps the files that fool the graph that counts.
     """
-    spec = model.spec
-    attacker = Surrogate(model.module, spec.normalization, resolve_precision(precision), input_shape=spec.input_shape)
-    judges = _Judges(model, targets)
-    tally = _Tally(list(targets))
-    with task(f"PGD-{plan.steps} on {surrogate}", len(split) * plan.restarts) as bar:
-        for number, batch in enumerate(split.batches()):
-            tally.begin(*judges.correct(batch.images, batch.labels))
-            for restart in range(plan.restarts):
-                generator = torch.Generator().manual_seed(derive_seed(seed, number, restart))
-                attacked = pgd(attacker, batch.images, batch.labels, plan, generator).cpu()
-                over = largest_violation(attacked, batch.images, plan.threat, spec.normalization)
-                if over > rounding(attacked.shape, plan.threat, spec.normalization):
-                    raise RuntimeError(f"PGD left its threat model by {over:g}")
-                tally.add(*judges.correct(attacked, batch.labels))
-                if input_range is not None:
-                    tally.count_clipped(attacked, input_range)
-                bar.advance(len(batch))
-    return tally.result(f"pgd-{plan.steps}", surrogate)
+    judges = Judges(targets, conditions.plan.threat, conditions.normalization, gallery)
+    with task("clean accuracy", len(split)) as bar:
+        clean = clean_flags(judges, split, bar.advance)
+    ledger = Ledger(clean, judges, files=split.images.shape[0] in WRITABLE_CHANNELS)
+    run = Evaluation(judges, ledger, split, conditions, journal or Journal(), clock or Clock())
+    armed = arm(surrogates, conditions)
+    matrix = transfer_matrix(surrogates, armed, run)
+    passes, late = pursue(armed, matrix.best_surrogate or next(iter(armed), None), run)
+    worst = ledger.proportions()
+    return Robustness(
+        transfers=matrix.transfers,
+        columns=matrix.columns,
+        clean={name: Proportion.of(flags) for name, flags in clean.items()},
+        clean_test=mcnemar(clean["fp32"], clean["deployed"]) if {"fp32", "deployed"} <= set(clean) else None,
+        worst_case={name: share for name, share in worst.items() if name != FILE},
+        file=worst.get(FILE),
+        passes=passes,
+        not_run=(*matrix.not_run, *late),
+        clipped_share=matrix.clipped_share,
+        best_surrogate=matrix.best_surrogate,
+    )
 
 
-class _Judges:
-    """The surrogate's own network and the targets; torch networks are copied to where they compute fastest."""
-
-    def __init__(self, model: TorchModel, targets: Mapping[TargetName, Predictor]) -> None:
-        self._own = self._placed(model)
-        self._others = {name: self._placed(target) for name, target in targets.items() if target is not model}
-        self._names = list(targets)
-
-    @staticmethod
-    def _placed(predictor: Predictor) -> Predictor:
-        device = compute_device()
-        if not isinstance(predictor, TorchModel) or predictor.module.mean.device.type == device.type:
-            return predictor
-        copied = predictor.copy()
-        copied.module.to(device)
-        return copied
-
-    def correct(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[TargetName, Tensor]]:
-        """Which images are classified rightly, on the surrogate's network and by target."""
-        own = correct(self._own, images, labels)
-        found = {name: correct(other, images, labels) for name, other in self._others.items()}
-        return own, {name: found.get(name, own) for name in self._names}
-
-
-@dataclass
-class _Tally:
-    """Flags of every image, batch by batch: on the surrogate (key `None`) and on every target."""
-
-    targets: list[TargetName]
-    clean: dict[TargetName | None, list[Tensor]] = field(default_factory=dict)
-    attacked: dict[TargetName | None, list[Tensor]] = field(default_factory=dict)
-    clipped: int = 0
-    pixels: int = 0
-
-    def begin(self, surrogate: Tensor, targets: Mapping[TargetName, Tensor]) -> None:
-        for name, flags in self._all(surrogate, targets):
-            self.clean.setdefault(name, []).append(flags)
-            self.attacked.setdefault(name, []).append(torch.ones_like(flags))
-
-    def add(self, surrogate: Tensor, targets: Mapping[TargetName, Tensor]) -> None:
-        """One more restart of the batch that was begun last; the worst one counts for every graph on its own."""
-        for name, flags in self._all(surrogate, targets):
-            self.attacked[name][-1] &= flags
-
-    @staticmethod
-    def _all(surrogate: Tensor, targets: Mapping[TargetName, Tensor]) -> list[tuple[TargetName | None, Tensor]]:
-        return [(None, surrogate), *targets.items()]
-
-    def count_clipped(self, attacked: Tensor, input_range: tuple[float, float]) -> None:
-        low, high = input_range
-        self.clipped += int(((attacked < low) | (attacked > high)).sum())
-        self.pixels += attacked.numel()
-
-    def result(self, attack: str, surrogate: SurrogateName) -> Robustness:
-        clean = {name: torch.cat(flags) for name, flags in self.clean.items()}
-        attacked = {name: torch.cat(flags) for name, flags in self.attacked.items()}
-        transfers = []
-        for name in self.targets:
-            eligible = clean[None] & clean[name] & ~attacked[None]
-            rate = Proportion.of(~attacked[name][eligible]) if bool(eligible.any()) else None
-            transfers.append(Transfer(attack, surrogate, name, Proportion.of(attacked[name]), rate))
-        return Robustness(
-            tuple(transfers),
-            {name: Proportion.of(clean[name]) for name in self.targets},
-            {name: Proportion.of(clean[name] & attacked[name]) for name in self.targets},
-            self.clipped / self.pixels if self.pixels else None,
+def arm(surrogates: Mapping[SurrogateName, TorchModel], conditions: Conditions) -> dict[SurrogateName, Surrogate]:
+    """The surrogates, ready for attacks; those that round keep their weights in float32."""
+    wanted = resolve_precision(conditions.precision)
+    rounding: Precision = "autocast" if wanted == "bfloat16" else wanted
+    return {
+        name: Surrogate(
+            model.module,
+            conditions.normalization,
+            rounding if name in ("fake_quantised", "twin") else wanted,
+            input_shape=model.spec.input_shape,
         )
+        for name, model in surrogates.items()
+    }

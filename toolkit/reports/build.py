@@ -12,15 +12,16 @@ from toolkit.attacks.threat import PgdPlan
 from toolkit.config import DataConfig, GateConfig, HardenConfig
 from toolkit.evaluators.calibration import CalibrationComparison, CalibrationScore
 from toolkit.evaluators.cost import IntegerCoverage
+from toolkit.evaluators.examination import Examination
 from toolkit.evaluators.latency import LatencyRow
-from toolkit.evaluators.robustness import Robustness
-from toolkit.evaluators.soundness import Alarm
+from toolkit.evaluators.soundness import Check
 from toolkit.exporters.end_to_end import EndToEndComparison
 from toolkit.exporters.parity import Parity
 from toolkit.exporters.quantize import QuantizedModel
 from toolkit.paths import public_name
 from toolkit.pruning import PruningResult
 from toolkit.reports import schema
+from toolkit.reports.evidence import robust_accuracy, robustness_parts
 from toolkit.reports.schema import Change, Report, Share
 from toolkit.training.records import TrainingResult
 
@@ -40,8 +41,9 @@ class Evidence:
     """Of the original network's float ONNX file and of model.onnx."""
     baseline_accuracy: Proportion
     baseline_robust: Proportion
-    robustness: Robustness
-    alarms: tuple[Alarm, ...]
+    examination: Examination
+    checks: tuple[Check, ...]
+    """Beside those of the examination."""
     parity: Mapping[Literal["fp32", "deployed"], Parity]
     end_to_end: EndToEndComparison | None
     quantized: QuantizedModel | None
@@ -54,8 +56,8 @@ class Evidence:
 
 def build_report(config: HardenConfig, evidence: Evidence) -> Report:
     """Assemble the report; nothing is measured here."""
-    worst = evidence.robustness.worst_case
-    clean = evidence.robustness.clean
+    worst = evidence.examination.robustness.worst_case
+    clean = evidence.examination.robustness.clean
     tuned = evidence.tuned
     return Report(
         schema_version=schema.SCHEMA_VERSION,
@@ -82,12 +84,8 @@ def build_report(config: HardenConfig, evidence: Evidence) -> Report:
             accuracy=Share.of(evidence.baseline_accuracy), robust_accuracy=Share.of(evidence.baseline_robust)
         ),
         accuracy=schema.Accuracy(**{name: Share.of(clean[name]) for name in ("torch", "fp32", "deployed")}),
-        robustness=attack_rows(evidence.robustness, evidence.plan),
-        robust_accuracy=schema.RobustAccuracy(fp32=Share.of(worst["fp32"]), deployed=Share.of(worst["deployed"])),
-        soundness=[
-            schema.AlarmRecord(name=alarm.name, message=alarm.message, value=alarm.value, limit=alarm.limit)
-            for alarm in evidence.alarms
-        ],
+        robust_accuracy=schema.RobustAccuracy(**{"deployed_from_file": None, **robust_accuracy(evidence.examination)}),
+        **robustness_parts(evidence.examination, evidence.plan, config.attack.attacks, evidence.checks),
         parity=_parity(evidence),
         end_to_end=_end_to_end(evidence.end_to_end),
         quantization=_quantization(config, evidence),
@@ -153,26 +151,6 @@ def _data(config: DataConfig, evidence: Evidence) -> schema.Data:
     )
 
 
-def attack_rows(robustness: Robustness, plan: PgdPlan) -> list[schema.Attack]:
-    """One row per attack, surrogate and target."""
-    return [
-        schema.Attack(
-            attack=cell.attack,
-            threat=schema.Threat(**plan.record()),
-            steps=plan.steps,
-            step_size=plan.step_size,
-            restarts=plan.restarts,
-            random_start=plan.random_start,
-            surrogate=cell.surrogate,
-            target=cell.target,
-            **cell.robust.as_dict(),
-            transfer_rate=cell.transfer_rate.value if cell.transfer_rate else None,
-            transfer_n=cell.transfer_rate.total if cell.transfer_rate else 0,
-        )
-        for cell in robustness.transfers
-    ]
-
-
 def _parity(evidence: Evidence) -> list[schema.ParityRecord]:
     return [
         schema.ParityRecord(
@@ -209,7 +187,7 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
         calibration=quantized.calibration if quantized else None,
         calibration_images=quantized.calibration_images if quantized else 0,
         input_range=[quantized.input_low, quantized.input_high] if quantized else None,
-        clipped_share=evidence.robustness.clipped_share,
+        clipped_share=evidence.examination.robustness.clipped_share,
         calibration_comparison=_calibrations(config.quantize.calibrate_adversarial, quantized, evidence.calibrations),
         integer_coverage=coverage.share,
         macs_integer=coverage.macs_integer,

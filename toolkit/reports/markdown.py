@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from toolkit.evaluators.timing import BUSY
-from toolkit.reports.schema import CalibrationComparison, Latency, Report, Share, Threat
+from toolkit.reports.robustness import marked, robustness_section
+from toolkit.reports.schema import CalibrationComparison, Latency, Report, Share
+from toolkit.reports.words import percent, table, threat_text
 
 
 def render_markdown(report: Report) -> str:
@@ -13,7 +15,8 @@ def render_markdown(report: Report) -> str:
     sections = [
         _headline(report),
         _alarms(report),
-        _robustness(report),
+        _accuracy(report),
+        robustness_section(report, {"fp32": report.robust_accuracy.fp32, **_deployed(report)}),
         _size(report),
         _speed(report),
         _integers(report),
@@ -26,32 +29,17 @@ def render_markdown(report: Report) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def percent(share: Share) -> str:
-    """A share with its interval and count."""
-    return f"{share.value:.2%} [{share.low:.2%}, {share.high:.2%}] (n={share.total})"
-
-
-def threat_text(threat: Threat) -> str:
-    """The threat model in words."""
-    norm = "l-inf" if threat.norm == "linf" else threat.norm
-    space = "pixels in [0, 1]" if threat.space == "pixels" else "the normalised space"
-    clip = "clipped to valid pixels" if threat.clip else "not clipped to valid pixels"
-    return f"{norm}, eps {threat.eps:.4g} in {space}, {clip} (preset `{threat.preset}`)"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
 def _headline(report: Report) -> str:
     before, after = report.baseline, report
     size = report.model.bytes
     fastest = [row for row in report.latency if row.file == "deployed"]
     rows = [
         ("accuracy on clean images", percent(before.accuracy), percent(after.accuracy.deployed)),
-        ("accuracy under attack", percent(before.robust_accuracy), percent(after.robust_accuracy.deployed)),
+        (
+            "accuracy under attack",
+            percent(before.robust_accuracy),
+            marked(percent(after.robust_accuracy.deployed), report),
+        ),
         ("parameters", f"{report.model.params.before:,}", f"{report.model.params.after:,}"),
         ("multiply-accumulates per image", f"{report.model.macs.before:,}", f"{report.model.macs.after:,}"),
         ("file size", f"{size.before / 1e6:.2f} MB", f"{size.after / 1e6:.2f} MB"),
@@ -76,28 +64,16 @@ def _alarms(report: Report) -> str:
     return "\n".join(f"> **ALARM {alarm.name}**: {alarm.message}" for alarm in report.soundness)
 
 
-def _robustness(report: Report) -> str:
-    rows = [
-        (
-            f"{cell.attack} ({cell.steps} steps of {cell.step_size:.4g}, {cell.restarts} start(s))",
-            cell.surrogate,
-            cell.target,
-            f"{cell.value:.2%} [{cell.low:.2%}, {cell.high:.2%}]",
-            "none to transfer" if cell.transfer_rate is None else f"{cell.transfer_rate:.2%} (n={cell.transfer_n})",
-        )
-        for cell in report.robustness
-    ]
+def _accuracy(report: Report) -> str:
     clean = report.accuracy
-    clean_rows = [("torch", percent(clean.torch)), ("fp32", percent(clean.fp32)), ("deployed", percent(clean.deployed))]
+    rows = [("torch", percent(clean.torch)), ("fp32", percent(clean.fp32)), ("deployed", percent(clean.deployed))]
+    return f"## Accuracy and robustness\n\n{table(('graph', 'accuracy on clean images'), rows)}"
+
+
+def _deployed(report: Report) -> dict[str, Share]:
     robust = report.robust_accuracy
-    worst = [("fp32", percent(robust.fp32)), ("deployed", percent(robust.deployed))]
-    return (
-        "## Accuracy and robustness\n\n"
-        f"{table(('graph', 'accuracy on clean images'), clean_rows)}\n\n"
-        f"{table(('attack', 'made on', 'scored on', 'still right', 'transfer rate'), rows)}\n\n"
-        "Worst case per image, over clean and all attacks above:\n\n"
-        f"{table(('graph', 'robust accuracy'), worst)}"
-    )
+    from_file = {} if robust.deployed_from_file is None else {"deployed_from_file": robust.deployed_from_file}
+    return {"deployed": robust.deployed, **from_file}
 
 
 def _size(report: Report) -> str:

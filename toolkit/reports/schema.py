@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from toolkit.artifacts import Proportion
 from toolkit.statistics import Mcnemar
 
-SCHEMA_VERSION: Literal["1.0"] = "1.0"
+SCHEMA_VERSION: Literal["1.1"] = "1.1"
 
 SurrogateName = Literal["original", "float", "fake_quantised", "twin"]
 TargetName = Literal["torch", "fp32", "deployed", "deployed_unoptimised"]
@@ -154,13 +154,56 @@ class Attack(Part):
     transfer_rate: float | None
     """Of the images clean-correct on both and fooled on the surrogate, the share that fools the target too."""
     transfer_n: int
+    valid: bool
+    """False where the surrogate is a twin that is not faithful."""
+
+
+class ColumnTest(Part):
+    """McNemar's exact test between two targets under one attack on the same images."""
+
+    attack: str
+    surrogate: SurrogateName
+    first: TargetName
+    second: TargetName
+    only_first: int
+    """Images on which only the first is right."""
+    only_second: int
+    p_value: float
 
 
 class RobustAccuracy(Part):
-    """Worst case per image over clean and all attacks, the same attacks for both."""
+    """Worst case per image over clean and all attacks, the same attacked images for all."""
 
     fp32: Share
     deployed: Share
+    deployed_from_file: Share | None
+    """Of the deployed graph when it reads the attacked images from 8-bit PNG files."""
+
+
+class PassRecord(Part):
+    """One attack of the worst case, run on the images that some compared graph still classified rightly."""
+
+    attack: str
+    steps: int
+    """Gradients, or queries, per image."""
+    rank: int | None
+    """Of a targeted attack: towards the image's so-many-th likeliest other class."""
+    surrogate: SurrogateName | None
+    """None: by queries, on the graph that counts itself."""
+    attempted: int
+    fooled: int
+    """Of these, images that fool the graph that counts now, and did not before."""
+
+
+class WorstCase(Part):
+    """What lies behind the worst case, beside the transfer matrix."""
+
+    attacks: str
+    """As the user asked for them."""
+    passes: list[PassRecord]
+    complete: bool
+    not_run: list[str]
+    """What the time that was set did not suffice for; the worst case is then that of what was run."""
 
 
 class AlarmRecord(Part):
@@ -170,6 +213,63 @@ class AlarmRecord(Part):
     message: str
     value: float
     limit: float
+
+
+class CheckRecord(Part):
+    """A way in which a figure could be wrong, measured; an alarm if the value is above the limit."""
+
+    name: str
+    value: float
+    limit: float
+    alarm: bool
+
+
+class FidelityRecord(Part):
+    """The twin of the deployed graph against the session that runs it."""
+
+    agreement_clean: Share
+    agreement_attacked: Share | None
+    max_difference: float
+    relative: float
+    """Largest logit difference over the standard deviation of the session's logits."""
+    valid: bool
+    """Whether figures that rest on the twin count."""
+
+
+class SaturationRecord(Part):
+    """Share of a quantised tensor's values outside of what its quantiser represents."""
+
+    tensor: str
+    clean: float
+    attacked: float
+
+
+class CurvePoint(Part):
+    """Accuracy of the graph that counts under PGD of one radius and number of steps; eps 0 is clean."""
+
+    eps: float
+    steps: int
+    correct: int
+    total: int
+    value: float
+    low: float
+    high: float
+
+
+class Robustness(Part):
+    """The evidence of robustness, of a bundle or of any graph that was attacked."""
+
+    robustness: list[Attack]
+    columns: list[ColumnTest]
+    worst_case: WorstCase
+    soundness: list[AlarmRecord]
+    soundness_checks: list[CheckRecord]
+    fidelity: FidelityRecord | None
+    saturation: list[SaturationRecord]
+    security_curve: list[CurvePoint]
+    """Over the radius, by the surrogate that transfers best; empty where no gradients are to be had."""
+    step_ladder: list[CurvePoint]
+    """The same over the number of steps."""
 
 
 class ParityRecord(Part):
@@ -321,10 +421,33 @@ class Gate(Part):
     met: bool
 
 
-class Report(Part):
+class AttackReport(Robustness):
+    """What `toolkit attack` found."""
+
+    target: str
+    """The file's or folder's name."""
+    data: str
+    images: int
+    threat: Threat
+    steps: int
+    step_size: float
+    restarts: int
+    random_start: bool
+    seed: int
+    budget: float | None
+    """Seconds that were set; such a run need not be repeatable."""
+    seconds: float
+    accuracy: dict[str, Share]
+    robust_accuracy: dict[str, Share]
+    """By graph, and `deployed_from_file`: the graph that counts, reading attacked images from 8-bit PNG files."""
+    clipped_share: float | None
+    environment: dict[str, Any]
+
+
+class Report(Robustness):
     """Everything that is claimed of a bundle."""
 
-    schema_version: Literal["1.0"]
+    schema_version: Literal["1.1"]
     toolkit_version: str
     seed: int
     model: Model
@@ -333,9 +456,7 @@ class Report(Part):
     finetuning: Finetuning
     baseline: Baseline
     accuracy: Accuracy
-    robustness: list[Attack]
     robust_accuracy: RobustAccuracy
-    soundness: list[AlarmRecord]
     parity: list[ParityRecord]
     end_to_end: EndToEnd | None
     quantization: Quantization

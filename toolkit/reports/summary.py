@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 
-from toolkit.reports.markdown import percent, threat_text
-from toolkit.reports.schema import Report
+from toolkit.reports.robustness import JUDGES, PASS_HEADER, curve_rows, matrix_rows, pass_rows, twin_text
+from toolkit.reports.schema import AttackReport, Report
+from toolkit.reports.words import percent, threat_text
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -41,9 +42,9 @@ def render_summary(report: Report, folder: Path) -> str:
             )
     parts = [
         text_table(("", "before", "deployed"), rows),
-        f"attack:  {report.robustness[0].attack}, {threat_text(report.threat)}",
-        f"integer: {report.quantization.verdict}",
         *(f"ALARM    {alarm.message}" for alarm in report.soundness),
+        f"attack:  {report.worst_case.attacks}, worst case per image; {threat_text(report.threat)}",
+        f"integer: {report.quantization.verdict}",
         *(
             f"GATE     {gate.name} {gate.limit:g}: measured {gate.value:.4f}, {'met' if gate.met else 'NOT MET'}"
             for gate in report.gates
@@ -52,6 +53,47 @@ def render_summary(report: Report, folder: Path) -> str:
         f"next:    toolkit verify {place}\n         toolkit attack {place} --restarts 5\n"
         f"         toolkit harden --config {quote(str(folder / 'config.yaml'))} --output {quote(f'{folder}-again')}",
     ]
+    return "\n".join(parts)
+
+
+def render_attack(found: AttackReport, gallery: Path | None = None) -> str:
+    """What `toolkit attack` found: the robust accuracy and its alarms first, then what it rests on."""
+    clean = {name: percent(share) for name, share in found.accuracy.items()}
+    rows = [
+        (
+            JUDGES[name],
+            clean.get(name, ""),
+            percent(found.robust_accuracy[name]) if name in found.robust_accuracy else "",
+        )
+        for name in (*found.accuracy, *(name for name in found.robust_accuracy if name not in found.accuracy))
+    ]
+    start = "random" if found.random_start else "zero"
+    parts = [
+        f"{found.target} on {found.data}, {found.images} images; {threat_text(found.threat)}",
+        text_table(("graph", "clean", "robust accuracy"), rows),
+        *(f"ALARM    {alarm.message}" for alarm in found.soundness),
+    ]
+    if found.robustness:
+        parts.append(
+            f"\npgd, {found.steps} steps of {found.step_size:.4g}, {found.restarts} {start} start(s), all images:"
+        )
+        parts.append(text_table(*matrix_rows(found)))
+    if found.worst_case.passes:
+        parts.append("\nworst case, on the images that were left:")
+        parts.append(text_table(PASS_HEADER, pass_rows(found)))
+    if found.security_curve:
+        parts.append("\nover the radius:")
+        header = ("eps", "steps", f"accuracy (n={found.security_curve[0].total})")
+        parts.append(text_table(header, curve_rows(found.security_curve)))
+    if found.fidelity is not None:
+        parts.append(f"\nfidelity: {twin_text(found)}")
+    if found.clipped_share is not None:
+        parts.append(f"attacked pixels outside the integer graph's input range: {found.clipped_share:.2%}")
+    if found.budget is not None:
+        parts.append(f"a run with --budget {found.budget:g}: what it finds depends on the machine's speed")
+    parts += [f"NOT RUN  {what}" for what in found.worst_case.not_run]
+    if gallery is not None:
+        parts.append(f"images that fool the graph: {gallery}")
     return "\n".join(parts)
 
 

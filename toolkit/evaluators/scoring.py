@@ -1,0 +1,139 @@
+"""Who judges attacked images, and the ledger of what every graph still classifies rightly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from toolkit.artifacts import Int64Array, Normalization, Predictor, Proportion, Split, TorchModel
+from toolkit.attacks.pgd import largest_violation, rounding
+from toolkit.attacks.surrogate import compute_device
+from toolkit.attacks.threat import ThreatModel
+from toolkit.evaluators.accuracy import correct
+from toolkit.evaluators.image_files import WRITABLE_CHANNELS, Gallery, decode, encode, to_levels
+
+SurrogateName = Literal["original", "float", "fake_quantised", "twin"]
+TargetName = Literal["torch", "fp32", "deployed", "deployed_unoptimised"]
+Flags = dict[str, Tensor]
+"""Which images are classified rightly, bool [n], by the name of the judge."""
+
+FILE = "file"
+"""The judge's name of the graph that counts behind a PNG file of the attacked image."""
+
+
+def placed(predictor: Predictor) -> Predictor:
+    """`predictor` where it computes fastest: torch networks are copied to the GPU if there is one."""
+    device = compute_device()
+    if not isinstance(predictor, TorchModel) or predictor.module.mean.device.type == device.type:
+        return predictor
+    copied = predictor.copy()
+    copied.module.to(device)
+    return copied
+
+
+class Judges:
+    """The graphs on which attacked images are scored, in float32, and the image files read by the one that counts.
+
+    Args:
+        targets: the graphs, by name.
+        threat: what an attacker may do; every image that is handed in is measured against it.
+        normalization: of the network, for a ball that lies behind it.
+        gallery: keeps the files that fool the graph that counts.
+    """
+
+    def __init__(
+        self,
+        targets: Mapping[TargetName, Predictor],
+        threat: ThreatModel,
+        normalization: Normalization,
+        gallery: Gallery | None = None,
+    ) -> None:
+        self.targets: dict[TargetName, Predictor] = {name: placed(target) for name, target in targets.items()}
+        self.primary: TargetName = "deployed" if "deployed" in targets else next(iter(targets))
+        """The graph that counts: the deployed one, where there is one."""
+        self.compared: tuple[TargetName, ...] = tuple(name for name in ("fp32", "deployed") if name in targets) or (
+            self.primary,
+        )
+        """The graphs whose worst cases are told: an image is attacked until all of them are fooled."""
+        self._threat, self._normalization, self._gallery = threat, normalization, gallery or Gallery(None)
+
+    def score(self, attacked: Tensor, clean: Tensor, labels: Tensor, *, indices: Int64Array, every: bool) -> Flags:
+        """Which attacked images are still classified rightly, by judge, the image file among them.
+
+        Args:
+            attacked: float32 [n, C, H, W] on any device.
+            clean: float32 [n, C, H, W] on the CPU, the images they were made from.
+            labels: int64 [n] on the CPU.
+            indices: their positions among the evaluation images.
+            every: on all targets; otherwise on the compared ones alone.
+
+        Raises:
+            RuntimeError: an attack left its threat model.
+        """
+        attacked = attacked.cpu()
+        over = largest_violation(attacked, clean, self._threat, self._normalization)
+        if over > rounding(attacked.shape, self._threat, self._normalization):
+            raise RuntimeError(f"an attack left its threat model by {over:g}")
+        names: Sequence[TargetName] = tuple(self.targets) if every else self.compared
+        flags: Flags = {name: correct(self.targets[name], attacked, labels) for name in names}
+        if attacked.shape[1] in WRITABLE_CHANNELS:
+            flags[FILE] = self._score_files(attacked, clean, labels, indices, fooled=~flags[self.primary])
+        return flags
+
+    def _score_files(
+        self, attacked: Tensor, clean: Tensor, labels: Tensor, indices: Int64Array, fooled: Tensor
+    ) -> Tensor:
+        """The same behind a PNG file, of those images that fool the graph without one."""
+        right = torch.ones(len(attacked), dtype=torch.bool)
+        rows = fooled.nonzero()[:, 0]
+        if not len(rows):
+            return right
+        levels = to_levels(attacked[rows], clean[rows], self._threat, self._normalization)
+        files = [encode(image) for image in levels]
+        right[rows] = correct(self.targets[self.primary], torch.stack([decode(file) for file in files]), labels[rows])
+        for row, file in zip(rows.tolist(), files, strict=True):
+            if not right[row]:
+                self._gallery.keep(file, index=int(indices[row]), label=int(labels[row]))
+        return right
+
+
+class Ledger:
+    """Which evaluation images every judge still classifies rightly: clean, and under everything tried so far."""
+
+    def __init__(self, clean: Mapping[str, Tensor], judges: Judges, *, files: bool) -> None:
+        self.clean: Flags = dict(clean)
+        self.compared: tuple[str, ...] = (*judges.compared, *((FILE,) if files else ()))
+        sources = {FILE: judges.primary}
+        self.worst: Flags = {name: clean[sources.get(name, name)].clone() for name in self.compared}
+
+    def update(self, flags: Mapping[str, Tensor], indices: Int64Array) -> None:
+        """Count one more attack on the images at `indices`."""
+        for name in self.compared:
+            self.worst[name][indices] &= flags[name]
+
+    def undecided(self, indices: Int64Array | None = None) -> Tensor:
+        """Which images (all, or those at `indices`) some compared judge still classifies rightly, bool."""
+        chosen = [flags if indices is None else flags[indices] for flags in self.worst.values()]
+        return torch.stack(chosen).any(dim=0)
+
+    def remaining(self) -> Int64Array:
+        """The positions of the undecided images."""
+        found: Int64Array = self.undecided().nonzero()[:, 0].numpy().astype(np.int64)
+        return found
+
+    def proportions(self) -> dict[str, Proportion]:
+        return {name: Proportion.of(flags) for name, flags in self.worst.items()}
+
+
+def clean_flags(judges: Judges, split: Split, advance: Callable[[int], None]) -> Flags:
+    """Which clean images every target classifies rightly."""
+    found: dict[str, list[Tensor]] = {name: [] for name in judges.targets}
+    for batch in split.batches():
+        for name, target in judges.targets.items():
+            found[name].append(correct(target, batch.images, batch.labels))
+        advance(len(batch))
+    return {name: torch.cat(parts) for name, parts in found.items()}

@@ -1,0 +1,158 @@
+"""Who is attacked and who judges: surrogates and targets of a checkpoint, an ONNX file, or both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from toolkit import __version__
+from toolkit.artifacts import Predictor, Split, TorchModel
+from toolkit.errors import ToolkitError
+from toolkit.evaluators.evaluation import Clock, Conditions
+from toolkit.evaluators.examination import Examination, examine
+from toolkit.evaluators.fake_quantised import fake_quantise
+from toolkit.evaluators.image_files import Gallery
+from toolkit.evaluators.journal import Journal
+from toolkit.evaluators.scoring import SurrogateName, TargetName
+from toolkit.evaluators.surrogate import Twin, UnconvertibleGraph, build_twin, twin_model
+from toolkit.exporters.input_range import input_range
+from toolkit.exporters.interface import GraphInterface
+from toolkit.exporters.session import OnnxPredictor, Provider
+from toolkit.progress import warn
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """Surrogates and targets of one evaluation, in the order in which they are reported."""
+
+    surrogates: dict[SurrogateName, TorchModel] = field(default_factory=dict)
+    targets: dict[TargetName, Predictor] = field(default_factory=dict)
+    twin: Twin | None = None
+    input_range: tuple[float, float] | None = None
+    """Pixels that the deployed graph's input quantiser represents; None for float graphs."""
+    files: tuple[Path, ...] = ()
+
+    def with_network(self, name: SurrogateName, model: TorchModel) -> Lineup:
+        """Attacks are made on `model` too."""
+        return replace(self, surrogates={**self.surrogates, name: model})
+
+    def with_target(self, name: TargetName, target: Predictor) -> Lineup:
+        """Attacked images are scored on `target` too."""
+        return replace(self, targets={**self.targets, name: target})
+
+    def with_float_twin(self, path: Path, *, provider: Provider = "cpu") -> Lineup:
+        """The float twin in `path` judges too."""
+        found = self.with_target("fp32", OnnxPredictor(path, provider=provider))
+        return replace(found, files=(*self.files, path))
+
+    def with_deployed(
+        self,
+        path: Path,
+        class_names: tuple[str, ...],
+        *,
+        interface: GraphInterface | None = None,
+        input_shape: tuple[int, int, int] | None = None,
+        provider: Provider = "cpu",
+        twin: bool = True,
+    ) -> Lineup:
+        """The graph in `path` judges, optimised and not; attacks are made on its twin, if it can be made.
+
+        Args:
+            path: any ONNX classifier.
+            class_names: of the data.
+            interface: how it is fed; None: as the file says.
+            input_shape: of the images, for files that take any.
+            provider: what runs the deployed graph.
+            twin: whether to look for one.
+        """
+        deployed = OnnxPredictor(path, provider=provider, interface=interface)
+        plain = OnnxPredictor(path, optimized=False, interface=interface)
+        found = self.with_target("deployed", deployed).with_target("deployed_unoptimised", plain)
+        found = replace(found, files=(*self.files, path), input_range=_input_range(path))
+        if not twin:
+            return found
+        try:
+            made = build_twin(path, interface, input_shape=input_shape)
+        except UnconvertibleGraph as error:
+            warn(f"{error.problem}: {error.found}; attacks are made without its twin")
+            return found
+        return replace(found.with_network("twin", twin_model(made, class_names)), twin=made)
+
+    def with_fake_quantised(self, model: TorchModel, calibration: Split, *, per_channel: bool, margin: float) -> Lineup:
+        """Attacks are made on the fake-quantised form of `model` too, unless it has none."""
+        try:
+            made = fake_quantise(model, calibration, per_channel=per_channel, margin=margin)
+        except ToolkitError as error:
+            warn(f"{error.problem}: {error.found}; attacks are made without the fake-quantised network")
+            return self
+        return self.with_network("fake_quantised", made)
+
+    def fingerprint(self, split: Split, conditions: Conditions) -> str:
+        """Names an evaluation of these graphs, so that it is continued by nothing else."""
+        facts: dict[str, Any] = {
+            "version": __version__,
+            "split": split.digest,
+            "order": hashlib.sha256(split.hashes.tobytes()).hexdigest(),
+            "conditions": repr(conditions),
+            "targets": list(self.targets),
+            "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.files],
+        }
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        for name, model in self.surrogates.items():
+            digest.update(name.encode())
+            if name == "twin":
+                continue  # its file is counted above
+            for value in model.network.state_dict().values():
+                digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
+        return digest.hexdigest()
+
+    def examine(
+        self,
+        split: Split,
+        conditions: Conditions,
+        *,
+        journals: Path | None = None,
+        resume: bool = False,
+        clock: Clock | None = None,
+        gallery: Gallery | None = None,
+    ) -> Examination:
+        """The evidence of robustness.
+
+        Args:
+            split: the evaluation images.
+            conditions: threat model, attacks, seed.
+            journals: the folder in which what is done is kept until all is; None: nowhere.
+            resume: go on from what is kept there.
+            clock: the time that may be spent.
+            gallery: keeps the image files that fool the graph that counts.
+        """
+        conditions = replace(conditions, input_range=self.input_range)
+        fingerprint = self.fingerprint(split, conditions)
+        path = journals / f"{fingerprint[:16]}.sqlite" if journals else None
+        journal = Journal(path, fingerprint, resume=resume)
+        try:
+            found = examine(
+                self.surrogates,
+                self.targets,
+                split,
+                conditions,
+                twin=self.twin,
+                journal=journal,
+                clock=clock,
+                gallery=gallery,
+            )
+        except BaseException:
+            journal.close()
+            raise
+        journal.close(discard=not found.not_run)
+        return found
+
+
+def _input_range(path: Path) -> tuple[float, float] | None:
+    try:
+        return input_range(path)
+    except ToolkitError:
+        return None  # a float graph, or one that quantises its input in another way
