@@ -68,7 +68,7 @@ def attack(
     """
     start = time.monotonic()
     clock = Clock(config.budget)
-    compose(config.attack.attacks, classes=2)
+    compose(config.attack.attacks, classes=2, norm=config.threat.norm)
     kept = Gallery(gallery)
     model = config.model.path
     if model.is_dir():
@@ -83,7 +83,7 @@ def attack(
         scene.plan,
         scene.normalization,
         config.seed,
-        passes=compose(config.attack.attacks, len(scene.source.train.class_names)),
+        passes=compose(config.attack.attacks, len(scene.source.train.class_names), scene.plan.threat.norm),
         precision=scene.precision,
     )
     folder = journals or default_folder()

@@ -81,7 +81,7 @@ class Stopwatch:
 
 def check_settings(config: HardenConfig) -> None:
     """Refuse what could not be done in the end: a float model.onnx that nobody allowed, attacks that do not exist."""
-    compose(config.attack.attacks, classes=2)
+    compose(config.attack.attacks, classes=2, norm=config.threat.norm)
     if not config.quantize.int8 and not config.allow_float:
         raise ToolkitError(
             "model.onnx would be a float graph",
@@ -329,7 +329,7 @@ def _gather(
         baseline_accuracy = measure_accuracy(prepared.model, evaluation)
     with watch.stage("evaluate"):
         lineup = _lineup(config, prepared, tuned.model, graphs)
-        passes = compose(config.attack.attacks, len(tuned.model.spec.class_names))
+        passes = compose(config.attack.attacks, len(tuned.model.spec.class_names), prepared.plan.threat.norm)
         conditions = _conditions(config, prepared, tuned.model, passes)
         examination = lineup.examine(evaluation, conditions, journals=workspace.journals, resume=resume)
     with watch.stage("profile"):

@@ -10,25 +10,56 @@ import torch
 from torch import Tensor
 
 from toolkit.attacks.apgd import apgd, apgd_targeted
+from toolkit.attacks.carlini_wagner import carlini_wagner
+from toolkit.attacks.deepfool import deepfool
 from toolkit.attacks.fab import fab_targeted
+from toolkit.attacks.fgsm import fgsm
+from toolkit.attacks.fmn import fmn
+from toolkit.attacks.mim import mim
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.survivors import Settle
 from toolkit.attacks.threat import ThreatModel
-from toolkit.errors import unknown_name
+from toolkit.errors import ToolkitError, unknown_name
 
 SQUARE = "square"
 """The one attack that needs no gradients: it runs on the graph that counts itself."""
 PGD = "pgd"
 """The attack of the transfer matrix, which every evaluation makes."""
+ALL_NORMS = ("linf", "l2", "l1")
 
-GradientAttack = Callable[..., object]
-"""(surrogate, images, labels, threat, *, steps, generator, settle[, rank]); what it finds it hands to `settle`."""
 
-UNTARGETED: Mapping[str, GradientAttack] = {
-    "apgd-ce": partial(apgd, loss="cross_entropy"),
-    "apgd-dlr": partial(apgd, loss="dlr"),
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """An attack that needs gradients, and what it is called with."""
+
+    attack: Callable[..., object]
+    """(surrogate, images, labels, threat, *, settle, ...); what it finds it hands to `settle`."""
+    steps: int | None
+    """Gradients per image when it is asked for by name; None: it has no such argument."""
+    targeted: bool = False
+    """It takes a `rank`."""
+    random: bool = True
+    """It takes a `generator`."""
+    norms: tuple[str, ...] = ALL_NORMS
+
+
+STEPS = 100
+QUERIES = 5000
+TARGETS = 9
+"""Other classes that a targeted attack of AutoAttack tries."""
+
+GRADIENT_ATTACKS: Mapping[str, Recipe] = {
+    "fgsm": Recipe(fgsm, None, random=False),
+    "mim": Recipe(mim, 20, random=False),
+    "deepfool": Recipe(deepfool, 50, random=False, norms=("linf", "l2")),
+    "fmn": Recipe(fmn, STEPS, random=False),
+    "apgd-ce": Recipe(partial(apgd, loss="cross_entropy"), STEPS),
+    "apgd-dlr": Recipe(partial(apgd, loss="dlr"), STEPS),
+    "cw": Recipe(carlini_wagner, STEPS, random=False, norms=("l2",)),
+    "apgd-t": Recipe(apgd_targeted, STEPS, targeted=True),
+    "fab-t": Recipe(fab_targeted, STEPS, targeted=True),
 }
-TARGETED: Mapping[str, GradientAttack] = {"apgd-t": apgd_targeted, "fab-t": fab_targeted}
+"""By name, from cheap to dear."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +88,21 @@ class Pass:
         settle: Settle,
     ) -> None:
         """Make the attack, of a kind that needs gradients; what it finds is handed to `settle`."""
-        call = partial(TARGETED[self.attack], rank=self.rank) if self.rank else UNTARGETED[self.attack]
-        call(surrogate, images, labels, threat, steps=self.steps, generator=generator, settle=settle)
+        recipe = GRADIENT_ATTACKS[self.attack]
+        how: dict[str, object] = {"settle": settle}
+        if recipe.steps is not None:
+            how["steps"] = self.steps
+        if recipe.random:
+            how["generator"] = generator
+        if recipe.targeted:
+            how["rank"] = self.rank
+        recipe.attack(surrogate, images, labels, threat, **how)
 
     def __str__(self) -> str:
         target = "" if self.rank is None else f" to class {self.rank}"
         return f"{self.attack}-{self.steps}{target}"
 
 
-STEPS = 100
-QUERIES = 5000
-TARGETS = 9
-"""Other classes that a targeted attack of AutoAttack tries."""
 ENSEMBLE = (
     Pass("apgd-ce", STEPS, everywhere=True),
     *(Pass("apgd-t", STEPS, rank) for rank in range(1, TARGETS + 1)),
@@ -84,27 +118,37 @@ FAST = (
 COMPOSITIONS: Mapping[str, tuple[Pass, ...]] = {PGD: (), "fast": FAST, "ensemble": ENSEMBLE}
 
 
-def compose(names: str, classes: int) -> tuple[Pass, ...]:
+def compose(names: str, classes: int, norm: str = "linf") -> tuple[Pass, ...]:
     """The passes of a composition or of attacks by name, with commas between.
 
     Args:
         names: say `fast`, `ensemble`, or `apgd-ce,square`; `pgd` adds nothing to the transfer matrix.
         classes: of the network; targeted attacks have at most one target fewer.
+        norm: of the threat model.
 
     Raises:
-        ToolkitError: an unknown name.
+        ToolkitError: an unknown name, or an attack that does not exist in this norm.
     """
-    passes = [how for name in names.split(",") for how in _named(name.strip())]
+    passes = [how for name in names.split(",") for how in _named(name.strip(), norm)]
     return tuple(how for how in passes if how.rank is None or how.rank < classes)
 
 
-def _named(name: str) -> tuple[Pass, ...]:
+def _named(name: str, norm: str) -> tuple[Pass, ...]:
     if name in COMPOSITIONS:
         return COMPOSITIONS[name]
     if name == SQUARE:
         return (Pass(SQUARE, QUERIES),)
-    if name in UNTARGETED:
-        return (Pass(name, STEPS),)
-    if name in TARGETED:
-        return tuple(Pass(name, STEPS, rank) for rank in range(1, TARGETS + 1))
-    raise unknown_name("attack", name, (*COMPOSITIONS, *UNTARGETED, *TARGETED, SQUARE))
+    recipe = GRADIENT_ATTACKS.get(name)
+    if recipe is None:
+        raise unknown_name("attack", name, (*COMPOSITIONS, *GRADIENT_ATTACKS, SQUARE))
+    if norm not in recipe.norms:
+        fitting = [other for other, found in GRADIENT_ATTACKS.items() if norm in found.norms]
+        raise ToolkitError(
+            f"the attack {name} does not exist in the norm {norm}",
+            found=f"--attacks {name} with --norm {norm}",
+            fix=f"choose from {', '.join((*fitting, SQUARE))}, or another --norm ({', '.join(recipe.norms)})",
+        )
+    steps = recipe.steps or 1
+    if recipe.targeted:
+        return tuple(Pass(name, steps, rank) for rank in range(1, TARGETS + 1))
+    return (Pass(name, steps),)

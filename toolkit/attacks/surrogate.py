@@ -149,6 +149,10 @@ class Surrogate:
             logits: Tensor = self._network(form.lay_out((images - self._mean) / self._std))
         return logits.float().clone()
 
+    def predict(self, images: Tensor) -> Tensor:
+        """The same on the CPU: a surrogate predicts as any graph does, only faster."""
+        return self.logits(images).cpu()
+
     def _differentiate(self, network: nn.Module, form: Form, images: Tensor, loss: Loss) -> Slope:
         leaf = form.lay_out((images - self._mean) / self._std).requires_grad_(True)
         with torch.enable_grad():

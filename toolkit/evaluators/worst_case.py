@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toolkit.artifacts import Batch, Int64Array, derive_seed
+from toolkit.artifacts import Batch, Int64Array, Predictor, derive_seed
 from toolkit.attacks.ensemble import Pass
 from toolkit.attacks.square import square
 from toolkit.attacks.surrogate import Surrogate
@@ -43,6 +43,8 @@ class _Attempt:
     how: Pass
     name: SurrogateName | None
     surrogate: Surrogate | None
+    searched: Predictor
+    """What a search by queries asks: the graph that counts, or the fast form of the same torch network."""
     number: int
 
     def __str__(self) -> str:
@@ -65,8 +67,9 @@ def pursue(
     records: list[PassRecord] = []
     not_run: list[str] = []
     ledger, primary = run.ledger, run.judges.primary
+    searched = armed["float"] if primary == "torch" and "float" in armed else run.judges.targets[primary]
     for number, (how, name) in enumerate(_planned(run.conditions.passes, armed, best)):
-        attempt = _Attempt(how, name, armed[name] if name else None, number)
+        attempt = _Attempt(how, name, armed[name] if name else None, searched, number)
         remaining = ledger.remaining()
         before = ledger.worst[primary].clone()
         done = 0
@@ -121,7 +124,7 @@ def _attack(attempt: _Attempt, chunk: int, indices: Int64Array, run: Evaluation)
         attempt.how.run(attempt.surrogate, images, labels, threat, generator, settle)
         return
     square(
-        run.judges.targets[run.judges.primary],
+        attempt.searched,
         images,
         labels,
         threat,
