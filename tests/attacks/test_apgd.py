@@ -78,7 +78,8 @@ def test_a_targeted_attack_raises_the_class_of_its_rank(norm: Norm) -> None:
     images = torch.rand(8, 3, 4, 4, generator=generator)
     labels = model.predict(images).argmax(dim=1)
     targets = ranked_targets(model.predict(images), labels)
-    threat = ThreatModel(norm, {"linf": 0.03, "l2": 0.2, "l1": 1.0}[norm], "pixels", clip=True)
+    # so small that the leading logits, which the loss is measured by, hardly change
+    threat = ThreatModel(norm, {"linf": 0.01, "l2": 0.06, "l1": 0.2}[norm], "pixels", clip=True)
     reached = torch.zeros(4, 4)
     for rank in range(4):
         attacked = apgd_targeted(
