@@ -83,7 +83,8 @@ def test_one_bit_for_both_signs_is_the_two_ends() -> None:
 
 
 def test_nothing_but_zero_stays_zero() -> None:
-    assert round_to(torch.zeros(3), activation_grid(0.0, 0.0, 8)).tolist() == [0, 0, 0]
+    for high in (0.0, 5e-324, 1e-30):
+        assert round_to(torch.zeros(3), activation_grid(0.0, high, 8)).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("normalization", [GREY, RGB, Normalization((0.0,), (1.0,))])

@@ -34,7 +34,7 @@ def activation_grid(low: float, high: float, bits: int) -> Grid:
         bits: 1 to 16. One bit for values of both signs has the two values `low` and `high`.
     """
     low, high, levels = min(low, 0.0), max(high, 0.0), 2**bits - 1
-    if high <= low:
+    if high - low < TINY:  # nothing but 0, as behind a dead ReLU
         return Grid(1.0, 0, levels)
     if bits == 1 and low < 0 < high:
         return Grid(high - low, 0, 1, origin=low)
