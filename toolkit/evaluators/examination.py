@@ -22,7 +22,7 @@ from toolkit.evaluators.probes import (
     probe_inputs,
 )
 from toolkit.evaluators.robustness import Robustness, arm, evaluate_robustness
-from toolkit.evaluators.scoring import SurrogateName, TargetName
+from toolkit.evaluators.scoring import SurrogateName, TargetName, primary_of
 from toolkit.evaluators.soundness import (
     Check,
     disagreement_under_attack,
@@ -88,7 +88,7 @@ def examine(
     robustness = evaluate_robustness(
         surrogates, targets, split, conditions, journal=journal, clock=clock, gallery=gallery
     )
-    primary = targets["deployed"] if "deployed" in targets else next(iter(targets.values()))
+    primary = targets[primary_of(targets)]
     inputs = probe_inputs(primary, split)
     fidelity: Fidelity | None = None
     saturated: tuple[Saturation, ...] = ()
@@ -97,7 +97,7 @@ def examine(
     if twin is not None:
         fidelity, saturated = _watch_twin(twin, surrogates["twin"], primary, split, conditions)
     best = robustness.best_surrogate
-    if best is not None and clock.expired:
+    if surrogates and clock.expired:
         not_run = (*not_run, "probes of steps and radii")
     elif best is not None:
         surrogate = arm({best: surrogates[best]}, conditions)[best]
@@ -105,7 +105,7 @@ def examine(
     checks = (
         *input_checks(inputs),
         *integer_above_float(robustness.worst_case),
-        *query_beats_gradient(robustness.passes, len(split)),
+        *(query_beats_gradient(robustness.passes, len(split)) if surrogates else ()),
         *disagreement_under_attack(robustness.columns, robustness.clean_test, len(split)),
         *(gradient_checks(gradients, inputs.majority) if gradients else ()),
         *(unfaithful_surrogate("twin", fidelity) if fidelity else ()),

@@ -53,8 +53,12 @@ class Journal:
                 path.unlink(missing_ok=True)
             self._database = _open(path)
             self._check(fingerprint)
+        except ToolkitError:
+            self.close()
+            raise
         except (OSError, sqlite3.Error) as error:
             if resume and isinstance(error, sqlite3.DatabaseError):
+                self.close()
                 raise self._unreadable(f"{path}: {error}") from error
             self._give_up(error)
 
@@ -98,7 +102,7 @@ class Journal:
 
     def _give_up(self, error: Exception) -> None:
         warn(f"the evaluation cannot be resumed if it is cut short: {self.path}: {error}")
-        self._database = None
+        self.close()
 
     @staticmethod
     def _unreadable(found: str) -> ToolkitError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -117,7 +118,7 @@ def probe_gradients(surrogate: Surrogate, primary: Predictor, split: Split, cond
         conditions: threat model, schedule and seed.
     """
     probed = split.first(PROBED_IMAGES)
-    plans = [*_radii(conditions.plan, conditions), *_ladder(conditions.plan)]
+    plans = [*_radii(conditions.plan, conditions, split.images.shape), *_ladder(conditions.plan)]
     with task("probes", (len(plans) + 2) * len(probed)) as bar:
         robust = [_robust(surrogate, primary, probed, plan, conditions.seed, bar) for plan in plans]
         clean = _accuracy(primary, probed, bar)
@@ -127,11 +128,12 @@ def probe_gradients(surrogate: Surrogate, primary: Predictor, split: Split, cond
     return GradientProbes((Point(0.0, 0, clean), *curve), tuple(ladder), flat, fell)
 
 
-def _radii(plan: PgdPlan, conditions: Conditions) -> list[PgdPlan]:
+def _radii(plan: PgdPlan, conditions: Conditions, shape: tuple[int, int, int]) -> list[PgdPlan]:
     threat = plan.threat
     scale = float(threat.pixel_scale(conditions.normalization).min())
-    everything = 1.0 / scale  # l-inf: from any pixel to any other; as an l2 or l1 radius it is scaled up below
-    largest = max(everything, 4 * threat.eps) if threat.norm == "linf" else 100 * threat.eps
+    pixels = math.prod(shape)
+    everything = {"linf": 1.0, "l2": math.sqrt(pixels), "l1": float(pixels)}[threat.norm]  # from black to white
+    largest = max(everything / scale, 4 * threat.eps)
     return [_at(plan, factor * threat.eps) for factor in RADII] + [_at(plan, largest)]
 
 

@@ -13,7 +13,8 @@ from toolkit.artifacts import Int64Array, Normalization, Predictor, Proportion, 
 from toolkit.attacks.pgd import largest_violation, rounding
 from toolkit.attacks.surrogate import compute_device
 from toolkit.attacks.threat import ThreatModel
-from toolkit.evaluators.accuracy import correct
+from toolkit.attacks.losses import margin
+from toolkit.evaluators.accuracy import correct, right
 from toolkit.evaluators.image_files import WRITABLE_CHANNELS, Gallery, decode, encode, to_levels
 
 SurrogateName = Literal["original", "float", "fake_quantised", "twin"]
@@ -23,6 +24,13 @@ Flags = dict[str, Tensor]
 
 FILE = "file"
 """The judge's name of the graph that counts behind a PNG file of the attacked image."""
+MARGIN = "margin"
+"""Beside the flags: the margin of the graph that counts, float32 [n]; positive where it is fooled."""
+
+
+def primary_of(targets: Mapping[TargetName, Predictor]) -> TargetName:
+    """The graph that counts: the deployed one, where there is one, else the first."""
+    return "deployed" if "deployed" in targets else next(iter(targets))
 
 
 def placed(predictor: Predictor) -> Predictor:
@@ -53,16 +61,15 @@ class Judges:
         gallery: Gallery | None = None,
     ) -> None:
         self.targets: dict[TargetName, Predictor] = {name: placed(target) for name, target in targets.items()}
-        self.primary: TargetName = "deployed" if "deployed" in targets else next(iter(targets))
-        """The graph that counts: the deployed one, where there is one."""
-        self.compared: tuple[TargetName, ...] = tuple(name for name in ("fp32", "deployed") if name in targets) or (
-            self.primary,
-        )
+        self.primary: TargetName = primary_of(targets)
+        """The graph that counts."""
+        told: tuple[TargetName, ...] = tuple(name for name in ("fp32", "deployed") if name in targets)
+        self.compared: tuple[TargetName, ...] = told if self.primary in told else (self.primary, *told)
         """The graphs whose worst cases are told: an image is attacked until all of them are fooled."""
         self._threat, self._normalization, self._gallery = threat, normalization, gallery or Gallery(None)
 
     def score(self, attacked: Tensor, clean: Tensor, labels: Tensor, *, indices: Int64Array, every: bool) -> Flags:
-        """Which attacked images are still classified rightly, by judge, the image file among them.
+        """Which attacked images are still classified rightly, by judge, the image file among them, and the margin.
 
         Args:
             attacked: float32 [n, C, H, W] on any device.
@@ -76,10 +83,12 @@ class Judges:
         """
         attacked = attacked.cpu()
         over = largest_violation(attacked, clean, self._threat, self._normalization)
-        if over > rounding(attacked.shape, self._threat, self._normalization):
+        if not over <= rounding(attacked.shape, self._threat, self._normalization):  # so that NaN is caught too
             raise RuntimeError(f"an attack left its threat model by {over:g}")
         names: Sequence[TargetName] = tuple(self.targets) if every else self.compared
-        flags: Flags = {name: correct(self.targets[name], attacked, labels) for name in names}
+        logits = {name: self.targets[name].predict(attacked).cpu() for name in names}
+        flags: Flags = {name: right(found, labels) for name, found in logits.items()}
+        flags[MARGIN] = margin(logits[self.primary], labels)
         if attacked.shape[1] in WRITABLE_CHANNELS:
             flags[FILE] = self._score_files(attacked, clean, labels, indices, fooled=~flags[self.primary])
         return flags
@@ -107,6 +116,8 @@ class Ledger:
     def __init__(self, clean: Mapping[str, Tensor], judges: Judges, *, files: bool) -> None:
         self.clean: Flags = dict(clean)
         self.compared: tuple[str, ...] = (*judges.compared, *((FILE,) if files else ()))
+        self.margin = clean[MARGIN].clone()
+        """The largest margin of the graph that counts so far; see `progress`."""
         sources = {FILE: judges.primary}
         self.worst: Flags = {name: clean[sources.get(name, name)].clone() for name in self.compared}
 
@@ -114,15 +125,23 @@ class Ledger:
         """Count one more attack on the images at `indices`."""
         for name in self.compared:
             self.worst[name][indices] &= flags[name]
+        self.margin[indices] = torch.maximum(self.margin[indices], flags[MARGIN])
+
+    @property
+    def progress(self) -> Tensor:
+        """How far attacks brought each image from its clean margin (0) to the boundary (1), float32."""
+        start = self.clean[MARGIN].clamp(max=-torch.finfo(torch.float32).tiny)
+        return 1 - self.margin / start
 
     def undecided(self, indices: Int64Array | None = None) -> Tensor:
         """Which images (all, or those at `indices`) some compared judge still classifies rightly, bool."""
         chosen = [flags if indices is None else flags[indices] for flags in self.worst.values()]
         return torch.stack(chosen).any(dim=0)
 
-    def remaining(self) -> Int64Array:
-        """The positions of the undecided images."""
-        found: Int64Array = self.undecided().nonzero()[:, 0].numpy().astype(np.int64)
+    def remaining(self, near: float = 0.0) -> Int64Array:
+        """The positions of the undecided images that attacks brought at least so near the boundary (1: onto it)."""
+        wanted = self.undecided() & (self.progress >= near)
+        found: Int64Array = wanted.nonzero()[:, 0].numpy().astype(np.int64)
         return found
 
     def proportions(self) -> dict[str, Proportion]:
@@ -130,10 +149,13 @@ class Ledger:
 
 
 def clean_flags(judges: Judges, split: Split, advance: Callable[[int], None]) -> Flags:
-    """Which clean images every target classifies rightly."""
-    found: dict[str, list[Tensor]] = {name: [] for name in judges.targets}
+    """Which clean images every target classifies rightly, and the margin of the graph that counts."""
+    found: dict[str, list[Tensor]] = {name: [] for name in (*judges.targets, MARGIN)}
     for batch in split.batches():
         for name, target in judges.targets.items():
-            found[name].append(correct(target, batch.images, batch.labels))
+            logits = target.predict(batch.images).cpu()
+            found[name].append(right(logits, batch.labels))
+            if name == judges.primary:
+                found[MARGIN].append(margin(logits, batch.labels))
         advance(len(batch))
     return {name: torch.cat(parts) for name, parts in found.items()}

@@ -68,8 +68,8 @@ def integer_above_float(robust: Mapping[str, Proportion]) -> tuple[Check, ...]:
         return ()
     gain = robust["deployed"].value - robust["fp32"].value
     message = (
-        f"the integer graph looks {100 * gain:.2f} points more robust than its float twin under attacks made on the "
-        "float network: the attack transfers badly or the input quantiser clips it; do not rely on the gain"
+        f"the integer graph looks {100 * gain:.2f} points more robust than its float twin under the same attacks: "
+        "they transfer badly to it or its input quantiser clips them; do not rely on the gain"
     )
     return (Check("integer_above_float", gain, message),)
 
@@ -193,8 +193,9 @@ def unfaithful_surrogate(name: SurrogateName, found: Fidelity) -> tuple[Check, .
     """Attacks made on a twin say little of a graph that answers otherwise."""
     agreements = [share for share in (found.agreement_clean, found.agreement_attacked) if share is not None]
     worst = min(agreements, key=lambda share: share.value)
+    apart = (worst.total - worst.correct) / worst.total  # not 1 - value, which rounding puts above the limit
     message = (
         f"the {name} of the deployed graph gives the same label on {worst} of the images only: figures of attacks made "
         "on it are invalid as they stand, and the worst case rests on the other surrogates and on queries"
     )
-    return (Check("surrogate_unfaithful", 1 - worst.value, message),)
+    return (Check("surrogate_unfaithful", apart, message),)

@@ -14,7 +14,7 @@ from toolkit.attacks.square import square
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.survivors import Settle
 from toolkit.evaluators.evaluation import Evaluation
-from toolkit.evaluators.scoring import SurrogateName
+from toolkit.evaluators.scoring import MARGIN, SurrogateName
 from toolkit.progress import task
 
 FIRST_STREAM = 1000
@@ -70,7 +70,7 @@ def pursue(
     searched = armed["float"] if primary == "torch" and "float" in armed else run.judges.targets[primary]
     for number, (how, name) in enumerate(_planned(run.conditions.passes, armed, best)):
         attempt = _Attempt(how, name, armed[name] if name else None, searched, number)
-        remaining = ledger.remaining()
+        remaining = ledger.remaining(how.near)
         before = ledger.worst[primary].clone()
         done = 0
         with task(str(attempt), len(remaining)) as bar:
@@ -89,8 +89,9 @@ def pursue(
 def _planned(
     passes: tuple[Pass, ...], armed: Mapping[SurrogateName, Surrogate], best: SurrogateName | None
 ) -> list[tuple[Pass, SurrogateName | None]]:
+    """Attacks by queries come last, so that they show what those with gradients have missed."""
     planned: list[tuple[Pass, SurrogateName | None]] = []
-    for how in passes:
+    for how in sorted(passes, key=lambda how: how.by_queries):
         if how.by_queries:
             planned.append((how, None))
         elif how.everywhere:
@@ -110,7 +111,8 @@ def _one_chunk(attempt: _Attempt, chunk: int, indices: Int64Array, run: Evaluati
     if run.clock.expired:
         return False
     _attack(attempt, chunk, indices, run)
-    run.journal.put(key, {judge: flags[indices].numpy() for judge, flags in run.ledger.worst.items()})
+    known = {judge: flags[indices].numpy() for judge, flags in run.ledger.worst.items()}
+    run.journal.put(key, {**known, MARGIN: run.ledger.margin[indices].numpy()})
     return True
 
 
