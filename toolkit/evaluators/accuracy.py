@@ -10,8 +10,12 @@ from toolkit.artifacts import Predictor, Proportion, Split
 
 def correct(predictor: Predictor, images: Tensor, labels: Tensor) -> Tensor:
     """Which images are classified rightly, bool [n] on the CPU; logits that are not finite count as wrong."""
-    logits = predictor.predict(images).cpu()
-    return logits.argmax(dim=1).eq(labels.cpu()) & logits.isfinite().all(dim=1)
+    return right(predictor.predict(images).cpu(), labels.cpu())
+
+
+def right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which logits [n, classes] name the class in labels [n], bool [n]; those that are not finite do not."""
+    return logits.argmax(dim=1).eq(labels) & logits.isfinite().all(dim=1)
 
 
 def measure_accuracy(predictor: Predictor, split: Split) -> Proportion:

@@ -79,7 +79,7 @@ def evaluate_robustness(
     return Robustness(
         transfers=matrix.transfers,
         columns=matrix.columns,
-        clean={name: Proportion.of(flags) for name, flags in clean.items()},
+        clean={name: Proportion.of(clean[name]) for name in targets},
         clean_test=mcnemar(clean["fp32"], clean["deployed"]) if {"fp32", "deployed"} <= set(clean) else None,
         worst_case={name: share for name, share in worst.items() if name != FILE},
         file=worst.get(FILE),

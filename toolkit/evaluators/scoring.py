@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from toolkit.artifacts import Int64Array, Normalization, Predictor, Proportion, Split, TorchModel
+from toolkit.attacks.losses import margin
 from toolkit.attacks.pgd import largest_violation, rounding
 from toolkit.attacks.surrogate import compute_device
 from toolkit.attacks.threat import ThreatModel
-from toolkit.attacks.losses import margin
 from toolkit.evaluators.accuracy import correct, right
 from toolkit.evaluators.image_files import WRITABLE_CHANNELS, Gallery, decode, encode, to_levels
 

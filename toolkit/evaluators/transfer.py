@@ -17,7 +17,7 @@ from toolkit.attacks.pgd import pgd
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.evaluators.accuracy import correct
 from toolkit.evaluators.evaluation import Evaluation
-from toolkit.evaluators.scoring import Flags, SurrogateName, TargetName, placed
+from toolkit.evaluators.scoring import MARGIN, Flags, SurrogateName, TargetName, placed
 from toolkit.progress import task
 from toolkit.statistics import Mcnemar, mcnemar
 
@@ -76,7 +76,7 @@ class _Row:
         self.clean.append(found[CLEAN].bool())
         self.clipped += int(found[CLIPPED])
         for name, flags in found.items():
-            if name not in (CLEAN, CLIPPED):
+            if name not in (CLEAN, CLIPPED, MARGIN):
                 self.attacked.setdefault(name, []).append(flags.bool())
 
     def flags(self) -> Flags:
@@ -141,12 +141,20 @@ def _one_cell(
         attacked = pgd(surrogate, batch.images, batch.labels, conditions.plan, generator).cpu()
         found = run.judges.score(attacked, batch.images, batch.labels, indices=indices, every=True)
         found[OWN] = correct(own, attacked, batch.labels)
-        flags = {judge: right & flags.get(judge, right) for judge, right in found.items()}
+        flags = {
+            judge: values if judge not in flags else _worse(judge, values, flags[judge])
+            for judge, values in found.items()
+        }
         if conditions.input_range is not None:
             low, high = conditions.input_range
             clipped += int(((attacked < low) | (attacked > high)).sum())
     clean = correct(own, batch.images, batch.labels)
     return {**flags, CLEAN: clean, CLIPPED: torch.tensor([clipped])}
+
+
+def _worse(judge: str, first: Tensor, second: Tensor) -> Tensor:
+    """Of two restarts, image by image: right only if right in both, and the larger margin."""
+    return torch.maximum(first, second) if judge == MARGIN else first & second
 
 
 def _matrix(rows: Mapping[SurrogateName, _Row], run: Evaluation, not_run: tuple[str, ...]) -> Matrix:
