@@ -64,13 +64,11 @@ class Journal:
 
     def get(self, key: str) -> dict[str, npt.NDArray[Any]] | None:
         """The arrays kept under `key`; None if there are none."""
-        if self._database is None:
+        try:
+            return self._read(key)
+        except sqlite3.Error as error:
+            self._give_up(error)
             return None
-        row = self._database.execute("SELECT arrays FROM entry WHERE key = ?", (key,)).fetchone()
-        if row is None:
-            return None
-        with np.load(io.BytesIO(row[0]), allow_pickle=False) as found:
-            return {name.removeprefix(PREFIX): array for name, array in found.items()}
 
     def put(self, key: str, arrays: Arrays) -> None:
         """Keep `arrays` under `key`, at once on disk."""
@@ -93,8 +91,17 @@ class Journal:
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
 
+    def _read(self, key: str) -> dict[str, npt.NDArray[Any]] | None:
+        if self._database is None:
+            return None
+        row = self._database.execute("SELECT arrays FROM entry WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            return None
+        with np.load(io.BytesIO(row[0]), allow_pickle=False) as found:
+            return {name.removeprefix(PREFIX): array for name, array in found.items()}
+
     def _check(self, fingerprint: str) -> None:
-        known = self.get(FINGERPRINT)
+        known = self._read(FINGERPRINT)
         if known is None:
             self.put(FINGERPRINT, {"value": np.array(fingerprint)})
         elif str(known["value"]) != fingerprint:
@@ -115,5 +122,9 @@ class Journal:
 
 def _open(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path)
-    database.execute("CREATE TABLE IF NOT EXISTS entry (key TEXT PRIMARY KEY, arrays BLOB NOT NULL)")
+    try:
+        database.execute("CREATE TABLE IF NOT EXISTS entry (key TEXT PRIMARY KEY, arrays BLOB NOT NULL)")
+    except sqlite3.Error:
+        database.close()
+        raise
     return database
