@@ -117,6 +117,14 @@ def interface_of(model: ModelProto, name: str, *, normalization: Normalization |
     return found if normalization is None else with_normalization(found, normalization, name)
 
 
+def with_inferred_shapes(model: ModelProto) -> ModelProto:
+    """A copy of `model` with all types and shapes that follow from it; `model` itself where none can be found."""
+    try:
+        return onnx.shape_inference.infer_shapes(model)
+    except (onnx.shape_inference.InferenceError, ValueError):  # operators that onnx does not know; more than 2 GB
+        return model
+
+
 def with_normalization(interface: GraphInterface, normalization: Normalization, name: str) -> GraphInterface:
     """The interface of a graph whose pixels are to be normalised first.
 
@@ -150,10 +158,11 @@ def _image_input(model: ModelProto, name: str) -> ValueInfoProto:
 
 
 def _layout(image: ValueInfoProto, sizes: Sequence[int | None], name: str) -> Layout:
-    if sizes[1] in CHANNELS:
-        return "NCHW"
-    if sizes[3] in CHANNELS:
-        return "NHWC"
+    for likely in (CHANNELS[:2], CHANNELS):  # an image four pixels high is likelier than one with transparency
+        if sizes[1] in likely:
+            return "NCHW"
+        if sizes[3] in likely:
+            return "NHWC"
     if sizes[1] is None:
         return "NCHW"
     raise ToolkitError(
@@ -165,7 +174,7 @@ def _layout(image: ValueInfoProto, sizes: Sequence[int | None], name: str) -> La
 
 def _output(model: ModelProto, name: str) -> tuple[str, int | None]:
     """The name of the one output [N, classes], and the number of classes if the file says it."""
-    inferred = {item.name: item for item in onnx.shape_inference.infer_shapes(model).graph.output}
+    inferred = {item.name: item for item in with_inferred_shapes(model).graph.output}
     outputs = [inferred.get(item.name, item) for item in model.graph.output]
     fitting = [item for item in outputs if _may_be_logits(item, unknown=len(outputs) == 1)]
     if len(fitting) != 1:

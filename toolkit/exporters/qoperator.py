@@ -15,6 +15,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from toolkit.exporters.rewrites import remove_unused_initializers
 
 MICROSOFT = "com.microsoft"
+INTEGER_KERNEL = "integer_kernel"
+"""Metadata of a quantiser that was part of an integer operator, whatever the runtime would have fused."""
 ACTIVATIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "Relu": ("Relu", ()), "Sigmoid": ("Sigmoid", ()), "Tanh": ("Tanh", ()), "LeakyRelu": ("LeakyRelu", ("alpha",)),
     "HardSigmoid": ("HardSigmoid", ("alpha", "beta")),
@@ -90,7 +92,9 @@ class _Rewriter:
     def quantize(self, source: str, scale: str, zero_point: str, output: str) -> NodeProto:
         """The node that quantises `source` to `output`."""
         inputs = [name for name in (source, scale, zero_point) if name]
-        return helper.make_node("QuantizeLinear", inputs, [output], self.name("quantize"))
+        node = helper.make_node("QuantizeLinear", inputs, [output], self.name("quantize"))
+        node.metadata_props.add(key=INTEGER_KERNEL, value="1")
+        return node
 
     def bias(self, name: str, first: str, second: str, factor: float = 1.0) -> tuple[list[NodeProto], list[str]]:
         """An int32 bias in units of the product of two scales, dequantised; nothing where there is no bias."""

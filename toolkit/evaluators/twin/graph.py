@@ -7,14 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper
 from torch import Tensor
 
 from toolkit.evaluators.twin.network import Entry, Step, TwinNetwork
 from toolkit.evaluators.twin.operators import OPERATORS, Unconvertible
-from toolkit.evaluators.twin.values import Codes, Pair, Scaled, plain
+from toolkit.evaluators.twin.values import HELD, Codes, Scaled, plain
+from toolkit.exporters.interface import with_inferred_shapes
+from toolkit.exporters.qoperator import INTEGER_KERNEL
 
 ENDS: Mapping[int, tuple[float, float]] = {
     TensorProto.UINT8: (0.0, 255.0), TensorProto.INT8: (-128.0, 127.0), TensorProto.UINT4: (0.0, 15.0),
@@ -84,7 +85,7 @@ class _Reader:
         if constant and not self._missing and node.op_type not in UNCERTAIN:
             with torch.no_grad():
                 found = function(*(self._static[name] if name else None for name in inputs))
-            several = isinstance(found, tuple) and not isinstance(found, (Scaled, Codes, Pair))
+            several = isinstance(found, tuple) and not isinstance(found, HELD)
             self._static.update(zip(node.output, found if several else (found,), strict=False))
             return None
         return step
@@ -115,6 +116,9 @@ class _Reader:
             if kind is None or kind not in ENDS:
                 raise Unconvertible(f"to {_type_name(kind)}")
             attributes["ends"] = ENDS[kind]
+            # On x86, ONNX Runtime fuses sums and products of unsigned integers alone.
+            marked = any(entry.key == INTEGER_KERNEL for entry in node.metadata_props)
+            attributes["integer_kernel"] = marked or ENDS[kind][0] == 0
         elif kind is not None and kind not in ENDS and kind != TensorProto.INT32:
             raise Unconvertible(f"of {_type_name(kind)}")
         point = self._static.get(inputs[2]) if len(inputs) > 2 and inputs[2] else torch.zeros(1)
@@ -178,7 +182,7 @@ def read_attributes(node: NodeProto) -> dict[str, Any]:
 
 def _value_types(model: ModelProto) -> dict[str, int]:
     """The element type of every tensor that is known to have one."""
-    inferred = onnx.shape_inference.infer_shapes(model).graph
+    inferred = with_inferred_shapes(model).graph
     types = {item.name: item.data_type for item in inferred.initializer}
     for value in (*inferred.value_info, *inferred.input, *inferred.output):
         types[value.name] = value.type.tensor_type.elem_type

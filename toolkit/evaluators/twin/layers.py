@@ -131,9 +131,9 @@ def batch_normalization(
     image: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, *, epsilon: float = 1e-5
 ) -> Tensor:
     """BatchNormalization at inference, first output."""
-    factor = scale * torch.rsqrt(variance + epsilon)
+    factor = scale * (1 / torch.sqrt(variance + epsilon))  # the operations of ONNX Runtime, in its order
     shift = bias - mean * factor
-    return torch.addcmul(along(shift, image.ndim, 1), image, along(factor, image.ndim, 1))
+    return image * along(factor, image.ndim, 1) + along(shift, image.ndim, 1)
 
 
 def instance_normalization(image: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5) -> Tensor:

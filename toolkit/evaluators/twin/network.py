@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from toolkit.evaluators.twin.values import Codes, Pair, Scaled, plain, round_to_grid
+from toolkit.evaluators.twin.values import HELD, Scaled, plain, round_to_grid
 
 Observer = Callable[[str, str, tuple[Any, ...], Mapping[str, Any]], None]
 CREATES = frozenset({"Cast", "ConstantOfShape", "Range"})
@@ -123,7 +123,7 @@ class TwinNetwork(nn.Module):
             found = step.function(*inputs)
             if step.operator in CREATES and isinstance(found, Tensor) and found.is_floating_point():
                 found = found.to(images)
-            if isinstance(found, tuple) and not isinstance(found, (Scaled, Codes, Pair)):
+            if isinstance(found, tuple) and not isinstance(found, HELD):
                 values.update(zip(step.outputs, found, strict=False))
             else:
                 values[step.outputs[0]] = found

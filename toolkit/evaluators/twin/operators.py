@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from toolkit.evaluators.twin import layers, quantised, shapes
-from toolkit.evaluators.twin.values import Scaled, moves, plain, scales
+from toolkit.evaluators.twin.values import Pooled, Scaled, moves, plain, scales
 
 Attributes = Mapping[str, Any]
 Function = Callable[..., Any]
@@ -179,7 +179,8 @@ def _average_pool(attributes: Attributes) -> Function:
     if any(step != 1 for step in attributes.get("dilations", [])):
         raise Unconvertible("dilation")
     names = ("kernel_shape", "strides", "pads", "ceil_mode", "count_include_pad", "auto_pad")
-    return with_attributes(layers.average_pool, *names, wrap=scales)(attributes)
+    pool = with_attributes(layers.average_pool, *names)(attributes)
+    return lambda value: Pooled(pool(value)) if isinstance(value, Scaled) else pool(value)
 
 
 def _resize(attributes: Attributes) -> Function:
@@ -235,6 +236,7 @@ def _normalised_sum(*values: Any, **attributes: Any) -> Tensor:
     return layers.layer_normalization(total, scale, shift, epsilon=attributes.get("epsilon", 1e-12))
 
 
+QUANTISER = ("axis", "offset", "ends", "integer_kernel")
 OPERATORS: Mapping[str, Builder] = {
     "Abs": fixed(torch.abs), "Add": lambda _: quantised.add, "And": fixed(torch.logical_and),
     "ArgMax": lambda a: on_tensors(lambda x: x.argmax(a.get("axis", 0), keepdim=bool(a.get("keepdims", 1)))),
@@ -278,7 +280,7 @@ OPERATORS: Mapping[str, Builder] = {
     "Mod": with_attributes(_modulo, "fmod"), "Mul": lambda _: quantised.multiply, "Neg": fixed(torch.neg),
     "Not": fixed(torch.logical_not), "Or": fixed(torch.logical_or), "PRelu": fixed(_prelu), "Pad": _pad,
     "Pow": fixed(torch.pow),
-    "QuantizeLinear": with_attributes(quantised.quantize, "axis", "offset", "ends", wrap=lambda f: f),
+    "QuantizeLinear": with_attributes(quantised.quantize, *QUANTISER, wrap=lambda f: f),
     "RMSNormalization": with_attributes(layers.rms_normalization, "axis", "epsilon"),
     "Range": fixed(shapes.arange), "Reciprocal": fixed(torch.reciprocal),
     "ReduceL2": _reduce(lambda x, axes, keep: x.norm(dim=axes, keepdim=keep)),
@@ -305,7 +307,7 @@ OPERATORS: Mapping[str, Builder] = {
     ),
     "com.microsoft:FusedMatMul": with_attributes(_fused_matmul, "alpha", "transA", "transB"),
     "com.microsoft:Gelu": fixed(functional.gelu),
-    "com.microsoft:QuantizeLinear": with_attributes(quantised.quantize, "axis", "offset", "ends", wrap=lambda f: f),
+    "com.microsoft:QuantizeLinear": with_attributes(quantised.quantize, *QUANTISER, wrap=lambda f: f),
     "com.microsoft:QuickGelu": with_attributes(_swish, "alpha"),
     "com.microsoft:SkipLayerNormalization": with_attributes(_normalised_sum, "epsilon"),
 }  # fmt: skip

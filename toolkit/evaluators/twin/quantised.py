@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from toolkit.evaluators.twin.values import Bound, Codes, Pair, Scaled, along, plain, round_pair, round_to_grid
+from toolkit.evaluators.twin.values import Bound, Codes, Pair, Pooled, Scaled, along, plain, round_pair, round_to_grid
 
 
 def quantize(
@@ -19,6 +19,7 @@ def quantize(
     axis: int = 1,
     offset: float | None = None,
     ends: tuple[float, float] = (0.0, 255.0),
+    integer_kernel: bool = True,
 ) -> Codes:
     """QuantizeLinear, straight-through.
 
@@ -29,12 +30,16 @@ def quantize(
         axis: of the channels.
         offset: the zero point, where it is a constant and the same for all channels.
         ends: of the integer type.
+        integer_kernel: a sum or product in front of it is computed from integers.
     """
-    if isinstance(value, Pair) and offset is not None and scale.numel() == 1:
+    if isinstance(value, Pair) and integer_kernel and offset is not None and scale.numel() == 1:
         low, high = ends[0] - offset, ends[1] - offset
         return Codes(round_pair(value, scale.reshape(()), offset, low, high), offset)
     values = value.values if isinstance(value, Scaled) else plain(value)
     step = along(scale, values.ndim, axis)
+    if isinstance(value, Pooled) and integer_kernel and offset is not None:
+        low, high = ends[0] - offset, ends[1] - offset
+        return Codes(round_to_grid(values, step, low, high, divide=True, shift=offset), offset)
     point = _zero_point(zero_point, offset, values, axis)
     least, most = ends[0] - point, ends[1] - point
     if isinstance(value, Scaled):

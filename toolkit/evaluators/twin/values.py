@@ -34,12 +34,22 @@ class Scaled(NamedTuple):
     """Of the integers that were dequantised: the kernels of Add and Mul round differently with it."""
 
 
+class Pooled(NamedTuple):
+    """The mean of dequantised values: a fused quantiser adds its zero point before it rounds, which decides on ties."""
+
+    values: Tensor
+
+
 class Pair(NamedTuple):
     """The sum or product of two scaled tensors with one scale each, not computed: a quantiser may follow."""
 
     operator: Literal["Add", "Mul"]
     first: Scaled
     second: Scaled
+
+
+HELD = (Codes, Scaled, Pooled, Pair)
+"""What is one value although it is a tuple."""
 
 
 def plain(value: Any) -> Any:
@@ -53,7 +63,7 @@ def plain(value: Any) -> Any:
         return value.values * value.scale
     if isinstance(value, Codes):
         return value.values + value.zero_point
-    return value
+    return value.values if isinstance(value, Pooled) else value
 
 
 def along(values: Tensor, rank: int, axis: int) -> Tensor:
