@@ -140,7 +140,7 @@ class Ledger:
 
     def remaining(self, near: float = 0.0) -> Int64Array:
         """The positions of the undecided images that attacks brought at least so near the boundary (1: onto it)."""
-        wanted = self.undecided() & (self.progress >= near)
+        wanted = self.undecided() & ~(self.progress < near)  # where logits are not finite it is NaN: such images stay
         found: Int64Array = wanted.nonzero()[:, 0].numpy().astype(np.int64)
         return found
 
