@@ -173,7 +173,7 @@ def robust_network(path: Path, split: Split, validation: Split) -> TorchModel:
     )
     if any(entry["objective"] == "adversarial" for entry in model.spec.training):
         return model
-    config = TrainConfig(epochs=2, attack_steps=3)
+    config = TrainConfig(objective="adversarial", epochs=2, attack_steps=3)
     return train(model, split, validation, config, PRESETS["pixel", "fashion-mnist"], seed=0).model
 
 

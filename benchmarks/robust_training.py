@@ -51,7 +51,7 @@ WARM_UP, ROUNDS, STEPS = 3, 10, 4
 
 def settings(method: str, epochs: int, teacher: Path | None) -> TrainConfig:
     """The configuration of a method."""
-    values = {**METHODS[method], "epochs": epochs}
+    values = {"ema": 0.0, **METHODS[method], "epochs": epochs}
     return TrainConfig.model_validate(values | ({"teacher": teacher} if values["objective"] == "distill" else {}))
 
 

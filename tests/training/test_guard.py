@@ -21,7 +21,9 @@ from toolkit.training.run import Run
 
 EPS = 0.1
 PLAN = PgdPlan("pixel", ThreatModel("linf", EPS, "pixels", clip=False), 20, EPS / 8, random_start=True)
-CONFIG = TrainConfig(objective="fgsm", epochs=2, batch_size=8, attack_steps=3, precision="float32", learning_rate=1e-3)
+CONFIG = TrainConfig(
+    objective="fgsm", epochs=2, batch_size=8, attack_steps=3, precision="float32", learning_rate=1e-3, ema=0
+)
 
 
 def share(percent: int) -> Proportion:

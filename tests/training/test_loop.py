@@ -33,7 +33,7 @@ from toolkit.training.run import Run
 
 PLAN = PgdPlan("pixel", ThreatModel("linf", 0.1, "pixels", clip=True), 20, 0.0125, random_start=True)
 TRAIN, VALIDATION, TEST = halves(256, seed=1), halves(64, seed=2), halves(64, seed=3)
-CONFIG = TrainConfig(epochs=3, batch_size=32, attack_steps=3, precision="float32")
+CONFIG = TrainConfig(objective="adversarial", epochs=3, batch_size=32, attack_steps=3, precision="float32", ema=0)
 STANDARD = CONFIG.model_copy(update={"objective": "standard"})
 Weights = dict[str, Tensor]
 

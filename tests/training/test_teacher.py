@@ -77,7 +77,7 @@ def test_a_student_learns_what_only_its_teacher_knows(augment: bool) -> None:
     weight = torch.stack([-left.flatten(), left.flatten()]) / 4
     liar = replace(linear_model(weight, (1, 8, 8)), training_hashes=halves(7, seed=8).hashes)
     config = TrainConfig(
-        objective="distill", epochs=4, batch_size=32, attack_steps=2, precision="float32", augment=augment
+        objective="distill", epochs=4, batch_size=32, attack_steps=2, precision="float32", augment=augment, ema=0
     )
     result = train(student, SPLIT, VALIDATION, config, PLAN, seed=0, teacher=liar)
     if not augment:  # flips change the class of these images, for the teacher too
