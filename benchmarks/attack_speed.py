@@ -38,6 +38,7 @@ from toolkit.evaluators.timing import Interval, collector_off, ratio_interval
 from toolkit.models.loading import assemble, read_model_file, resolve_path
 from toolkit.models.networks import cnn8, resnet18
 from toolkit.training.loop import train
+from toolkit.training.losses import ATTACKED
 
 try:
     import torchattacks
@@ -171,7 +172,7 @@ def robust_network(path: Path, split: Split, validation: Split) -> TorchModel:
         normalization=Normalization((0.5,), (0.5,)),
         dataset="sample",
     )
-    if any(entry["objective"] == "adversarial" for entry in model.spec.training):
+    if any(entry["objective"] in ATTACKED for entry in model.spec.training):
         return model
     config = TrainConfig(objective="adversarial", epochs=2, attack_steps=3)
     return train(model, split, validation, config, PRESETS["pixel", "fashion-mnist"], seed=0).model
