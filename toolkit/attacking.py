@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
+
 from toolkit import bundle
-from toolkit.artifacts import ModelSpec, Normalization, Split, Splits, TorchModel
+from toolkit.artifacts import ModelSpec, Normalization, Splits, TorchModel
 from toolkit.attacks.ensemble import compose
 from toolkit.attacks.threat import PgdPlan, resolve_plan
 from toolkit.config import AttackRunConfig, HardenConfig, PrecisionChoice, QuantizeConfig, ThreatConfig, override_threat
@@ -20,13 +23,13 @@ from toolkit.evaluators.environment import environment_record
 from toolkit.evaluators.evaluation import Clock, Conditions
 from toolkit.evaluators.image_files import Gallery
 from toolkit.evaluators.journal import default_folder
-from toolkit.evaluators.probes import probe_inputs
-from toolkit.evaluators.soundness import input_checks
-from toolkit.exporters.interface import GraphInterface, read_interface
+from toolkit.exporters.interface import FIX, GraphInterface, read_interface
 from toolkit.exporters.onnx import read_metadata
 from toolkit.exporters.session import OnnxPredictor
+from toolkit.input_form import refuse_wrong_input
 from toolkit.lineup import Lineup
 from toolkit.prepare import channel_values, prepare, set_threads
+from toolkit.progress import warn
 from toolkit.reports.evidence import robust_accuracy, robustness_parts
 from toolkit.reports.schema import AttackReport, Share, Threat
 
@@ -59,7 +62,7 @@ def attack(
             fake-quantised form and the deployed graph's twin are attacked, and all its graphs judge; of a file, its
             twin.
         target: an ONNX file made from the checkpoint, to be scored as `deployed`.
-        resume: go on from what an interrupted run with the same settings kept.
+        resume: go on from what an interrupted run with the same settings kept; without one, start anew with a warning.
         gallery: a folder for attacked images that fool the graph that counts, as PNG files.
         journals: a folder for what is done so far; None: the user's cache.
 
@@ -78,7 +81,7 @@ def attack(
     else:
         scene = _of_checkpoint(config, target)
     evaluation = scene.splits.evaluation
-    _refuse_wrong_input(scene, evaluation)
+    refuse_wrong_input(scene.lineup.targets, evaluation)
     conditions = Conditions(
         scene.plan,
         scene.normalization,
@@ -87,6 +90,8 @@ def attack(
         precision=scene.precision,
     )
     folder = journals or default_folder()
+    if resume and not scene.lineup.journal(evaluation, conditions, folder).is_file():
+        warn("--resume: nothing is kept of a run with these settings, files and images, so it starts anew")
     found = scene.lineup.examine(evaluation, conditions, journals=folder, resume=resume, clock=clock, gallery=kept)
     plan, robustness = scene.plan, found.robustness
     return AttackReport(
@@ -172,8 +177,7 @@ def _of_file(config: AttackRunConfig, target: Path | None) -> _Scene:
             found=str(path),
             fix="name it with --data: sample, fashion-mnist, cifar10, folder:DIR or npz:FILE",
         )
-    outside = _outside_normalization(config)
-    interface = read_interface(path, normalization=outside)
+    interface = read_interface(path, normalization=_outside_normalization(config, metadata))
     size = config.data.size or (interface.input_shape[1] if wanted.startswith("folder:") else None)
     source = load_source(config.data.model_copy(update={"source": wanted, "size": size}))
     spec = _spec_of_file(path, interface, source, metadata)
@@ -185,10 +189,13 @@ def _of_file(config: AttackRunConfig, target: Path | None) -> _Scene:
     return _Scene(lineup, splits, source, plan, spec.normalization, "auto", threads)
 
 
-def _outside_normalization(config: AttackRunConfig) -> Normalization | None:
+def _outside_normalization(config: AttackRunConfig, metadata: Mapping[str, str]) -> Normalization | None:
     """What the user says is to be done to pixels before the graph gets them."""
     mean, std = config.model.mean, config.model.std
     if mean is None and std is None:
+        return None
+    if "normalization" in metadata:
+        warn("the file says that its normalisation is inside it, so --mean and --std are ignored")
         return None
     channels = max(len(mean or ()), len(std or ()))
     return Normalization(
@@ -198,8 +205,9 @@ def _outside_normalization(config: AttackRunConfig) -> Normalization | None:
 
 def _spec_of_file(path: Path, interface: GraphInterface, source: DataSource, metadata: dict[str, str]) -> ModelSpec:
     """What the file takes and gives, with the data's words where the file has none."""
-    classes = interface.classes or OnnxPredictor(path, interface=interface).interface.classes or 0
     names = tuple(json.loads(metadata["class_names"])) if "class_names" in metadata else source.train.class_names
+    fits = all(size in (None, given) for size, given in zip(interface.input_shape, source.train.shape, strict=True))
+    classes = _try_out(path, interface, source) if fits else interface.classes or len(names)
     if len(names) != classes:  # no names, or names of something else: numbers, so that the counts are compared
         names = tuple(f"class {number}" for number in range(classes))
     inside = json.loads(metadata["normalization"]) if "normalization" in metadata else None
@@ -212,22 +220,31 @@ def _spec_of_file(path: Path, interface: GraphInterface, source: DataSource, met
     return ModelSpec("onnx", names, (channels, height, width), normalization, source.name)
 
 
-def _refuse_wrong_input(scene: _Scene, evaluation: Split) -> None:
-    """Find out by statistics whether the graph wants its images in another form.
+def _try_out(path: Path, interface: GraphInterface, source: DataSource) -> int:
+    """The number of logits that the file gives for an image of the data's size.
 
     Raises:
-        ToolkitError: it classifies images in another form much better.
+        ToolkitError: it cannot be run on such an image, or what it gives is not [n, classes].
     """
-    targets = scene.lineup.targets
-    primary = targets["deployed"] if "deployed" in targets else next(iter(targets.values()))
-    wrong = next(check for check in input_checks(probe_inputs(primary, evaluation)) if check.name == "wrong_input")
-    if wrong.alarming:
+    predictor = OnnxPredictor(path, interface=interface)
+    shape = source.train.shape
+    try:
+        logits = predictor.predict(torch.zeros(2, *shape))
+    except ToolkitError:
+        raise
+    except Exception as error:  # ONNX Runtime's exception classes share no base of their own
         raise ToolkitError(
-            "the model does not take pixels in [0, 1]",
-            found=wrong.message,
-            fix="say what is done to pixels in [0, 1] before the model: --mean and --std per channel "
-            "(--mean 0 --std 1/255 for pixels in [0, 255], --mean 0.5 --std 0.5 for [-1, 1])",
+            "the ONNX file cannot be run on the images",
+            found=f"{path} on images {list(shape)} of {source.name}: {str(error).splitlines()[0][:200]}",
+            fix="name the data that it is for with --data, and the size of a folder's images with --size",
+        ) from error
+    if logits.ndim != 2 or len(logits) != 2:
+        raise ToolkitError(
+            "the ONNX file is no classifier",
+            found=f"{path}: output '{interface.output_name}' of two images is {list(logits.shape)}",
+            fix=FIX,
         )
+    return logits.shape[1]
 
 
 def _with_bundle_settings(config: AttackRunConfig, folder: Path, saved: HardenConfig) -> AttackRunConfig:

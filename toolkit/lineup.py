@@ -97,7 +97,7 @@ class Lineup:
             "split": split.digest,
             "order": hashlib.sha256(split.hashes.tobytes()).hexdigest(),
             "conditions": repr(conditions),
-            "targets": list(self.targets),
+            "targets": {name: repr(getattr(target, "interface", None)) for name, target in self.targets.items()},
             "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.files],
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
@@ -108,6 +108,10 @@ class Lineup:
             for value in model.network.state_dict().values():
                 digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
         return digest.hexdigest()
+
+    def journal(self, split: Split, conditions: Conditions, folder: Path) -> Path:
+        """The file in which an evaluation of these graphs keeps what is done."""
+        return folder / f"{self.fingerprint(split, conditions)[:16]}.sqlite"
 
     def examine(
         self,
@@ -129,10 +133,10 @@ class Lineup:
             clock: the time that may be spent.
             gallery: keeps the image files that fool the graph that counts.
         """
-        conditions = replace(conditions, input_range=self.input_range)
         fingerprint = self.fingerprint(split, conditions)
-        path = journals / f"{fingerprint[:16]}.sqlite" if journals else None
+        path = self.journal(split, conditions, journals) if journals else None
         journal = Journal(path, fingerprint, resume=resume)
+        conditions = replace(conditions, input_range=self.input_range)
         try:
             found = examine(
                 self.surrogates,
