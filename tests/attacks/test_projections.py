@@ -207,9 +207,17 @@ def test_a_radius_of_nothing_leaves_nothing() -> None:
 def test_steps_in_l1_move_the_largest_share_of_the_entries_alike(seed: int, share: float) -> None:
     gradient = points(seed, 1.0)
     step = ascend_l1(gradient, share).flatten(1)
-    moved = max(1, int(torch.tensor(share) * step.shape[1]))
+    moved = max(1, int(share * step.shape[1]))
     assert (step != 0).sum(dim=1).tolist() == [moved] * len(step)
     assert torch.allclose(step.abs().amax(dim=1), torch.full((len(step),), 1 / moved))
     smallest = gradient.flatten(1).abs().masked_fill(step == 0, torch.inf).amin(dim=1)
     left = gradient.flatten(1).abs().masked_fill(step != 0, -torch.inf).amax(dim=1)
     assert bool((smallest >= left).all()) and bool((step * gradient.flatten(1) >= 0).all())
+
+
+def test_each_image_may_have_a_share_of_its_own() -> None:
+    gradient = points(0, 1.0)
+    shares = [0.0, 0.25, 0.5, 0.75, 1.0]
+    together = ascend_l1(gradient, torch.tensor(shares))
+    for row, share in enumerate(shares):
+        assert torch.equal(together[row : row + 1], ascend_l1(gradient[row : row + 1], share))

@@ -54,6 +54,7 @@ def test_other_data_sets_must_state_eps() -> None:
         plan(preset="paper", norm="l2")
     assert plan(None, eps=0.05).threat == ThreatModel("linf", 0.05, "pixels", clip=True)
     assert plan(None, eps=0.5, norm="l2").threat == ThreatModel("l2", 0.5, "pixels", clip=True)
+    assert plan(None, eps=12, norm="l1").threat == ThreatModel("l1", 12, "pixels", clip=True)
     assert plan(None, eps=0.5, preset="paper").threat == ThreatModel("linf", 0.5, "normalised", clip=False)
 
 

@@ -74,6 +74,7 @@ def test_the_threat_in_words() -> None:
     paper = Threat(preset="paper", norm="l2", eps=0.5, space="normalised", clip=False)
     assert threat_text(pixel) == "l-inf, eps 0.1 in pixels in [0, 1], clipped to valid pixels (preset `pixel`)"
     assert threat_text(paper) == "l2, eps 0.5 in the normalised space, not clipped to valid pixels (preset `paper`)"
+    assert threat_text(pixel.model_copy(update={"norm": "l1", "eps": 12.0})).startswith("l1, eps 12")
 
 
 def test_a_comparison_has_a_row_for_each_bundle(report: Report) -> None:

@@ -116,9 +116,11 @@ def ascend_l1(gradient: Tensor, share: float | Tensor = SPARSITY) -> Tensor:
     """
     sizes = gradient.abs().flatten(1)
     entries = sizes.shape[1]
-    share = torch.as_tensor(share, dtype=torch.float32, device=gradient.device).expand(len(gradient))
-    count = (share * entries).long().clamp(1, entries)
-    smallest = sizes.sort(dim=1, descending=True).values.gather(1, count[:, None] - 1)
+    if isinstance(share, Tensor):
+        count = (share * entries).long().clamp(1, entries)
+        smallest = sizes.sort(dim=1, descending=True).values.gather(1, count[:, None] - 1)
+    else:
+        smallest = sizes.topk(min(entries, max(1, int(share * entries))), dim=1).values[:, -1:]
     signs = torch.where(sizes >= smallest, gradient.flatten(1).sign(), 0.0)
     return (signs / signs.abs().sum(dim=1, keepdim=True).clamp_min(1)).view_as(gradient)
 
