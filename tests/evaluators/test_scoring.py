@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.evaluators.greys import EPS, PLAIN, SIDE, above, flat_images, noise_images, random_model, threshold
+from toolkit.artifacts import Predictor, Proportion, Split, TorchModel
+from toolkit.attacks.threat import ThreatModel
+from toolkit.evaluators import scoring
+from toolkit.evaluators.image_files import Gallery, decode
+from toolkit.evaluators.scoring import FILE, MARGIN, Judges, Ledger, TargetName, clean_flags, primary_of
+
+THREAT = ThreatModel("linf", EPS, "pixels", clip=True)
+pytestmark = pytest.mark.usefixtures("quiet")
+
+
+def judges(targets: dict[TargetName, Predictor], gallery: Path | None = None) -> Judges:
+    return Judges(targets, THREAT, PLAIN, Gallery(gallery))
+
+
+def greys(*values: float) -> Tensor:
+    return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 1, SIDE, SIDE).clone()
+
+
+def score(found: Judges, attacked: Tensor, split: Split, *, every: bool = True) -> dict[str, list[bool]]:
+    batch = split.take(np.arange(len(split)))
+    flags = found.score(attacked, batch.images, batch.labels, indices=np.arange(len(split)), every=every)
+    return {name: values.tolist() for name, values in flags.items() if name != MARGIN}
+
+
+@pytest.mark.parametrize(
+    ("names", "primary", "compared"),
+    [
+        (("torch", "fp32", "deployed", "deployed_unoptimised"), "deployed", ("fp32", "deployed")),
+        (("deployed", "deployed_unoptimised"), "deployed", ("deployed",)),
+        (("torch",), "torch", ("torch",)),
+        (("torch", "fp32"), "torch", ("torch", "fp32")),
+        (("fp32", "torch"), "fp32", ("fp32",)),
+    ],
+)
+def test_the_graph_that_counts_is_the_deployed_one_and_always_compared(
+    names: tuple[TargetName, ...], primary: TargetName, compared: tuple[TargetName, ...]
+) -> None:
+    targets: dict[TargetName, Predictor] = {name: above(0.5) for name in names}
+    found = judges(targets)
+    assert found.primary == primary == primary_of(targets)
+    assert found.compared == compared
+
+
+def test_attacked_images_are_scored_on_all_targets_or_on_those_compared() -> None:
+    targets: dict[TargetName, Predictor] = {"torch": above(0.4), "fp32": above(0.5), "deployed": above(0.6)}
+    split = flat_images([140, 140, 140])  # bright, 0.549
+    attacked = greys(0.45, 0.55, 0.64)
+    assert score(judges(targets), attacked, split) == {
+        "torch": [True, True, True],
+        "fp32": [False, True, True],
+        "deployed": [False, False, True],
+        FILE: [False, False, True],
+    }
+    assert set(score(judges(targets), attacked, split, every=False)) == {"fp32", "deployed", FILE}
+
+
+def test_a_file_fools_only_if_it_does_after_rounding(tmp_path: Path) -> None:
+    """From level 140 the attack ends between two levels: 126.6 rounds to 127, which is still bright above 126.8."""
+    split = flat_images([140, 140, 140])
+    attacked = greys(126.6 / 255, 126.4 / 255, 130.4 / 255)
+    found = judges({"deployed": above(126.8 / 255)}, tmp_path)
+    assert score(found, attacked, split) == {"deployed": [False, False, True], FILE: [True, False, True]}
+    (kept,) = tmp_path.iterdir()
+    assert kept.name == "000001-class1.png"
+    assert torch.equal(decode(kept.read_bytes()), greys(126 / 255)[0])
+
+
+def test_the_gallery_holds_what_the_file_judge_calls_fooled_and_each_of_it_fools(tmp_path: Path) -> None:
+    model = random_model()
+    split = noise_images(40, model)
+    batch = split.take(np.arange(40))
+    noise = EPS * torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(0)).sign()
+    attacked = (batch.images + noise).clamp(0, 1)
+    chosen = np.arange(40)[::-1].copy()
+    rows = torch.from_numpy(chosen)
+    flags = judges({"deployed": model}, tmp_path).score(
+        attacked[rows], batch.images[rows], batch.labels[rows], indices=chosen, every=True
+    )
+    fooled = {int(chosen[row]) for row in (~flags[FILE]).nonzero()[:, 0].tolist()}
+    kept = {int(path.name[:6]): path for path in tmp_path.iterdir()}
+    assert kept.keys() == fooled and 0 < len(fooled) < 40
+    for index, path in kept.items():
+        image, label = decode(path.read_bytes()), int(batch.labels[index])
+        assert path.name.endswith(f"-class{label}.png")
+        assert model.predict(image[None]).argmax() != label
+        assert (image - batch.images[index]).abs().max() <= EPS
+
+
+def test_two_channels_make_no_file() -> None:
+    model = random_model(channels=2)
+    found = Judges({"deployed": model}, THREAT, model.spec.normalization)
+    images, labels = torch.rand(5, 2, SIDE, SIDE), torch.zeros(5, dtype=torch.int64)
+    flags = found.score(images, images, labels, indices=np.arange(5), every=True)
+    assert set(flags) == {"deployed", MARGIN}
+
+
+@pytest.mark.parametrize("wrong", [2 * EPS, -1.01 * EPS, float("nan"), float("inf")])
+def test_images_outside_the_threat_model_are_a_defect(wrong: float) -> None:
+    found, split = judges({"deployed": above(0.5)}), flat_images([140, 140])
+    clean = greys(140 / 255, 140 / 255)
+    score(found, clean + EPS, split)
+    moved = clean.clone()
+    moved[1, 0, 2, 3] += wrong
+    with pytest.raises(RuntimeError, match="left its threat model"):
+        score(found, moved, split)
+
+
+def test_images_outside_the_pixel_range_are_a_defect() -> None:
+    with pytest.raises(RuntimeError, match="left its threat model"):
+        score(judges({"deployed": above(0.5)}), greys(1.01), flat_images([255]))
+
+
+def test_logits_that_are_not_finite_are_wrong() -> None:
+    class Broken:
+        def predict(self, images: Tensor) -> Tensor:
+            return torch.tensor([0.0, float("inf")]).expand(len(images), 2)
+
+    assert score(judges({"deployed": Broken()}), greys(0.9), flat_images([230]))["deployed"] == [False]
+
+
+def test_torch_networks_are_scored_where_they_compute_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device `meta` stands for a GPU: the networks move there as copies, other graphs stay."""
+    monkeypatch.setattr(scoring, "compute_device", lambda: torch.device("meta"))
+    model, graph = threshold(), above(0.5)
+    found = judges({"torch": model, "deployed": graph}).targets
+    assert isinstance(found["torch"], TorchModel) and found["torch"].module.mean.device.type == "meta"
+    assert found["deployed"] is graph
+    assert model.module.mean.device.type == "cpu"
+
+
+def test_clean_flags_are_those_of_every_target_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = flat_images([10, 120, 130, 250], labels=[0, 1, 1, 0])
+    monkeypatch.setattr("toolkit.artifacts.evaluation_batch", lambda _shape: 3)
+    advanced: list[int] = []
+    flags = clean_flags(judges({"fp32": above(0.5), "deployed": above(0.4)}), split, advanced.append)
+    assert flags["fp32"].tolist() == [True, False, True, False]
+    assert flags["deployed"].tolist() == [True, True, True, False]
+    assert advanced == [3, 1]
+
+
+def test_the_margin_is_that_of_the_graph_that_counts() -> None:
+    """Logits of a threshold are the distance from it, with both signs: the margin is twice that."""
+    found = judges({"torch": threshold(0.2), "deployed": threshold(0.5)})
+    split = flat_images([140, 115])
+    batch = split.take(np.arange(2))
+    attacked = greys(0.47, 0.47)
+    flags = found.score(attacked, batch.images, batch.labels, indices=np.arange(2), every=True)
+    assert flags[MARGIN].tolist() == pytest.approx([0.06, -0.06], abs=1e-6)
+    clean = clean_flags(found, split, lambda _: None)[MARGIN]
+    assert clean.tolist() == pytest.approx([-25 / 255, -25 / 255], abs=1e-6)
+
+
+def test_progress_is_the_share_of_the_clean_margin_that_attacks_took() -> None:
+    split = flat_images([230, 180, 140, 100], labels=[1, 1, 1, 1])
+    found = judges({"deployed": threshold(0.5)})
+    ledger = Ledger(clean_flags(found, split, lambda _: None), found, files=False)
+    assert ledger.progress[:3].tolist() == [0, 0, 0] and ledger.progress[3] >= 1, "wrong from the start"
+    start = ledger.margin.clone()
+    flags = {"deployed": torch.tensor([True, True, False]), MARGIN: torch.tensor([0.25, 0.75, -0.1]) * start[:3]}
+    ledger.update(flags, np.array([0, 1, 2]))
+    ledger.update({"deployed": torch.tensor([True]), MARGIN: start[:1]}, np.array([0]))
+    torch.testing.assert_close(ledger.progress[:3], torch.tensor([0.75, 0.25, 1.1]))
+    assert ledger.remaining().tolist() == [0, 1]
+    assert ledger.remaining(near=0.5).tolist() == [0]
+
+
+def test_images_without_a_margin_are_not_given_up_while_another_graph_stands() -> None:
+    """The deployed graph gives logits that are not finite: the float twin is attacked all the same."""
+
+    class Overflows:
+        def predict(self, images: Tensor) -> Tensor:
+            return torch.full((len(images), 2), float("inf"))
+
+    found = judges({"fp32": above(0.5), "deployed": Overflows()})
+    ledger = Ledger(clean_flags(found, flat_images([10, 200]), lambda _: None), found, files=True)
+    assert ledger.worst["deployed"].tolist() == [False, False]
+    assert ledger.remaining().tolist() == ledger.remaining(near=0.75).tolist() == [0, 1]
+
+
+FLAGS = st.integers(0, 63)
+"""Six flags, as bits."""
+ATTACK = st.tuples(st.integers(1, 63), FLAGS, FLAGS, FLAGS)
+"""The images that it was made on, and what three judges said."""
+
+
+def bits(number: int) -> list[bool]:
+    return [bool(number >> place & 1) for place in range(6)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(fp32=FLAGS, deployed=FLAGS, attacks=st.lists(ATTACK, max_size=5))
+def test_the_ledger_keeps_the_minimum_over_all_attacks(
+    fp32: int, deployed: int, attacks: list[tuple[int, int, int, int]]
+) -> None:
+    """Recounted image by image: right when clean and under every attack that was tried on it."""
+    found = judges({"torch": above(2), "fp32": above(0.5), "deployed": above(0.5)})
+    clean = {"torch": torch.zeros(6, dtype=torch.bool), "fp32": torch.tensor(bits(fp32))}
+    clean |= {"deployed": torch.tensor(bits(deployed)), MARGIN: torch.full((6,), -1.0)}
+    ledger = Ledger(clean, found, files=True)
+    standing = {"fp32": bits(fp32), "deployed": bits(deployed), FILE: bits(deployed)}
+    for tried, *results in attacks:
+        indices = [index for index, made in enumerate(bits(tried)) if made]
+        judged = dict(zip(standing, map(bits, results), strict=True))
+        flags = {name: torch.tensor(right)[indices] for name, right in judged.items()}
+        ledger.update({**flags, MARGIN: torch.full((len(indices),), -0.5)}, np.array(indices))
+        for name, right in judged.items():
+            for index in indices:
+                standing[name][index] = standing[name][index] and right[index]
+    assert {name: right.tolist() for name, right in ledger.worst.items()} == standing
+    undecided = [index for index in range(6) if any(right[index] for right in standing.values())]
+    assert ledger.remaining().tolist() == undecided, "and never because another graph is fooled"
+    assert ledger.undecided(np.array([4, 1])).tolist() == [4 in undecided, 1 in undecided]
+    assert ledger.proportions() == {name: Proportion(sum(right), 6) for name, right in standing.items()}
+    assert ledger.clean["fp32"].tolist() == bits(fp32), "the clean flags are not overwritten"
