@@ -2,9 +2,13 @@
 
     make peers
     .venv-peers/bin/python benchmarks/autoattack.py NETWORK.pt... [--n 1000] [--eps 0.05,0.1] [--json FILE]
+    .venv-peers/bin/python benchmarks/autoattack.py --bundle BUNDLE... [--n 1000] [--json FILE]
 
 Every attack runs in a process of its own, one after the other, on the same images and the same torch network, and is
 scored in float32 on it. Times include everything an attack does, clean predictions too, but not the loading.
+
+With --bundle an outside expert attacks model.onnx: AutoAttack on the float network and on a twin of the integer graph,
+each image scored on model.onnx and the worst of both counted, against what `toolkit attack` says of the same file.
 """
 
 from __future__ import annotations
@@ -18,15 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from toolkit.artifacts import Proportion, Split, TorchModel
+from toolkit.attacking import attack
 from toolkit.attacks.ensemble import compose
 from toolkit.attacks.threat import PgdPlan, resolve_plan
-from toolkit.config import DataConfig, ModelConfig, ModelRunConfig, ThreatConfig
+from toolkit.bundle import read_config
+from toolkit.config import AttackRunConfig, DataConfig, ModelConfig, ModelRunConfig, ThreatConfig
 from toolkit.evaluators.accuracy import correct
 from toolkit.evaluators.environment import environment_record, usable_threads
 from toolkit.evaluators.evaluation import Conditions
 from toolkit.evaluators.robustness import evaluate_robustness
+from toolkit.evaluators.surrogate import build_twin, twin_model
+from toolkit.exporters.session import OnnxPredictor
 from toolkit.prepare import prepare
 from toolkit.progress import set_quiet
 
@@ -40,16 +49,54 @@ def ours(model: TorchModel, split: Split, plan: PgdPlan, composition: str) -> Pr
     return evaluate_robustness({"float": model}, {"torch": model}, split, conditions).worst_case["torch"]
 
 
-def theirs(model: TorchModel, split: Split, plan: PgdPlan) -> Proportion:
-    """AutoAttack's standard composition, as its authors run it, scored as everything else."""
+def auto_attack(model: TorchModel, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+    """Images attacked by AutoAttack's standard composition in l-inf."""
     from pyautoattack import AutoAttack
 
+    peer = AutoAttack(model.module, norm="Linf", eps=eps, version="standard", seed=0, device="cpu")
+    attacked, _ = peer.run_standard_evaluation(images, labels, batch_size=250)
+    return attacked.detach()
+
+
+def theirs(model: TorchModel, split: Split, plan: PgdPlan) -> Proportion:
+    """AutoAttack's standard composition, as its authors run it, scored as everything else."""
     batch = next(split.batches(len(split)))
-    attack = AutoAttack(
-        model.module, norm="Linf", eps=plan.threat.eps, version="standard", seed=0, device="cpu", verbose=False
-    )
-    attacked = attack.run_standard_evaluation(batch.images, batch.labels, bs=250)
+    attacked = auto_attack(model, batch.images, batch.labels, plan.threat.eps)
     return Proportion.of(correct(model, attacked, batch.labels) & correct(model, batch.images, batch.labels))
+
+
+def expert(bundle: Path, images: int, threads: int) -> dict[str, Any]:
+    """What is left of model.onnx under our attacks and under those of an outside expert, on the same images."""
+    torch.set_num_threads(threads)
+    data = DataConfig(evaluation=images)
+    config = AttackRunConfig(model=ModelConfig(path=bundle), data=data, threads=threads)
+    start = time.perf_counter()
+    report = attack(config)
+    our_seconds = time.perf_counter() - start
+    saved = read_config(bundle)
+    data = saved.data.model_copy(update={"evaluation": images})
+    model = ModelConfig(path=bundle / "model.pt")
+    prepared = prepare(ModelRunConfig(model=model, data=data, seed=saved.seed, threads=threads))
+    plan = resolve_plan(saved.threat, prepared.source.threat_key)
+    if not plan.threat.clip or plan.threat.space != "pixels":
+        raise SystemExit("AutoAttack knows radii in clipped pixels only: give bundles of --threat pixel")
+    batch = next(prepared.splits.evaluation.batches(images))
+    deployed = OnnxPredictor(bundle / "model.onnx")
+    robust = correct(deployed, batch.images, batch.labels)
+    start = time.perf_counter()
+    for network in (prepared.model, twin_model(build_twin(bundle / "model.onnx"), prepared.model.spec.class_names)):
+        robust &= correct(deployed, auto_attack(network, batch.images, batch.labels, plan.threat.eps), batch.labels)
+    found = Proportion.of(robust)
+    claimed = report.robust_accuracy["deployed"]
+    return {
+        "bundle": bundle.name,
+        "eps": plan.threat.eps,
+        "claimed": claimed.model_dump(),
+        "expert": found.as_dict(),
+        "points_above": 100 * (claimed.value - found.value),
+        "our_seconds": our_seconds,
+        "expert_seconds": time.perf_counter() - start,
+    }
 
 
 def serve(pipe: Connection, path: Path, eps: float, images: int, name: str, threads: int) -> None:
@@ -97,7 +144,8 @@ def compare(path: Path, eps: float, images: int, threads: int) -> list[dict[str,
 def main() -> None:
     """Run all, print a table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="+", type=Path)
+    parser.add_argument("networks", nargs="*", type=Path)
+    parser.add_argument("--bundle", nargs="+", type=Path, default=[])
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--eps", default="0.05,0.1")
     parser.add_argument("--threads", type=int)
@@ -106,8 +154,12 @@ def main() -> None:
     threads = usable_threads(arguments.threads)
     torch.set_num_threads(threads)
     rows: list[dict[str, Any]] = []
-    print("| network | eps | attack | robust accuracy | seconds | points above pyautoattack | share of its time |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for bundle in arguments.bundle:
+        rows.append(expert(bundle, arguments.n, threads))
+        print(json.dumps(rows[-1]), flush=True)
+    if arguments.networks:
+        print("| network | eps | attack | robust accuracy | seconds | points above pyautoattack | share of its time |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
     for path in arguments.networks:
         for eps in map(float, arguments.eps.split(",")):
             for row in compare(path, eps, arguments.n, threads):
