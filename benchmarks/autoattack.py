@@ -54,7 +54,7 @@ def auto_attack(model: TorchModel, images: Tensor, labels: Tensor, eps: float) -
     from pyautoattack import AutoAttack
 
     peer = AutoAttack(model.module, norm="Linf", eps=eps, version="standard", seed=0, device="cpu")
-    attacked, _ = peer.run_standard_evaluation(images, labels, batch_size=250)
+    attacked: Tensor = peer.run_standard_evaluation(images, labels, batch_size=250)[0]
     return attacked.detach()
 
 
