@@ -174,8 +174,10 @@ def _layout(image: ValueInfoProto, sizes: Sequence[int | None], name: str) -> La
 
 def _output(model: ModelProto, name: str) -> tuple[str, int | None]:
     """The name of the one output [N, classes], and the number of classes if the file says it."""
-    inferred = {item.name: item for item in with_inferred_shapes(model).graph.output}
-    outputs = [inferred.get(item.name, item) for item in model.graph.output]
+    outputs = list(model.graph.output)
+    if not all(_sizes(item) and None not in (_sizes(item) or [])[1:] for item in outputs):
+        inferred = {item.name: item for item in with_inferred_shapes(model).graph.output}
+        outputs = [inferred.get(item.name, item) for item in outputs]
     fitting = [item for item in outputs if _may_be_logits(item, unknown=len(outputs) == 1)]
     if len(fitting) != 1:
         raise ToolkitError(

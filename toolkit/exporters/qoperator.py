@@ -29,10 +29,12 @@ class _NotRewritten(Exception):
 
 
 def to_qdq(model: ModelProto) -> ModelProto:
-    """A copy of `model` in which integer operators stand as float operators between quantisers.
+    """A copy of `model` in which integer operators stand as float operators between quantisers; `model` if it has none.
 
     Operators without such a form (another memory layout, scales that are no constants) stay as they are.
     """
+    if not any(node.op_type in RULES for node in model.graph.node):
+        return model
     copied = ModelProto()
     copied.CopyFrom(model)
     rewriter = _Rewriter(copied)

@@ -173,6 +173,16 @@ def test_all_missing_operators_are_listed_and_unneeded_ones_are_not() -> None:
         read_network(model(nodes, {}), Entry("image"), "logits")
 
 
+def test_masks_move_with_the_network_and_indices_stay_on_the_cpu() -> None:
+    nodes = [node("Gather", ["image", "index"], ["few"], axis=1), node("Where", ["mask", "few", "zero"], ["logits"])]
+    constants = {"index": i64([2, 0]), "mask": np.array([True, False, True]), "zero": f32(0)}
+    network = read_network(model(nodes, constants, shape=("N", 3, 2, 3)), Entry("image"), "logits")
+    images = torch.rand(4, 3, 2, 3)
+    torch.testing.assert_close(network(images), images[:, [2, 0]] * torch.tensor([1.0, 0, 1]))
+    kinds = sorted(str(buffer.dtype) for buffer in network.bfloat16().buffers())
+    assert kinds == ["torch.bfloat16", "torch.bool"]
+
+
 def test_the_registry_is_alphabetical() -> None:
     names = [name for name in OPERATORS if ":" not in name]
     assert names == sorted(names)

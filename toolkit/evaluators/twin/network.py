@@ -59,7 +59,7 @@ class Entry:
 class TwinNetwork(nn.Module):
     """Executes the steps of a graph on images [n, C, H, W].
 
-    Floating constants are buffers; shapes and indices stay on the CPU, where they are read.
+    Floating constants and masks are buffers; shapes and indices stay on the CPU, where they are read.
 
     Args:
         steps: in topological order.
@@ -78,7 +78,7 @@ class TwinNetwork(nn.Module):
         self._buffers_of: dict[str, tuple[str, ...]] = {}
         for number, (name, value) in enumerate(constants.items()):
             parts = (value.values, value.scale) if isinstance(value, Scaled) else (plain(value),)
-            if not parts[0].is_floating_point():
+            if not parts[0].is_floating_point() and parts[0].dtype != torch.bool:
                 self._integers[name] = parts[0]
                 continue
             self._buffers_of[name] = tuple(f"constant_{number}_{part}" for part in range(len(parts)))
