@@ -4,8 +4,8 @@
 
 FLAGS are handed to `toolkit harden`, say `--epochs 20`. Robust accuracy is the worst case of the attacks asked for
 (`fast` unless FLAGS say otherwise), over all surrogates. Every row is one run of the command line, its bundle in a
-temporary folder; all figures are those of the deployed int8 graph on the 10,000 test images. Beside them stand the float
-figures of the paper (Thorsteinsson et al. 2024, table 3: pruned 0.8 from the standard network, adversarially
+temporary folder; all figures are those of the deployed int8 graph on the 10,000 test images. Beside them stand the
+float figures of the paper (Thorsteinsson et al. 2024, table 3: pruned 0.8 from the standard network, adversarially
 fine-tuned, not quantised).
 """
 
