@@ -54,7 +54,8 @@ def fab_targeted(
     """The smallest perturbations found across the boundary to each image's `rank`-th likeliest other class.
 
     Args:
-        surrogate: that is to be fooled, into whatever class.
+        surrogate: that is to be fooled, into whatever class; best in float32, since bfloat16 rounds the differences
+            of logits that are projected on.
         images: float32 [n, C, H, W] in [0, 1].
         labels: int64 [n], the true classes.
         threat: norm (l-inf, l2 or l1), space and clipping; its radius bounds the random starts and what is judged.
