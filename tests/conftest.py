@@ -11,6 +11,15 @@ from tests.tiny import World
 from toolkit import cli, progress
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test writes to the user's own cache folder; subprocesses do not either."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A folder with data, a user's network and its checkpoint; read only."""
@@ -19,9 +28,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="session")
 def hardened(world: World) -> World:
-    """The same folder with a bundle `out`, made by `toolkit harden`; read only."""
+    """The same folder with a bundle `out`, made by `toolkit harden` with all its evidence; read only."""
     with tiny.working_folder(world.folder):
-        assert tiny.run(*tiny.harden_arguments(), "--threads", "1", "-q") == cli.DONE
+        assert tiny.run(*tiny.harden_arguments(attacks="fast"), "--threads", "1", "-q") == cli.DONE
     return world
 
 
@@ -32,6 +41,7 @@ def here(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         if path.is_file():
             shutil.copy(path, tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.with_name(f"{tmp_path.name}-cache")))
     monkeypatch.setattr(cli, "_on_interrupt", None)
     yield tmp_path
     progress.set_quiet(False)

@@ -178,6 +178,8 @@ BAD: dict[str, Bad] = {
     "output below a file": Bad(("--output", "net.py/out"), ("cannot be written", "net.py/out")),
     "output in a folder that takes none": Bad(("--output", "/proc/out"), ("cannot be written", "/proc/out")),
     "no data set here": Bad(("--data", "cifar10", "--data-dir", "empty"), ("CIFAR-10", "--data sample")),
+    "unknown attack": Bad(("--attacks", "apgd-ce,sqare"), ("unknown attack", "'sqare'", "did you mean 'square'")),
+    "an attack that the norm does not have": Bad(("--attacks", "cw"), ("cw", "l2")),
     "too many evaluation images": Bad(("--n", "151"), ("--n 151", "150 images")),
     "no images left": Bad(
         ("--data", "npz:few.npz"),

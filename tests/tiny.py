@@ -75,8 +75,11 @@ def run(*arguments: str | Path) -> int:
     return cli.run([str(argument) for argument in arguments])
 
 
-def harden_arguments(output: str | Path = "out", *, model: str = "model.pt", epochs: int = 2) -> list[str]:
-    command = ["harden", model, "--prune", "0.5", "--int8", "--epochs", str(epochs)]
+def harden_arguments(
+    output: str | Path = "out", *, model: str = "model.pt", epochs: int = 2, attacks: str = "pgd"
+) -> list[str]:
+    """The command of a whole run; `attacks` beyond the transfer matrix cost time, so only evidence's own tests ask."""
+    command = ["harden", model, "--prune", "0.5", "--int8", "--epochs", str(epochs), "--attacks", attacks]
     return [*command, *QUICK, "--output", str(output)]
 
 

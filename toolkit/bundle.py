@@ -59,7 +59,7 @@ class Workspace:
 
     @property
     def resumable(self) -> bool:
-        return self.training_checkpoint.is_file()
+        return self.training_checkpoint.is_file() or any(self.journals.glob("*.sqlite"))
 
     def scratch(self, name: str) -> Path:
         """A file that the bundle does not keep."""
@@ -92,7 +92,7 @@ def check_output(output: Path, *, force: bool, resume: bool) -> Workspace:
     if workspace.resumable and not (resume or force):
         raise ToolkitError(
             "an interrupted run to this output can be resumed",
-            found=str(workspace.training_checkpoint),
+            found=str(workspace.root),
             fix="continue it with --resume, or discard it with --force",
         )
     return workspace
@@ -102,8 +102,8 @@ def check_output(output: Path, *, force: bool, resume: bool) -> Workspace:
 def open_workspace(output: Path, *, force: bool, resume: bool) -> Iterator[Workspace]:
     """A workspace that becomes `output` when the block ends without an error.
 
-    After an error or an interrupt `output` is as it was before; the workspace stays only if a training can be resumed
-    from it.
+    After an error or an interrupt `output` is as it was before; the workspace stays only if a training or an evaluation
+    can be resumed from it.
 
     Raises:
         ToolkitError: `output` exists and `force` is not set, cannot be written, or the disk is full.
@@ -120,7 +120,7 @@ def open_workspace(output: Path, *, force: bool, resume: bool) -> Iterator[Works
         except BaseException as error:
             _clear(workspace)
             if workspace.resumable and isinstance(error, ToolkitError):
-                error.add_note("the fine-tuning so far is kept: the same command with --resume goes on from it")
+                error.add_note("what was done so far is kept: the same command with --resume goes on from it")
             raise
 
 
@@ -153,7 +153,7 @@ def _alone(workspace: Workspace) -> Iterator[None]:
 
 
 def _clear(workspace: Workspace) -> None:
-    """Remove all but a training that can be resumed."""
+    """Remove all but what can be resumed."""
     if workspace.resumable:
         for path in workspace.root.iterdir():
             if path not in workspace.kept:

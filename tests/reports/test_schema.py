@@ -42,11 +42,14 @@ def test_a_real_report_is_valid(report: dict[str, Any], validator: Any) -> None:
 def test_it_holds_at_least_what_is_promised(report: dict[str, Any]) -> None:
     assert {"params", "macs", "bytes"} <= set(report["model"])
     assert set(report["accuracy"]) == {"torch", "fp32", "deployed"}
-    assert set(report["robust_accuracy"]) == {"fp32", "deployed"}
+    assert set(report["robust_accuracy"]) == {"fp32", "deployed", "deployed_from_file"}
     row = report["robustness"][0]
     wanted = {"attack", "threat", "surrogate", "target", "correct", "total", "value", "low", "high", "transfer_rate"}
     assert wanted <= set(row)
-    assert {row["target"] for row in report["robustness"]} == {"torch", "fp32", "deployed"}
+    assert {row["target"] for row in report["robustness"]} == {"torch", "fp32", "deployed", "deployed_unoptimised"}
+    for part in ("columns", "soundness_checks", "saturation", "security_curve", "step_ladder"):
+        assert report[part], part
+    assert {"attacks", "passes", "complete", "not_run"} == set(report["worst_case"])
     timing = {"file", "provider", "batch", "threads", "p50", "p90", "p99", "throughput", "ratio", "speedup"}
     assert timing <= set(report["latency"][0])
     assert {"engine", "integer_coverage", "layers", "verdict"} <= set(report["quantization"])

@@ -15,9 +15,10 @@ from toolkit.config import GateConfig
 from toolkit.evaluators.soundness import integer_above_float
 from toolkit.paths import public_name
 from toolkit.reports.build import _gates, verdict
-from toolkit.reports.markdown import percent, render_markdown, threat_text
+from toolkit.reports.markdown import render_markdown
 from toolkit.reports.schema import AlarmRecord, Gate, Report, Threat
 from toolkit.reports.summary import comparison, render_summary, text_table
+from toolkit.reports.words import percent, threat_text
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from toolkit.evaluators.timing import BUSY
-from toolkit.reports.robustness import marked, robustness_section
+from toolkit.reports.robustness import JUDGES, marked, robust_text, robustness_section
 from toolkit.reports.schema import CalibrationComparison, Latency, Report, Share
 from toolkit.reports.words import percent, table, threat_text
 
@@ -37,8 +37,8 @@ def _headline(report: Report) -> str:
         ("accuracy on clean images", percent(before.accuracy), percent(after.accuracy.deployed)),
         (
             "accuracy under attack",
-            percent(before.robust_accuracy),
-            marked(percent(after.robust_accuracy.deployed), report),
+            f"{percent(before.robust_accuracy)} under PGD alone",
+            marked(robust_text(after.robust_accuracy.deployed, report), report),
         ),
         ("parameters", f"{report.model.params.before:,}", f"{report.model.params.after:,}"),
         ("multiply-accumulates per image", f"{report.model.macs.before:,}", f"{report.model.macs.after:,}"),
@@ -49,7 +49,8 @@ def _headline(report: Report) -> str:
         f"# {report.model.architecture}, hardened\n\n"
         f"What ships (`model.onnx`) beside the network that came in.\n\n"
         f"{table(('', 'before', 'deployed'), rows)}\n\n"
-        f"Attack: {threat_text(report.threat)}. Intervals are 95 % Wilson intervals. "
+        f"Attack: {threat_text(report.threat)}; worst case per image over `{report.worst_case.attacks}`. "
+        "Intervals are 95 % Wilson intervals. "
         f"The verdict on integers: {report.quantization.verdict}"
     )
 
@@ -66,7 +67,8 @@ def _alarms(report: Report) -> str:
 
 def _accuracy(report: Report) -> str:
     clean = report.accuracy
-    rows = [("torch", percent(clean.torch)), ("fp32", percent(clean.fp32)), ("deployed", percent(clean.deployed))]
+    shares = {"torch": clean.torch, "fp32": clean.fp32, "deployed": clean.deployed}
+    rows = [(JUDGES[name], percent(share)) for name, share in shares.items()]
     return f"## Accuracy and robustness\n\n{table(('graph', 'accuracy on clean images'), rows)}"
 
 

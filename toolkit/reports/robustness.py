@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from toolkit.reports import schema
 from toolkit.reports.schema import Attack, Robustness, Share
 from toolkit.reports.words import percent, table
 
+SURROGATES = {
+    "original": "network that came in",
+    "float": "float network",
+    "fake_quantised": "fake-quantised network",
+    "twin": "twin of the deployed graph",
+}
 JUDGES = {
     "torch": "torch",
     "fp32": "float twin",
@@ -44,8 +50,13 @@ def robustness_section(found: Robustness, robust: Mapping[str, Share]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def robust_text(share: Share, found: Robustness) -> str:
+    """Robust accuracy in words; where the time did not suffice it is an upper bound, and says so."""
+    return percent(share) + ("" if found.worst_case.complete else " UNFINISHED")
+
+
 def _headline(found: Robustness, robust: Mapping[str, Share]) -> str:
-    rows = [(JUDGES[name], marked(percent(share), found)) for name, share in robust.items()]
+    rows = [(JUDGES[name], marked(robust_text(share, found), found)) for name, share in robust.items()]
     unfinished = (
         ""
         if found.worst_case.complete
@@ -58,57 +69,98 @@ def _headline(found: Robustness, robust: Mapping[str, Share]) -> str:
     )
 
 
-def matrix_rows(found: Robustness) -> tuple[tuple[str, ...], Rows]:
-    """Header and rows of the transfer matrix: one row a surrogate, one column a target."""
+Matrix = tuple[tuple[str, ...], Rows]
+"""Header and rows: one row a surrogate, one column a target."""
+
+
+def matrix_rows(found: Robustness) -> Matrix:
+    """Accuracy that the attack made on each surrogate leaves each target."""
+    return _matrix_of(found, _left)
+
+
+def transfer_rows(found: Robustness) -> Matrix:
+    """Of the images that fooled each surrogate, the share that fools each target."""
+    return _matrix_of(found, lambda cell: "-" if cell.transfer_rate is None else _rate(cell))
+
+
+def _matrix_of(found: Robustness, text: Callable[[Attack], str]) -> Matrix:
     targets = list(dict.fromkeys(cell.target for cell in found.robustness))
     surrogates = list(dict.fromkeys(cell.surrogate for cell in found.robustness))
     cells = {(cell.surrogate, cell.target): cell for cell in found.robustness}
     rows = [
-        (surrogate, *(_cell(cells[surrogate, target]) for target in targets if (surrogate, target) in cells))
+        (
+            SURROGATES[surrogate],
+            *(text(cells[surrogate, target]) if (surrogate, target) in cells else "-" for target in targets),
+        )
         for surrogate in surrogates
     ]
     return ("made on", *(JUDGES[target] for target in targets)), rows
 
 
-def _cell(cell: Attack) -> str:
-    rate = "" if cell.transfer_rate is None else f", {cell.transfer_rate:.1%} of {cell.transfer_n} transfer"
-    return f"{cell.value:.2%} [{cell.low:.2%}, {cell.high:.2%}]{rate}{'' if cell.valid else ' **INVALID**'}"
+def _left(cell: Attack) -> str:
+    interval = f"[{100 * cell.low:.1f}, {100 * cell.high:.1f}]"
+    return f"{cell.value:.2%} {interval}{'' if cell.valid else ' INVALID'}"
+
+
+def _rate(cell: Attack) -> str:
+    return f"{cell.transfer_rate:.1%} of {cell.transfer_n}"
+
+
+def plan_text(cell: Attack) -> str:
+    """The attack of the transfer matrix in words."""
+    start = "from the image itself"
+    if cell.random_start:
+        start = (
+            "from one random start" if cell.restarts == 1 else f"from {cell.restarts} random starts, the worst counts"
+        )
+    steps = f"in steps of {cell.step_size:.4g}" if cell.steps > 1 else f"in one step of {cell.step_size:.4g}"
+    return f"{cell.attack} {steps} {start}, all steps on all {cell.total} images"
 
 
 def _matrix(found: Robustness) -> str:
     if not found.robustness:
         return ""
-    first = found.robustness[0]
-    header, rows = matrix_rows(found)
-    tests = [
-        (
-            column.surrogate,
-            f"{JUDGES[column.first]} : {JUDGES[column.second]}",
-            f"{column.only_first} : {column.only_second}",
-            f"{column.p_value:.3g}",
-        )
-        for column in found.columns
-    ]
-    return (
-        f"### Transfer matrix\n\n{first.attack}, {first.steps} steps of {first.step_size:.4g}, {first.restarts} "
-        f"start(s), all steps on all {first.total} images; accuracy that is left, and how many of the images that "
-        f"fooled the surrogate fool the graph.\n\n{table(header, rows)}\n\n"
-        "McNemar's exact test between neighbouring columns: images on which only one of the two is right.\n\n"
-        f"{table(('made on', 'graphs', 'only first : only second right', 'p'), tests)}"
+    text = (
+        f"### Transfer matrix\n\nThe attack ({plan_text(found.robustness[0])}) was made on the network of each row and "
+        "scored on the graph of each column.\n\nAccuracy that is left, with its 95 % interval in percent:\n\n"
+        f"{table(*matrix_rows(found))}\n\nHow many of the images that fooled the attacked network fool the graph "
+        f"too:\n\n{table(*transfer_rows(found))}"
     )
+    if not found.columns:
+        return text
+    return (
+        f"{text}\n\nImages that only the first or only the second of two neighbouring columns classifies rightly, and "
+        f"the p-value of McNemar's exact test:\n\n{table(*_column_rows(found))}"
+    )
+
+
+def _column_rows(found: Robustness) -> Matrix:
+    pairs = list(dict.fromkeys((column.first, column.second) for column in found.columns))
+    cells = {(column.surrogate, column.first, column.second): column for column in found.columns}
+    rows = [
+        (
+            SURROGATES[surrogate],
+            *(
+                f"{cell.only_first} : {cell.only_second} (p = {cell.p_value:.2g})"
+                for cell in (cells[surrogate, *pair] for pair in pairs)
+            ),
+        )
+        for surrogate in dict.fromkeys(column.surrogate for column in found.columns)
+    ]
+    return ("made on", *(f"{JUDGES[first]} : {JUDGES[second]}" for first, second in pairs)), rows
 
 
 def pass_rows(found: Robustness) -> Rows:
     """What every attack of the worst case came to; targeted ones in one row."""
     rows: dict[tuple[str, str], list[schema.PassRecord]] = {}
     for record in found.worst_case.passes:
-        where = record.surrogate or "the deployed graph's answers"
+        where = SURROGATES[record.surrogate] if record.surrogate else "queries to the graph"
         rows.setdefault((f"{record.attack}-{record.steps}", where), []).append(record)
     return [
         (
             attack,
             where,
-            str(len(records)) if records[0].rank else "-",
+            str(len(records)) if records[0].rank else "any",
             str(records[0].attempted),
             str(sum(record.fooled for record in records)),
         )
@@ -116,15 +168,16 @@ def pass_rows(found: Robustness) -> Rows:
     ]
 
 
-PASS_HEADER = ("attack", "made on", "target classes", "images left", "fooled anew")
+PASS_HEADER = ("attack-steps", "made on", "target classes", "images tried", "newly fooled")
 
 
 def _worst_case(found: Robustness) -> str:
     if not found.worst_case.passes:
         return ""
     return (
-        "### Beyond the matrix\n\nOn the images that some graph still classified rightly, cheap attacks first; an "
-        f"image is dropped only once the deployed graph itself is fooled.\n\n{table(PASS_HEADER, pass_rows(found))}"
+        "### Beyond the matrix\n\nFurther attacks, cheap ones first. An image is left alone only once every graph of "
+        "the first table is fooled by it; `newly fooled` counts those of the graph that ships.\n\n"
+        f"{table(PASS_HEADER, pass_rows(found))}"
     )
 
 
@@ -141,8 +194,9 @@ def _curve(found: Robustness) -> str:
         return ""
     header = ("eps", "steps", f"deployed (n={found.security_curve[0].total})")
     return (
-        f"### Over the radius and the number of steps\n\n{table(header, curve_rows(found.security_curve))}\n\n"
-        f"{table(header, curve_rows(found.step_ladder))}"
+        "### Over the radius and the number of steps\n\nPGD alone, made on the network whose attacks transfer best; "
+        "the last radius lets it do nearly anything.\n\n"
+        f"{table(header, curve_rows(found.security_curve))}\n\n{table(header, curve_rows(found.step_ladder))}"
     )
 
 
@@ -155,7 +209,7 @@ def twin_text(found: Robustness) -> str:
     validity = "" if twin.valid else " Figures of attacks made on it are INVALID."
     return (
         f"the twin of the deployed graph gives the same label on {percent(twin.agreement_clean)} of the clean images"
-        f"{attacked}; largest logit difference {twin.max_difference:.2e}, {twin.relative:.2e} of their "
+        f"{attacked}; largest logit difference {twin.max_difference:.2g}, {twin.relative:.2g} of their "
         f"spread.{validity}"
     )
 
@@ -170,8 +224,13 @@ def _saturation(found: Robustness) -> str:
         return ""
     listed = [row for row in found.saturation if max(row.clean, row.attacked) > SATURATED]
     rows = [(f"`{row.tensor}`", f"{row.clean:.3%}", f"{row.attacked:.3%}") for row in listed]
-    shown = table(("tensor", "clean", "attacked"), rows) if rows else f"None above {SATURATED:.2%}."
-    return f"### Saturation\n\nShare of values that a quantiser clips, of {len(found.saturation)}.\n\n{shown}"
+    shown = (
+        table(("tensor", "clean", "attacked"), rows) if rows else f"No tensor has more than {SATURATED:.2%} clipped."
+    )
+    return (
+        f"### Saturation\n\nShare of values that a quantiser clips; {len(found.saturation)} tensors are "
+        f"quantised.\n\n{shown}"
+    )
 
 
 def _checks(found: Robustness) -> str:
@@ -179,4 +238,5 @@ def _checks(found: Robustness) -> str:
         (check.name, f"{check.value:.4g}", f"{check.limit:.4g}", "**ALARM**" if check.alarm else "passed")
         for check in found.soundness_checks
     ]
-    return f"### Checks\n\n{table(('check', 'value', 'at most', ''), rows)}" if rows else ""
+    note = "Shares of the images, but for `end_to_end_differs`, which is a probability."
+    return f"### Checks\n\n{note}\n\n{table(('check', 'value', 'at most', ''), rows)}" if rows else ""

@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 
-from toolkit.reports.robustness import JUDGES, PASS_HEADER, curve_rows, matrix_rows, pass_rows, twin_text
+from toolkit.reports.robustness import (
+    JUDGES,
+    PASS_HEADER,
+    curve_rows,
+    matrix_rows,
+    pass_rows,
+    plan_text,
+    robust_text,
+    transfer_rows,
+    twin_text,
+)
 from toolkit.reports.schema import AttackReport, Report
 from toolkit.reports.words import percent, threat_text
 
@@ -24,7 +34,11 @@ def render_summary(report: Report, folder: Path) -> str:
     model, baseline, place = report.model, report.baseline, quote(str(folder))
     rows = [
         ("accuracy, clean", percent(baseline.accuracy), percent(report.accuracy.deployed)),
-        ("accuracy, attacked", percent(baseline.robust_accuracy), percent(report.robust_accuracy.deployed)),
+        (
+            "accuracy, attacked",
+            f"{percent(baseline.robust_accuracy)}, PGD alone",
+            robust_text(report.robust_accuracy.deployed, report),
+        ),
         ("parameters", f"{model.params.before:,}", f"{model.params.after:,}"),
         ("MACs per image", f"{model.macs.before:,}", f"{model.macs.after:,}"),
         ("ONNX file", f"{model.bytes.before:,} bytes", f"{model.bytes.after:,} bytes"),
@@ -42,7 +56,7 @@ def render_summary(report: Report, folder: Path) -> str:
             )
     parts = [
         text_table(("", "before", "deployed"), rows),
-        *(f"ALARM    {alarm.message}" for alarm in report.soundness),
+        *(f"ALARM    {alarm.name}: {alarm.message}" for alarm in report.soundness),
         f"attack:  {report.worst_case.attacks}, worst case per image; {threat_text(report.threat)}",
         f"integer: {report.quantization.verdict}",
         *(
@@ -50,7 +64,7 @@ def render_summary(report: Report, folder: Path) -> str:
             for gate in report.gates
         ),
         f"\nbundle:  {folder}\nreport:  {folder / 'report.md'}",
-        f"next:    toolkit verify {place}\n         toolkit attack {place} --restarts 5\n"
+        f"next:    toolkit verify {place}\n         toolkit attack {place} --attacks ensemble\n"
         f"         toolkit harden --config {quote(str(folder / 'config.yaml'))} --output {quote(f'{folder}-again')}",
     ]
     return "\n".join(parts)
@@ -58,43 +72,57 @@ def render_summary(report: Report, folder: Path) -> str:
 
 def render_attack(found: AttackReport, gallery: Path | None = None) -> str:
     """What `toolkit attack` found: the robust accuracy and its alarms first, then what it rests on."""
-    clean = {name: percent(share) for name, share in found.accuracy.items()}
-    rows = [
-        (
-            JUDGES[name],
-            clean.get(name, ""),
-            percent(found.robust_accuracy[name]) if name in found.robust_accuracy else "",
-        )
-        for name in (*found.accuracy, *(name for name in found.robust_accuracy if name not in found.accuracy))
-    ]
-    start = "random" if found.random_start else "zero"
     parts = [
-        f"{found.target} on {found.data}, {found.images} images; {threat_text(found.threat)}",
-        text_table(("graph", "clean", "robust accuracy"), rows),
-        *(f"ALARM    {alarm.message}" for alarm in found.soundness),
+        f"{found.target} on {found.data}, {found.images} images\n{threat_text(found.threat)}\n"
+        f"attacks: {found.worst_case.attacks}; robust accuracy is the worst case per image, clean images included\n",
+        text_table(("graph", "clean", "robust accuracy"), _accuracies(found)),
+        *(f"ALARM    {alarm.name}: {alarm.message}" for alarm in found.soundness),
+        *_unfinished(found),
+        *_evidence(found),
     ]
-    if found.robustness:
-        parts.append(
-            f"\npgd, {found.steps} steps of {found.step_size:.4g}, {found.restarts} {start} start(s), all images:"
-        )
-        parts.append(text_table(*matrix_rows(found)))
-    if found.worst_case.passes:
-        parts.append("\nworst case, on the images that were left:")
-        parts.append(text_table(PASS_HEADER, pass_rows(found)))
-    if found.security_curve:
-        parts.append("\nover the radius:")
-        header = ("eps", "steps", f"accuracy (n={found.security_curve[0].total})")
-        parts.append(text_table(header, curve_rows(found.security_curve)))
-    if found.fidelity is not None:
-        parts.append(f"\nfidelity: {twin_text(found)}")
-    if found.clipped_share is not None:
-        parts.append(f"attacked pixels outside the integer graph's input range: {found.clipped_share:.2%}")
-    if found.budget is not None:
-        parts.append(f"a run with --budget {found.budget:g}: what it finds depends on the machine's speed")
-    parts += [f"NOT RUN  {what}" for what in found.worst_case.not_run]
     if gallery is not None:
         parts.append(f"images that fool the graph: {gallery}")
     return "\n".join(parts)
+
+
+def _accuracies(found: AttackReport) -> list[tuple[str, str, str]]:
+    """One row a graph; the files are those that the graph that counts reads."""
+    counts = "deployed" if "deployed" in found.accuracy else next(iter(found.accuracy))
+    labels = {**JUDGES, "deployed_from_file": f"{JUDGES[counts]}, from 8-bit PNG files"}
+    clean = {name: percent(share) for name, share in found.accuracy.items()}
+    robust = {name: robust_text(share, found) for name, share in found.robust_accuracy.items()}
+    return [(labels[name], clean.get(name, "-"), robust.get(name, "-")) for name in dict.fromkeys((*clean, *robust))]
+
+
+def _unfinished(found: AttackReport) -> list[str]:
+    """What the time did not suffice for, beside the figure that it makes an upper bound."""
+    missing = [f"NOT RUN  {what}" for what in found.worst_case.not_run]
+    if missing:
+        missing.append("UNFINISHED: what is left may fall further; the same command with --resume goes on")
+    if found.budget is not None:
+        missing.append(f"with --budget {found.budget:g} (seconds), figures depend on the speed of the machine")
+    return missing
+
+
+def _evidence(found: AttackReport) -> list[str]:
+    parts = []
+    if found.robustness:
+        parts.append(f"\n{plan_text(found.robustness[0])}: accuracy left, 95 % interval in percent")
+        parts.append(text_table(*matrix_rows(found)))
+        parts.append("\nimages that fooled the attacked network and fool the graph too")
+        parts.append(text_table(*transfer_rows(found)))
+    if found.worst_case.passes:
+        parts.append("\nfurther attacks, on the images that still stood")
+        parts.append(text_table(PASS_HEADER, pass_rows(found)))
+    if found.security_curve:
+        parts.append("\nover the radius: pgd alone, on the network whose attacks transfer best")
+        header = ("eps", "steps", f"accuracy (n={found.security_curve[0].total})")
+        parts.append(text_table(header, curve_rows(found.security_curve)))
+    if found.fidelity is not None:
+        parts.append("\n" + twin_text(found).replace("; ", ";\n").replace(", under", ",\nunder"))
+    if found.clipped_share is not None:
+        parts.append(f"attacked pixels outside the integer graph's input range: {found.clipped_share:.2%}")
+    return parts
 
 
 def comparison(reports: Mapping[str, Report]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
