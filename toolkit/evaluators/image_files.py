@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,7 @@ class Gallery:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+        self._left_out: frozenset[int] = frozenset()
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,11 @@ class Gallery:
                     fix="name a folder that can be written",
                 ) from error
 
+    def leave_out(self, indices: Iterable[int]) -> None:
+        """Images that are misclassified without an attack: what is made of them proves nothing."""
+        self._left_out = frozenset(indices)
+
     def keep(self, file: bytes, *, index: int, label: int) -> None:
         """Write one image under its position among the evaluation images and its true class."""
-        if self._folder is not None:
+        if self._folder is not None and index not in self._left_out:
             (self._folder / f"{index:06d}-class{label}.png").write_bytes(file)

@@ -67,9 +67,11 @@ def evaluate_robustness(
         clock: the time that may be spent; clean accuracy is measured in any case.
         gallery: keeps the files that fool the graph that counts.
     """
+    gallery = gallery or Gallery(None)
     judges = Judges(targets, conditions.plan.threat, conditions.normalization, gallery)
     with task("clean accuracy", len(split)) as bar:
         clean = clean_flags(judges, split, bar.advance)
+    gallery.leave_out((~clean[judges.primary]).nonzero()[:, 0].tolist())
     ledger = Ledger(clean, judges, files=split.images.shape[0] in WRITABLE_CHANNELS)
     run = Evaluation(judges, ledger, split, conditions, journal or Journal(), clock or Clock())
     armed = arm(surrogates, conditions)
