@@ -96,6 +96,7 @@ class Lineup:
             "version": __version__,
             "split": split.digest,
             "order": hashlib.sha256(split.hashes.tobytes()).hexdigest(),
+            "labels": hashlib.sha256(split.labels.tobytes()).hexdigest(),
             "conditions": repr(conditions),
             "targets": {name: repr(getattr(target, "interface", None)) for name, target in self.targets.items()},
             "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.files],

@@ -34,6 +34,9 @@ LIMITS: Mapping[str, float] = {
 }
 """Each check's value must not be above its limit; shares of images, but for the last (a probability)."""
 
+ROUNDING = 1e-9
+"""Differences of shares that lie at their limit are above it by this in floating point, at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -50,7 +53,7 @@ class Check:
 
     @property
     def alarming(self) -> bool:
-        return self.value > self.limit
+        return self.value > self.limit + ROUNDING
 
 
 def alarms(checks: Iterable[Check]) -> tuple[Check, ...]:
@@ -193,9 +196,8 @@ def unfaithful_surrogate(name: SurrogateName, found: Fidelity) -> tuple[Check, .
     """Attacks made on a twin say little of a graph that answers otherwise."""
     agreements = [share for share in (found.agreement_clean, found.agreement_attacked) if share is not None]
     worst = min(agreements, key=lambda share: share.value)
-    apart = (worst.total - worst.correct) / worst.total  # not 1 - value, which rounding puts above the limit
     message = (
         f"the {name} of the deployed graph gives the same label on {worst} of the images only: figures of attacks made "
         "on it are invalid as they stand, and the worst case rests on the other surrogates and on queries"
     )
-    return (Check("surrogate_unfaithful", apart, message),)
+    return (Check("surrogate_unfaithful", 1 - worst.value, message),)

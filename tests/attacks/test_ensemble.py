@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import pytest
+import torch
+
+from tests.attacks.problems import a_problem
+from tests.toys import RGB
+from toolkit.attacks.ensemble import (
+    COMPOSITIONS,
+    ENSEMBLE,
+    FAST,
+    GRADIENT_ATTACKS,
+    PGD,
+    SQUARE,
+    STEPS,
+    TARGETS,
+    Pass,
+    compose,
+)
+from toolkit.attacks.pgd import largest_violation, rounding
+from toolkit.attacks.threat import ThreatModel
+from toolkit.errors import ToolkitError
+
+Norm = Literal["linf", "l2", "l1"]
+EPS: dict[Norm, float] = {"linf": 0.1, "l2": 1.0, "l1": 8.0}
+
+
+def test_the_ensemble_holds_all_of_autoattacks_standard() -> None:
+    """Croce & Hein 2020: APGD on cross-entropy, targeted APGD and FAB on nine classes, Square with 5000 queries."""
+    standard = {("apgd-ce", 100, None), *((name, 100, rank) for name in ("apgd-t", "fab-t") for rank in range(1, 10))}
+    standard.add((SQUARE, 5000, None))
+    assert standard <= {(how.attack, how.steps, how.rank) for how in ENSEMBLE}
+    assert all(how.near == 0 for how in ENSEMBLE if how.steps < STEPS), "the short forms spare no image"
+
+
+@pytest.mark.parametrize("passes", [ENSEMBLE, FAST])
+def test_compositions_end_with_queries_and_begin_with_the_cheapest(passes: tuple[Pass, ...]) -> None:
+    kinds = [how.by_queries for how in passes]
+    assert kinds == sorted(kinds) and any(kinds)
+    steps = [how.steps for how in passes if not how.by_queries]
+    assert steps == sorted(steps)
+    assert not any(how.near for how in passes[:4]), "something is known of every image before any is left out"
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+def test_targeted_attacks_have_one_target_fewer_than_classes(classes: int) -> None:
+    ranks = [how.rank for how in compose("apgd-t", classes)]
+    assert ranks == list(range(1, min(classes - 1, TARGETS) + 1))
+    for name in COMPOSITIONS:
+        assert all(how.rank is None or how.rank < classes for how in compose(name, classes))
+
+
+def test_names_are_composed_in_their_order_and_pgd_adds_nothing() -> None:
+    assert compose(PGD, 10) == ()
+    assert compose("fast", 10) == FAST and compose("ensemble", 10) == ENSEMBLE
+    assert [how.attack for how in compose("fgsm, square ,apgd-dlr,pgd", 10)] == ["fgsm", "square", "apgd-dlr"]
+    assert [str(how) for how in compose("apgd-t", 3)] == ["apgd-t-100 to class 1", "apgd-t-100 to class 2"]
+
+
+def test_an_unknown_attack_lists_the_choices() -> None:
+    with pytest.raises(ToolkitError, match="unknown attack") as raised:
+        compose("fast,apgd-ec", 10)
+    assert "did you mean 'apgd-ce'" in raised.value.fix
+    assert all(name in raised.value.fix for name in (*COMPOSITIONS, *GRADIENT_ATTACKS, SQUARE))
+
+
+@pytest.mark.parametrize(("name", "norm"), [("deepfool", "l1"), ("cw", "linf"), ("cw", "l1")])
+def test_an_attack_in_a_norm_that_it_does_not_have_is_refused(name: str, norm: Norm) -> None:
+    with pytest.raises(ToolkitError, match=f"{name} does not exist in the norm {norm}") as raised:
+        compose(name, 10, norm)
+    assert raised.value.found == f"--attacks {name} with --norm {norm}"
+    assert "apgd-ce" in raised.value.fix and name not in raised.value.fix.split(", or another")[0].split(", ")
+
+
+@pytest.mark.parametrize("norm", get_args(Norm))
+@pytest.mark.parametrize("name", GRADIENT_ATTACKS)
+def test_every_named_attack_finds_images_within_the_threat_model(name: str, norm: Norm) -> None:
+    """In a large ball around small random networks, all of them fool some image, and submit nothing beyond it."""
+    if norm not in GRADIENT_ATTACKS[name].norms:
+        return
+    problem, threat = a_problem(classes=3), ThreatModel(norm, 2 * EPS[norm], "pixels", clip=True)
+    fooled = torch.zeros(len(problem.images), dtype=torch.bool)
+
+    def settle(attacked: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        over = largest_violation(attacked, problem.images[positions], threat, RGB)
+        assert over <= rounding(attacked.shape, threat, RGB)
+        wrong = problem.model.predict(attacked).argmax(dim=1) != problem.labels[positions]
+        fooled[positions] |= wrong
+        return wrong
+
+    (how, *_) = compose(name, 3, norm)
+    short = Pass(how.attack, min(how.steps, 30), how.rank)
+    generator = torch.Generator().manual_seed(0)
+    short.run(problem.surrogate(), problem.images, problem.labels, threat, generator, settle)
+    assert fooled.sum() >= 2
