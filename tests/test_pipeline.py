@@ -346,7 +346,7 @@ def test_a_hardened_network_can_be_hardened_again(out: Path) -> None:
     assert report_of(Path("twice"))["model"]["params"]["before"] == report_of(out)["model"]["params"]["after"]
 
 
-def test_a_float_bundle_says_so(here: Path) -> None:
+def test_a_float_bundle_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [item for item in tiny.harden_arguments(epochs=0) if item != "--int8"]
     assert tiny.run(*command, "-q") == cli.BAD_INPUT
     assert tiny.run(*command, "--allow-float", "--no-end-to-end", "--threads", "1", "-q") == cli.DONE
@@ -355,6 +355,13 @@ def test_a_float_bundle_says_so(here: Path) -> None:
     assert found["integer_coverage"] == 0 and found["input_range"] is None
     assert not Path("out/model.e2e.onnx").exists()
     assert tiny.run("verify", "out", "-q") == cli.DONE
+    report = report_of(here / "out")
+    assert {row["surrogate"] for row in report["robustness"]} == {"original", "float"}
+    assert report["fidelity"] is None and report["saturation"] == [] and report["quantization"]["clipped_share"] is None
+    capsys.readouterr()
+    assert tiny.run("attack", "out", "--attacks", "pgd", "--n", "20", "--threads", "1", "-q") == cli.DONE
+    page = capsys.readouterr().out
+    assert "float network" in page and "fake-quantised" not in page and "twin of the deployed" not in page
 
 
 def test_a_dry_run_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

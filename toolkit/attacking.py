@@ -76,7 +76,7 @@ def attack(
     model = config.model.path
     if model.is_dir():
         config, scene = _of_bundle(config, target)
-    elif model.suffix == ".onnx":
+    elif model.suffix.lower() == ".onnx":
         scene = _of_file(config, target)
     else:
         scene = _of_checkpoint(config, target)

@@ -50,7 +50,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint, state dict, or shipped:cnn8.")]
 
 _verbose = False
@@ -286,7 +286,8 @@ def attack(
     model: Annotated[str, typer.Argument(metavar="MODEL|FILE.onnx|BUNDLE", help="What is attacked.")],
     target: Annotated[Path | None, typer.Option("--target", help="An ONNX file made from the checkpoint.")] = None,
     save_adversarial: Annotated[
-        Path | None, typer.Option("--save-adversarial", help="Folder for the PNG files that fool the graph.")
+        Path | None,
+        typer.Option("--save-adversarial", help="Folder for PNG files of images that fool the graph."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted or unfinished attack.")] = False,
     as_json: Json = False,

@@ -27,8 +27,13 @@ class Flag:
 MODEL = (
     Flag("--arch", "model.arch", "Network of a bare state dict: cnn8, resnet18, torchvision:NAME, file.py:callable."),
     Flag("--trust-pickle", "model.trust_pickle", "Unpickle a whole module; this runs code from the file.", bool),
-    Flag("--mean", "model.mean", "Normalisation of a bare state dict: mean per channel, e.g. 0.5 or 0.49,0.48,0.45."),
-    Flag("--std", "model.std", "Normalisation of a bare state dict: standard deviation per channel."),
+    Flag(
+        "--mean",
+        "model.mean",
+        "Mean per channel, e.g. 0.5 or 0.49,0.48,0.45, where the file does not say it: a bare state dict, or an ONNX "
+        "file that wants normalised pixels.",
+    ),
+    Flag("--std", "model.std", "Standard deviation per channel, where the file does not say it; fractions are fine."),
 )
 DATA = (
     Flag("--data", "data.source", "sample, fashion-mnist, cifar10, folder:DIR or npz:FILE.", short="-d"),
