@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq, linprog
 from torch import Tensor
@@ -61,6 +61,7 @@ def smallest(norm: str, weight: Array, value: float, low: Array, high: Array) ->
 @pytest.mark.parametrize("norm", NORMS)
 @settings(max_examples=60, deadline=None)
 @given(seed=seeds)
+@example(seed=356)  # a row out of reach with a weight of 0 beside a row that needs several passes
 def test_it_is_the_smallest_that_reaches_the_boundary_within_the_box(norm: str, seed: int) -> None:
     weight, value, box = a_task(seed)
     moved = displacement(norm, weight, value, box)

@@ -79,7 +79,8 @@ def _level(slope: Tensor, cap: Tensor, needed: Tensor) -> Tensor:
     level = needed / slope.sum(dim=1, keepdim=True)
     capped = -1
     while True:
-        full = level * slope >= cap
+        # entries without slope count as full at any level, an infinite one included, so that the count only rises
+        full = (level * slope >= cap) | (slope == 0)
         count = int(full.sum())
         if count == capped:
             return level
