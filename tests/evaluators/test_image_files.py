@@ -107,6 +107,14 @@ def test_a_gallery_names_files_by_position_and_class(tmp_path: Path) -> None:
     assert torch.equal(decode(path.read_bytes()), levels.float() / 255)
 
 
+def test_a_gallery_leaves_out_what_it_is_told_to(tmp_path: Path) -> None:
+    gallery = Gallery(tmp_path)
+    gallery.leave_out([3, 5])
+    for index in range(6):
+        gallery.keep(b"", index=index, label=0)
+    assert sorted(int(path.name[:6]) for path in tmp_path.iterdir()) == [0, 1, 2, 4]
+
+
 def test_a_gallery_without_a_folder_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Gallery(None).keep(b"", index=0, label=0)

@@ -155,7 +155,7 @@ def resumable(journal: Journal, clock: Clock | None = None) -> Robustness:
     """Two surrogates, three chunks, two restarts: 12 attacks of the matrix, and passes."""
     surrogates: dict[SurrogateName, TorchModel] = {"float": MODEL, "twin": random_model(5)}
     targets: dict[TargetName, Predictor] = {"torch": MODEL, "fp32": random_model(6), "deployed": MODEL}
-    plan = a_plan(2, eps=0.05, random_start=True, restarts=2)
+    plan = a_plan(2, eps=0.08, step_size=0.01, random_start=True, restarts=2)
     how = conditions(plan, *PASSES, input_range=(0.1, 0.9))
     return evaluate_robustness(surrogates, targets, noise_images(12, MODEL), how, journal=journal, clock=clock)
 
@@ -244,6 +244,15 @@ def test_square_alone_judges_where_there_is_no_surrogate() -> None:
     assert (found.transfers, found.columns, found.best_surrogate, found.clipped_share) == ((), (), None, None)
     assert [record.attack for record in found.passes] == ["square"]
     assert found.worst_case["deployed"] == Proportion(3 - found.passes[0].fooled, 3)
+
+
+def test_images_are_kept_that_an_attack_made_wrong(tmp_path: Path) -> None:
+    """The first is wrong without it, the last stands: what is kept is what separates the clean from the worst case."""
+    split = flat_images([100, 120, 135, 250], labels=[1, 0, 1, 1])
+    how = conditions(a_plan(), Pass("apgd-ce", 3), Pass("square", 4))
+    found = evaluate({"deployed": threshold()}, split, how, gallery=Gallery(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000001-class0.png", "000002-class1.png"]
+    assert found.file == Proportion(1, 4) and found.clean["deployed"] == Proportion(3, 4)
 
 
 def test_gradients_of_surrogates_that_round_keep_float_weights(monkeypatch: pytest.MonkeyPatch) -> None:
