@@ -202,3 +202,15 @@ def test_images_and_labels_may_lie_elsewhere_than_the_network() -> None:
     logits = on_gpu.predict(images_for(model))
     assert logits.device.type == "cpu"
     assert torch.allclose(logits, model.predict(images_for(model)), rtol=1e-2, atol=1e-3)
+
+
+def test_the_exact_form_computes_in_float32_with_the_weights_of_the_moment() -> None:
+    model = wrap(small_network(), classes=2, shape=(1, 8, 8))
+    fast = Surrogate(model.module, GREY, "bfloat16", input_shape=(1, 8, 8))
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter.mul_(0.5)
+    exact = fast.exact()
+    assert exact.precision == "float32" and exact.exact() is exact
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(exact.predict(images), model.predict(images), atol=1e-6)

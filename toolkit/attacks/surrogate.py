@@ -95,6 +95,7 @@ class Surrogate:
         if self.device.type == "cpu":
             keep_freed_memory()
         self._forms = ATTACK_FORMS[precision]
+        self._original, self._input_shape = module, input_shape
         copied = copy.deepcopy(module).eval().requires_grad_(False).to(self.device)
         self._mean, self._std = copied.mean.float(), copied.std.float()
         self._network: nn.Module = copied.network
@@ -112,6 +113,12 @@ class Surrogate:
     def memory_format(self) -> Literal["channels-last", "contiguous"] | None:
         """Of the network's images and weights; None before it was tried."""
         return None if self._form is None else self._form.memory_format
+
+    def exact(self) -> Surrogate:
+        """The same in float32, of the weights as they are now in the network that this one was made from."""
+        if self._forms is ATTACK_FORMS["float32"]:
+            return self
+        return Surrogate(self._original, self.normalization, "float32", input_shape=self._input_shape)
 
     def refresh(self, module: Normalized) -> None:
         """Copy the weights and statistics of `module` into this surrogate."""
