@@ -385,6 +385,21 @@ def test_a_dry_run_counts_the_passes_of_the_objective(
     assert plan["fine-tune"] == pytest.approx(2 * 540 * passes)
 
 
+@pytest.mark.usefixtures("here")
+def test_a_dry_run_counts_surrogates_and_attacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "_seconds_per_image", lambda *_: 1.0)
+    found = {}
+    for attacks in ("pgd", "fast", "ensemble", "square"):
+        assert tiny.run(*tiny.harden_arguments(attacks=attacks), "--dry-run", "--json", "-q") == cli.DONE
+        (row,) = [row for row in json.loads(capsys.readouterr().out) if row["step"].startswith("evaluate")]
+        assert f"PGD-5 on all surrogates, {attacks}; 150 images" in row["step"]
+        found[attacks] = row["seconds"]
+    assert found["pgd"] < found["fast"] < found["ensemble"]
+    assert found["square"] - found["pgd"] == pytest.approx(150 * 5000 * pipeline.QUERY_COST)
+
+
 def test_the_pruned_network_learns_from_a_teacher(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [*tiny.harden_arguments(epochs=1), "--finetune", "distill", "--threads", "1"]
     assert tiny.run(*command, "--dry-run", "-q") == cli.BAD_INPUT

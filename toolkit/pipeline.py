@@ -29,6 +29,7 @@ from toolkit.evaluators.environment import environment_record
 from toolkit.evaluators.evaluation import Conditions
 from toolkit.evaluators.examination import Examination
 from toolkit.evaluators.latency import LatencyRow, benchmark
+from toolkit.evaluators.probes import PROBED_IMAGES, RADII, STEPS
 from toolkit.evaluators.robustness import evaluate_robustness
 from toolkit.evaluators.soundness import Check, alarms, end_to_end_differs
 from toolkit.exporters.calibration import AdversarialShare
@@ -50,6 +51,12 @@ from toolkit.training.records import TrainingResult
 
 BASELINE_IMAGES = 1000
 """So many evaluation images show how robust the network was that came in."""
+QUERY_COST = 0.3
+"""Of a query in gradients."""
+NEAR_SHARE = 0.1
+"""Of the images, about, that short attacks bring near the boundary, so that long ones follow."""
+PROBES = sum(STEPS) + len(RADII) + 1
+"""Attacks with the plan's number of steps that the probes amount to."""
 END_TO_END_IMAGES = 100
 
 
@@ -170,7 +177,7 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
     gradient, forward = (_seconds_per_image(model, config) for model in (prepared.model, pruned.model))
     tuning, evaluated = config.finetune, len(prepared.splits.evaluation)
     images = tuning.epochs * len(prepared.splits.train)
-    steps = prepared.plan.steps * prepared.plan.restarts
+    baseline = prepared.plan.steps * prepared.plan.restarts * min(BASELINE_IMAGES, evaluated)
     estimates = {
         f"prune      {config.prune.ratio:g} of the filters per {config.prune.scope}: "
         f"{pruned.parameters_before:,} -> {pruned.parameters_after:,} parameters": 1.0,
@@ -179,12 +186,25 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
         * forward,
         f"export     opset {config.export.opset}, parity, end-to-end graph": 5.0,
         f"quantise   {_calibration_text(config.quantize)}": 2.0,
-        f"evaluate   PGD-{prepared.plan.steps} on {evaluated:,} images": steps
-        * (evaluated * forward + min(BASELINE_IMAGES, evaluated) * gradient)
-        + 10 * evaluated * forward,
+        f"evaluate   PGD-{prepared.plan.steps} on all surrogates, {config.attack.attacks}; {evaluated:,} images": (
+            _gradients(config, prepared, evaluated) * forward + baseline * gradient
+        ),
         f"benchmark  {config.benchmark.provider}, batches {', '.join(map(str, config.benchmark.batches))}": 15.0,
     }
     return [PlannedStep(text, seconds) for text, seconds in estimates.items()]
+
+
+def _gradients(config: HardenConfig, prepared: PreparedAttack, images: int) -> float:
+    """How many gradients of the float network the evaluation costs, about: the matrix, further attacks, the probes."""
+    plan = prepared.plan
+    surrogates = 6 if config.quantize.int8 else 2  # those that round cost twice as much
+    passes = compose(config.attack.attacks, len(prepared.model.spec.class_names), plan.threat.norm)
+    further = 0.0
+    for how in passes:
+        share = NEAR_SHARE if how.near else 1.0
+        further += how.steps * share * (QUERY_COST if how.by_queries else 1) * (surrogates if how.everywhere else 1)
+    probes = PROBES * plan.steps * min(PROBED_IMAGES, images)
+    return images * (surrogates * plan.steps * plan.restarts + further) + probes
 
 
 def _calibration_text(config: QuantizeConfig) -> str:
