@@ -201,6 +201,9 @@ def test_a_budget_says_what_was_not_run(capsys: Capture) -> None:
     page = capsys.readouterr().out
     assert "NOT RUN  pgd-5 on float" in page and "UNFINISHED" in page and "--resume" in page
     assert page.index("NOT RUN") < page.index("--budget"), "beside the figure"
+    assert tiny.run("attack", "model.pt", *QUICK, "--resume", "-q") == cli.DONE
+    captured = capsys.readouterr()
+    assert captured.err == "" and "UNFINISHED" not in captured.out and "--budget" not in captured.out
 
 
 def test_an_interrupted_attack_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
