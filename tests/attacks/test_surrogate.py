@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.toys import RGB, small_network, wrap
+from tests.toys import GREY, RGB, small_network, wrap
 from toolkit.artifacts import TorchModel
 from toolkit.attacks.forms import Precision
 from toolkit.attacks.surrogate import Surrogate, resolve_precision
