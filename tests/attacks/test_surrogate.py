@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -132,7 +133,9 @@ def test_inference_tensors_can_be_attacked() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_precision_that_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch, precision: Precision) -> None:
+def test_a_precision_that_is_asked_for_is_taken(
+    monkeypatch: pytest.MonkeyPatch, precision: Literal["float32", "bfloat16"]
+) -> None:
     """Also where the hardware would have it otherwise, and down to what the network's first layer is given."""
     hardware = {"avx512_bf16": precision == "float32"}
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: hardware)
