@@ -8,7 +8,7 @@ DEMO := demo-out
 .PHONY: demo test check format peers schema clean
 
 demo: $(STAMP)  ## harden the shipped network on the embedded sample and show the summary
-	$(BIN)/toolkit harden shipped:cnn8 --data sample --prune 0.5 --int8 --threat paper --epochs 10 --output $(DEMO) --force
+	$(BIN)/toolkit harden shipped:cnn8 --data sample --prune 0.5 --int8 --threat paper --epochs 30 --output $(DEMO) --force
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -88,8 +88,8 @@ class PruneConfig(StageConfig):
 class TrainConfig(StageConfig):
     """Training from scratch and fine-tuning."""
 
-    objective: Literal["adversarial", "fgsm", "trades", "distill", "standard", "none"] = "adversarial"
-    epochs: Annotated[int, Field(ge=0)] = 3
+    objective: Literal["adversarial", "fgsm", "trades", "distill", "standard", "none"] = "fgsm"
+    epochs: Annotated[int, Field(ge=0)] = 9
     batch_size: Annotated[int, Field(ge=1)] = 128
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
