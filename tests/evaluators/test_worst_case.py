@@ -61,7 +61,7 @@ def moves(*shifts: int) -> tuple[Pass, ...]:
 @settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.integers(0, 255), min_size=1, max_size=8),
-    shifts=st.lists(st.integers(-100, 100), max_size=4),
+    shifts=st.lists(st.integers(-99, 99), max_size=4),  # 100 is 25.5 levels, which can lie on a boundary
     ends=st.tuples(st.integers(1, 254), st.integers(1, 254)),
 )
 def test_figures_are_the_minimum_over_all_attacks_and_images_stay_until_all_judges_are_fooled(
