@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tests.evaluators.defects import InTraining, Knows, OfMean, in_one_pixel, misled, of_mean, threshold_file
-from tests.evaluators.greys import SIDE, Norm, a_plan, above, conditions, flat_images, threshold
+from tests.evaluators.greys import Norm, a_plan, above, conditions, flat_images, threshold
 from tests.exporters.small import onnx_file
 from toolkit.artifacts import Predictor, Proportion, Split, TorchModel
 from toolkit.attacks.ensemble import Pass
@@ -322,7 +322,3 @@ def test_an_end_to_end_file_within_the_limit_is_no_alarm() -> None:
     compared = EndToEndComparison(0.5, "photo.jpg", Proportion(9, 10), 0.1, Proportion(10, 10))
     (check,) = end_to_end_differs(compared)
     assert not check.alarming, "decoders may differ, as long as the graph's own steps do not"
-
-
-def test_images_have_the_size_that_the_defects_are_made_for() -> None:
-    assert GREYS.images.shape == (1, SIDE, SIDE)
