@@ -184,9 +184,18 @@ def _of_file(config: AttackRunConfig, target: Path | None) -> _Scene:
     check_fits(source, spec)
     names = source.train.class_names
     lineup = Lineup().with_deployed(path, names, interface=interface, input_shape=source.train.shape)
-    plan = resolve_plan(config.threat, source.threat_key)
+    plan = resolve_plan(_threat_of_file(config.threat, metadata), source.threat_key)
     splits = make_splits(source, config.data, config.seed)
     return _Scene(lineup, splits, source, plan, spec.normalization, "auto", threads)
+
+
+def _threat_of_file(given: ThreatConfig, metadata: Mapping[str, str]) -> ThreatConfig:
+    """The threat model that the file was hardened against, with what the user set in its place."""
+    if "threat_model" not in metadata:
+        return given
+    own = json.loads(metadata["threat_model"])
+    base = {name: own[name] for name in ("preset", "norm", "eps")}
+    return ThreatConfig(**override_threat(base, {name: getattr(given, name) for name in given.model_fields_set}))
 
 
 def _outside_normalization(config: AttackRunConfig, metadata: Mapping[str, str]) -> Normalization | None:

@@ -63,7 +63,7 @@ def examined(
 def alarm(found: Examination, name: str) -> Check:
     """The alarm of that name, whose message stands by its limit."""
     (check,) = [check for check in found.alarms if check.name == name]
-    assert check.limit == LIMITS[name] < check.value and check.message
+    assert LIMITS[name] <= check.limit < check.value and check.message
     return check
 
 
@@ -293,11 +293,12 @@ def test_the_surrogate_on_which_graphs_part_most_is_named() -> None:
 
 
 def probes(curve: Sequence[int], ladder: Sequence[int], flat: int = 0, fell: int = 0) -> GradientProbes:
+    """All in hundredths, of 1,000 images."""
     return GradientProbes(
-        tuple(Point(0.1 * place, 20, Proportion(right, 100)) for place, right in enumerate(curve)),
-        tuple(Point(0.1, 10 * place, Proportion(right, 100)) for place, right in enumerate(ladder, 1)),
-        Proportion(flat, 100),
-        Proportion(fell, 100),
+        tuple(Point(0.1 * place, 20, Proportion(10 * right, 1000)) for place, right in enumerate(curve)),
+        tuple(Point(0.1, 10 * place, Proportion(10 * right, 1000)) for place, right in enumerate(ladder, 1)),
+        Proportion(10 * flat, 1000),
+        Proportion(10 * fell, 1000),
     )
 
 
@@ -316,6 +317,12 @@ def probes(curve: Sequence[int], ladder: Sequence[int], flat: int = 0, fell: int
 def test_limits_of_the_probes(found: GradientProbes, names: list[str]) -> None:
     """Each by one hundredth: up to the limit there is no alarm."""
     assert [check.name for check in alarms(gradient_checks(found, guessing=0.1))] == names
+
+
+@pytest.mark.parametrize(("images", "limit"), [(1000, 0.01), (300, 0.01), (100, 0.03), (60, 0.05), (20, 0.1), (5, 0.1)])
+def test_a_few_images_of_a_small_sample_are_no_alarm(images: int, limit: float) -> None:
+    assert Check("more_steps_weaker", 0.0, "", images).limit == pytest.approx(limit)
+    assert Check("integer_above_float", 0.0, "").limit == 0.003, "whose limit is promised, however few they are"
 
 
 def test_an_end_to_end_file_within_the_limit_is_no_alarm() -> None:

@@ -6,6 +6,7 @@ It runs on anything that predicts, an integer ONNX Runtime session included, so 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class _State:
     labels: Tensor
     best: Tensor
     margin: Tensor
-    """Of `best`; positive where the target is fooled."""
+    """Of `best`; positive where the target is fooled, 0 where only a judge can tell: integer logits tie."""
 
 
 def square(
@@ -54,10 +55,10 @@ def square(
     """
     images, labels = images.cpu(), labels.cpu()
     scale = threat.pixel_scale(normalization)
-    survivors = Survivors(images, settle or (lambda attacked, _: torch.ones(len(attacked), dtype=torch.bool)))
+    survivors = Survivors(images, settle or partial(_fooled, target, labels))
     best = constrain(images + scale * STARTS[threat.norm](images, threat.eps, generator), images, threat, scale)
     state = _State(images, labels, best, margin(target.predict(best).cpu(), labels))
-    judged = state.margin > 0
+    judged = state.margin >= 0
     for query in range(1, queries):
         keep = survivors.submit(state.best, judged)
         if keep is not None:
@@ -69,7 +70,7 @@ def square(
         trial = constrain(state.images + scale * moved, state.images, threat, scale)
         found = margin(target.predict(trial).cpu(), state.labels)
         better = found > state.margin
-        judged = better & (found > 0)
+        judged = better & (found >= 0)
         state.best = torch.where(better.view(-1, 1, 1, 1), trial, state.best)
         state.margin = torch.where(better, found, state.margin)
     else:
@@ -77,3 +78,7 @@ def square(
         if keep is not None:
             state = narrowed(state, keep)
     return survivors.finish(state.best)
+
+
+def _fooled(target: Predictor, labels: Tensor, attacked: Tensor, positions: Tensor) -> Tensor:
+    return target.predict(attacked).cpu().argmax(dim=1) != labels[positions]

@@ -94,7 +94,9 @@ def examine(
     saturated: tuple[Saturation, ...] = ()
     gradients: GradientProbes | None = None
     not_run = robustness.not_run
-    if twin is not None:
+    if twin is not None and clock.expired:
+        not_run = (*not_run, "fidelity of the twin, saturation")
+    elif twin is not None:
         fidelity, saturated = _watch_twin(twin, surrogates["twin"], primary, split, conditions)
     best = robustness.best_surrogate
     if surrogates and clock.expired:

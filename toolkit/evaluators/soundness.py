@@ -34,6 +34,9 @@ LIMITS: Mapping[str, float] = {
 }
 """Each check's value must not be above its limit; shares of images, but for the last (a probability)."""
 
+FEWEST, FEW = 3, 0.1
+"""So few images prove nothing, even where they are a larger share of a small sample than a check allows; but more than
+the second, a share, is too much of any sample. See `Check.images`."""
 ROUNDING = 1e-9
 """Differences of shares that lie at their limit are above it by this in floating point, at most."""
 
@@ -46,10 +49,12 @@ class Check:
     value: float
     message: str
     """What it would mean, as it is shown when the limit is passed."""
+    images: int | None = None
+    """Of how many images `value` is a share; None: the limit is as it stands, however few they are."""
 
     @property
     def limit(self) -> float:
-        return LIMITS[self.name]
+        return max(LIMITS[self.name], min(FEW, FEWEST / self.images) if self.images else 0.0)
 
     @property
     def alarming(self) -> bool:
@@ -125,16 +130,19 @@ def gradient_checks(found: GradientProbes, guessing: float) -> tuple[Check, ...]
             last.robust.value - guessing,
             f"at a radius of {last.eps:g} the attack may do nearly anything, and {last.robust} stay right: "
             "its gradients are masked",
+            last.robust.total,
         ),
         Check(
             "zero_gradients",
             found.zero_gradients.value,
             f"the loss has no gradient at {found.zero_gradients} of the images: the attack cannot move them",
+            found.zero_gradients.total,
         ),
         Check(
             "loss_not_rising",
             found.loss_fell.value,
             f"the attack lowers the loss of {found.loss_fell} of the images that it should raise: gradients mislead it",
+            found.loss_fell.total,
         ),
     )
 
@@ -146,7 +154,7 @@ def _rise(name: str, points: Sequence[Point]) -> Check:
         f"{strong} leave more images right than {weak} ({second.robust} against {first.robust}): "
         "the stronger attack is the weaker one, so neither finds the worst case"
     )
-    return Check(name, second.robust.value - first.robust.value, message)
+    return Check(name, second.robust.value - first.robust.value, message, second.robust.total)
 
 
 def query_beats_gradient(passes: Sequence[PassRecord], images: int) -> tuple[Check, ...]:
@@ -164,7 +172,7 @@ def query_beats_gradient(passes: Sequence[PassRecord], images: int) -> tuple[Che
         f"a random search by queries fools {share:.2%} of the images that no gradient attack could: the surrogates' "
         "gradients do not show the way on this graph; do not rely on the gradient attacks"
     )
-    return (Check("query_beats_gradient", share, message),)
+    return (Check("query_beats_gradient", share, message, images),)
 
 
 def disagreement_under_attack(columns: Sequence[ColumnTest], clean: Mcnemar | None, images: int) -> tuple[Check, ...]:
@@ -185,7 +193,7 @@ def disagreement_under_attack(columns: Sequence[ColumnTest], clean: Mcnemar | No
         f"under {worst.attack} on {worst.surrogate} exactly one of float twin and integer graph is right on "
         f"{attacked:.2%} of the images, clean on {before:.2%}: the attack meets a difference between them"
     )
-    return (Check("disagreement_under_attack", attacked - before, message),)
+    return (Check("disagreement_under_attack", attacked - before, message, images),)
 
 
 def _discordant(test: Mcnemar) -> int:

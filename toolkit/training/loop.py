@@ -1,4 +1,4 @@
-"""The training loop: any objective, resumable to the same weights, best epoch on validation kept."""
+"""The training loop: any objective, resumable to the same weights, the last good epoch on validation kept."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def train(
     resume: bool = False,
     teacher: TorchModel | None = None,
 ) -> TrainingResult:
-    """Train a copy of `model` and return its best epoch; 0 epochs or objective `none` return it unchanged.
+    """Train a copy of `model` and return its last epoch that validation holds for good; 0 epochs or objective `none` return it unchanged.
 
     Args:
         model: start weights.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +21,23 @@ class EpochRecord:
 
     @property
     def score(self) -> float:
-        """By which the best epoch is chosen: clean plus robust accuracy."""
+        """By which epochs are compared: clean plus robust accuracy."""
         return self.accuracy.value + (self.robust.value if self.robust else 0.0)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the score, as if its parts were independent."""
+        shares = [self.accuracy, *([self.robust] if self.robust else [])]
+        return math.sqrt(sum(share.value * (1 - share.value) / share.total for share in shares))
+
+    def is_kept_after(self, earlier: Sequence[EpochRecord]) -> bool:
+        """Whether this epoch's weights replace those of an earlier one.
+
+        They do unless they are worse than the best by more than its standard error: among epochs that validation cannot
+        tell apart, the last has learnt longest, at the lowest rate.
+        """
+        best = max(earlier, key=lambda record: record.score, default=self)
+        return self.score >= best.score - best.standard_error
 
     def to_list(self) -> list[Any]:
         """As plain data; `from_list` is the inverse."""

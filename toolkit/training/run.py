@@ -216,16 +216,16 @@ class Run:
         return self.module if self.average is None else self.average.module
 
     def finish_epoch(self) -> None:
-        """Measure on the validation part and keep the weights if they are the best so far."""
+        """Measure on the validation part and keep the weights unless earlier ones are clearly better."""
         if not all(bool(value.isfinite().all()) for value in self.module.state_dict().values()):
             raise self._diverged(self.step // self.steps_per_epoch)
         clean, robust = self._validate()
         epoch = self.step // self.steps_per_epoch
-        self.epochs.append(EpochRecord(epoch, float(np.mean(self.losses)), clean, robust))
-        best = max(self.epochs, key=lambda record: (record.score, record.epoch))
-        if best.epoch == epoch:
+        record = EpochRecord(epoch, float(np.mean(self.losses)), clean, robust)
+        if record.is_kept_after(self.epochs):
             self.best = {key: value.detach().cpu().clone() for key, value in self.shipped.network.state_dict().items()}
             self.best_epoch = epoch
+        self.epochs.append(record)
         robust_text = f", robust {robust.value:.1%}" if robust else ""
         self.note = f"epoch {epoch}: validation clean {clean.value:.1%}{robust_text}"
 
