@@ -213,7 +213,7 @@ def _training(report: Report) -> str:
     ]
     return (
         f"## Fine-tuning\n\nObjective {tuning.objective}, {tuning.precision}; epoch {tuning.best_epoch} was kept "
-        f"(best on the validation images).\n\n"
+        f"(the last that is not clearly worse than the best on the validation images).\n\n"
         f"{table(('epoch', 'loss', 'validation, clean', 'validation, attacked'), rows)}"
     )
 

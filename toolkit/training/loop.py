@@ -33,11 +33,11 @@ def train(
     resume: bool = False,
     teacher: TorchModel | None = None,
 ) -> TrainingResult:
-    """Train a copy of `model` and return its last epoch that validation holds for good; 0 epochs or objective `none` return it unchanged.
+    """Train a copy of `model` and return its last good epoch; 0 epochs or objective `none` return it unchanged.
 
     Args:
         model: start weights.
-        train_split: images to learn from; validation: images that choose the best epoch.
+        train_split: images to learn from; validation: images that choose the epoch (`EpochRecord`).
         config: objective, epochs, rate and so on.
         plan: threat model of training and of the validation attack; the standard objective needs none.
         seed: fixes order, attack starts and dropout.

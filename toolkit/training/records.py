@@ -53,7 +53,7 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The network of the best epoch, and how every epoch went."""
+    """The network of the epoch that is kept, and how every epoch went."""
 
     model: TorchModel
     epochs: tuple[EpochRecord, ...]

@@ -35,7 +35,7 @@ from toolkit.training.teacher import Teacher
 from toolkit.training.validation import measure
 
 VALIDATION_IMAGES = 1024
-"""At most so many validation images choose the best epoch."""
+"""At most so many validation images choose the epoch that is kept."""
 VALIDATION_STEPS = 10
 """Steps of the attack on them."""
 
@@ -259,7 +259,7 @@ class Run:
                 self._fall_back()
 
     def result(self) -> TrainingResult:
-        """The best epoch's network in float32, with this training in its record."""
+        """The kept epoch's network in float32, with this training in its record."""
         trained = self.original.copy()
         trained.network.load_state_dict(self.best)
         config = self.config
