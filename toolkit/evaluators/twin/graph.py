@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,23 +35,24 @@ class UnconvertibleOperators(Exception):
         self.operators = operators
 
 
-def read_network(model: ModelProto, entry: Entry, output: str) -> TwinNetwork:
+def read_network(model: ModelProto, entry: Entry, output: str, in_float: Collection[str] = frozenset()) -> TwinNetwork:
     """The module that computes `output` of a QDQ or float graph.
 
     Args:
         model: an ONNX graph, not changed.
         entry: its image input.
         output: the value wanted; what does not lead to it is left out.
+        in_float: outputs of the quantised convolutions that the runtime computes in float.
 
     Raises:
         UnconvertibleOperators: with all operators that are missing.
     """
-    return _Reader(model, entry, output).network()
+    return _Reader(model, entry, output, in_float).network()
 
 
 class _Reader:
-    def __init__(self, model: ModelProto, entry: Entry, output: str) -> None:
-        self._entry, self._output = entry, output
+    def __init__(self, model: ModelProto, entry: Entry, output: str, in_float: Collection[str]) -> None:
+        self._entry, self._output, self._in_float = entry, output, in_float
         self._nodes = needed_nodes(model, output)
         self._opsets = {item.domain: item.version for item in model.opset_import}
         self._types = _value_types(model)
@@ -98,6 +99,7 @@ class _Reader:
             self._describe_quantiser(node, attributes, inputs)
         elif node.op_type in ("Conv", "Gemm") and node.domain in ONNX_DOMAINS:
             attributes["aligned"] = self._aligned(inputs)
+            attributes["in_float"] = node.output[0] in self._in_float
         elif node.op_type == "Split":
             attributes["parts"] = len(node.output)
         elif node.op_type == "Clip":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from toolkit.evaluators.twin.float_kernel import FloatKernel
 from toolkit.evaluators.twin.quantised import integer_bias, layer_scale
 from toolkit.evaluators.twin.values import Scaled, along, plain
 
@@ -44,11 +45,20 @@ def pad_spatial(values: Tensor, before: Sequence[int], after: Sequence[int], fil
 
 
 def convolution(
-    image: Any, weight: Any, bias: Any = None, *, aligned: bool = False,
+    image: Any, weight: Any, bias: Any = None, *, aligned: bool = False, in_float: bool = False,
     strides: Sequence[int] | None = None, dilations: Sequence[int] | None = None,
     pads: Sequence[int] | None = None, group: int = 1, auto_pad: str = "NOTSET",
 ) -> Any:  # fmt: skip
-    """Conv; of scaled tensors the sums of the integers, scaled, which is what QLinearConv computes before it rounds."""
+    """Conv; of scaled tensors the sums of the integers, scaled, which is what QLinearConv computes before it rounds.
+
+    Args:
+        image: [n, C, ...].
+        weight: [channels, C / group, ...].
+        bias: [channels].
+        aligned: a quantised bias is in units of the sums.
+        in_float: the runtime has no integer kernel for this one.
+        strides: and the rest: attributes of the node.
+    """
     scale = None
     if isinstance(image, Scaled) and isinstance(weight, Scaled):
         scale = layer_scale(image, weight, image.values.ndim, 1)
@@ -62,7 +72,15 @@ def convolution(
     if before != after:
         values, before = pad_spatial(values, before, after), [0] * rank
     sums = CONVOLUTIONS[rank](values, kernel, units, list(strides), before, list(dilations), group)
-    return sums if scale is None else Scaled(sums, scale)
+    if scale is None:
+        return sums
+    if not in_float or sums.dtype != torch.float32:
+        return Scaled(sums, scale)
+    real = plain(weight), plain(bias)
+    kernel = FloatKernel(
+        values.detach(), image.scale, *real, before, strides, dilations, group, tuple(sums.shape)
+    )  # fmt: skip
+    return Scaled(sums, scale, kernel=kernel)
 
 
 def transposed_convolution(

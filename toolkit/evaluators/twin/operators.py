@@ -248,7 +248,7 @@ OPERATORS: Mapping[str, Builder] = {
     "Concat": with_attributes(_concat, "axis", wrap=lambda function: function),
     "Constant": _constant, "ConstantOfShape": with_attributes(shapes.constant_of_shape, "value"),
     "Conv": with_attributes(
-        layers.convolution, "strides", "dilations", "pads", "group", "auto_pad", "aligned", wrap=lambda f: f
+        layers.convolution, "strides", "dilations", "pads", "group", "auto_pad", "aligned", "in_float", wrap=lambda f: f
     ),
     "ConvTranspose": _transposed_convolution, "Cos": fixed(torch.cos),
     "DepthToSpace": with_attributes(shapes.depth_to_space, "blocksize", "mode"),
@@ -288,7 +288,7 @@ OPERATORS: Mapping[str, Builder] = {
     "ReduceMin": _reduce(torch.amin, homogeneous=True), "ReduceProd": _reduce(_product),
     "ReduceSum": _reduce(torch.sum, homogeneous=True),
     "ReduceSumSquare": _reduce(lambda x, axes, keep: x.square().sum(axes, keep)),
-    "Relu": lambda _: scales(torch.relu), "Reshape": with_attributes(shapes.reshape, "allowzero", wrap=moves),
+    "Relu": lambda _: quantised.relu, "Reshape": with_attributes(shapes.reshape, "allowzero", wrap=moves),
     "Resize": _resize, "Round": fixed(torch.round), "ScatterND": fixed(shapes.scatter_nd),
     "Selu": fixed(functional.selu), "Shape": with_attributes(shapes.shape, "start", "end"),
     "Sigmoid": fixed(torch.sigmoid), "Sign": fixed(torch.sign), "Sin": fixed(torch.sin),

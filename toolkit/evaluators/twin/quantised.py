@@ -43,7 +43,8 @@ def quantize(
     point = _zero_point(zero_point, offset, values, axis)
     least, most = ends[0] - point, ends[1] - point
     if isinstance(value, Scaled):
-        return Codes(round_to_grid(values, value.scale / step, least, most, divide=False), point)
+        edge = (value.kernel, step) if value.kernel is not None and step.ndim == 0 else None
+        return Codes(round_to_grid(values, value.scale / step, least, most, divide=False, edge=edge), point)
     return Codes(round_to_grid(values, step, least, most, divide=True), point)
 
 
@@ -163,6 +164,13 @@ def _flat(bias: Any) -> Any:
     if isinstance(bias, Scaled):
         return Scaled(bias.values.flatten(), bias.scale.flatten())
     return bias if bias is None else plain(bias).flatten()
+
+
+def relu(value: Any) -> Any:
+    """Relu; the sums that it leaves are those of the layer in front of it."""
+    if isinstance(value, Scaled):
+        return value._replace(values=torch.relu(value.values))
+    return torch.relu(plain(value))
 
 
 def add(first: Any, second: Any) -> Any:

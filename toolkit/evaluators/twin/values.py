@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from toolkit.evaluators.twin.float_kernel import FloatKernel, settle_ties
+
 Bound = float | Tensor
 """An end of a quantiser's range, in steps from its zero point: one for all, or one per channel (broadcastable)."""
 
@@ -32,6 +34,8 @@ class Scaled(NamedTuple):
     scale: Tensor
     zero_point: float = 0.0
     """Of the integers that were dequantised: the kernels of Add and Mul round differently with it."""
+    kernel: FloatKernel | None = None
+    """The values are a convolution's, which the runtime computes in float."""
 
 
 class Pooled(NamedTuple):
@@ -75,6 +79,10 @@ def along(values: Tensor, rank: int, axis: int) -> Tensor:
     return values.reshape(shape)
 
 
+Edge = tuple[FloatKernel, Tensor] | None
+"""A float convolution and the scale of the quantiser behind it."""
+
+
 def _clip_and_round(position: Tensor, low: float, high: float, shift: float) -> Tensor:
     found = position.clamp(low + shift, high + shift).round_()
     return found.sub_(shift) if shift else found
@@ -89,9 +97,11 @@ class _Round(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, factor: Tensor, divide: bool, low: float, high: float, shift: float
+        ctx: Any, values: Tensor, factor: Tensor, divide: bool, low: float, high: float, shift: float, edge: Edge
     ) -> Tensor:  # fmt: skip
         position = values / factor if divide else values * factor
+        if edge is not None:
+            settle_ties(position, *edge, low, high)
         if shift:
             position += shift
         ctx.save_for_backward(position, factor)
@@ -102,7 +112,7 @@ class _Round(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         position, factor = ctx.saved_tensors
         inside = torch.ops.aten.hardtanh_backward(gradients[0], position, *ctx.ends)
-        return inside.div_(factor) if ctx.divide else inside.mul_(factor), None, None, None, None, None
+        return inside.div_(factor) if ctx.divide else inside.mul_(factor), None, None, None, None, None, None
 
 
 class _RoundPerChannel(torch.autograd.Function):
@@ -173,7 +183,7 @@ def round_pair(pair: Pair, scale: Tensor, zero_point: float, low: float, high: f
 
 
 def round_to_grid(
-    values: Tensor, factor: Tensor, low: Bound, high: Bound, *, divide: bool, shift: float = 0.0
+    values: Tensor, factor: Tensor, low: Bound, high: Bound, *, divide: bool, shift: float = 0.0, edge: Edge = None
 ) -> Tensor:
     """Integers in [low, high] nearest to `values * factor` (or `values / factor`), with a straight-through gradient.
 
@@ -184,9 +194,10 @@ def round_to_grid(
         high: largest integer.
         divide: QuantizeLinear divides by its scale; requantisation multiplies by a ratio of scales.
         shift: a whole number that is added before rounding and taken off again, as some kernels do.
+        edge: the float convolution that made the values, and the quantiser's scale: it decides near ties.
     """
     if isinstance(low, float) and isinstance(high, float):
-        rounded: Tensor = _Round.apply(values, factor, divide, low, high, shift)
+        rounded: Tensor = _Round.apply(values, factor, divide, low, high, shift, edge)
         return rounded
     position = values / factor if divide else values * factor
     ends = (torch.as_tensor(end, dtype=position.dtype, device=position.device) for end in (low, high))
@@ -220,5 +231,7 @@ def scales(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _wrap(found: Any, source: Scaled | Codes) -> Any:
     if isinstance(found, tuple):
-        return tuple(source._replace(values=part) for part in found)
-    return source._replace(values=found)
+        return tuple(_wrap(part, source) for part in found)
+    if isinstance(source, Codes):
+        return Codes(found, source.zero_point)
+    return Scaled(found, source.scale, source.zero_point)  # in other places than the convolution's
