@@ -66,6 +66,7 @@ class Bench:
             "threat": {"preset": arguments.threat},
             "prune": {"ratio": ratio},
             "seed": arguments.seed,
+            "threads": arguments.threads,
         }
         config = build(HardenConfig, values)
         self.prepared: PreparedAttack = prepare_attack(config)
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("--attacks", default="fast")
     parser.add_argument("--n", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="one, where other work keeps the other cores busy")
     parser.add_argument("--work", type=Path, required=True, help="a folder for networks, checkpoints and results")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
