@@ -19,7 +19,7 @@ from torch import nn
 
 from tests import tiny
 from tests.tiny import World, repeatable
-from toolkit import cli, pipeline
+from toolkit import cli, pipeline, planning
 from toolkit.config import HardenConfig, build, read_settings
 from toolkit.evaluators import worst_case
 from toolkit.training.run import Run
@@ -378,7 +378,7 @@ def test_a_dry_run_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]
 def test_a_dry_run_counts_the_passes_of_the_objective(
     objective: str, passes: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "_seconds_per_image", lambda *_: 1.0)
+    monkeypatch.setattr(planning, "_seconds_per_image", lambda *_: 1.0)
     more = ["--finetune", objective, "--dry-run", "--json", "-q"]
     assert tiny.run(*tiny.harden_arguments(), *more) == cli.DONE
     plan = {row["step"].split()[0]: row["seconds"] for row in json.loads(capsys.readouterr().out)}
@@ -389,7 +389,7 @@ def test_a_dry_run_counts_the_passes_of_the_objective(
 def test_a_dry_run_counts_surrogates_and_attacks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "_seconds_per_image", lambda *_: 1.0)
+    monkeypatch.setattr(planning, "_seconds_per_image", lambda *_: 1.0)
     found = {}
     for attacks in ("pgd", "fast", "ensemble", "square"):
         assert tiny.run(*tiny.harden_arguments(attacks=attacks), "--dry-run", "--json", "-q") == cli.DONE
@@ -397,7 +397,7 @@ def test_a_dry_run_counts_surrogates_and_attacks(
         assert f"PGD-5 on all surrogates, {attacks}; 150 images" in row["step"]
         found[attacks] = row["seconds"]
     assert found["pgd"] < found["fast"] < found["ensemble"]
-    assert found["square"] - found["pgd"] == pytest.approx(150 * 5000 * pipeline.QUERY_COST)
+    assert found["square"] - found["pgd"] == pytest.approx(150 * 5000 * planning.QUERY_COST)
 
 
 def test_the_pruned_network_learns_from_a_teacher(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,9 @@ def harden(
     from toolkit import bundle, pipeline
 
     if dry_run:
-        steps = pipeline.dry_run(resolved, output, force=force, resume=resume)
+        from toolkit import planning
+
+        steps = planning.dry_run(resolved, output, force=force, resume=resume)
         if as_json:
             print(json.dumps([{"step": step.text, "seconds": step.seconds} for step in steps]))
             return

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from toolkit import bundle
 from toolkit.artifacts import OnnxModel, Split, TorchModel
 from toolkit.attacks.ensemble import Pass, compose
 from toolkit.attacks.planned import PlannedAttack
-from toolkit.attacks.surrogate import Surrogate, resolve_precision
-from toolkit.config import HardenConfig, QuantizeConfig, write_settings
+from toolkit.attacks.surrogate import resolve_precision
+from toolkit.config import HardenConfig, write_settings
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import measure_accuracy
 from toolkit.evaluators.calibration import CalibrationComparison, compare_calibrations
@@ -29,7 +28,6 @@ from toolkit.evaluators.environment import environment_record
 from toolkit.evaluators.evaluation import Conditions
 from toolkit.evaluators.examination import Examination
 from toolkit.evaluators.latency import LatencyRow, benchmark
-from toolkit.evaluators.probes import PROBED_IMAGES, RADII, STEPS
 from toolkit.evaluators.robustness import evaluate_robustness
 from toolkit.evaluators.soundness import Check, alarms, end_to_end_differs
 from toolkit.exporters.calibration import AdversarialShare
@@ -46,17 +44,10 @@ from toolkit.reports.build import Evidence, build_report
 from toolkit.reports.markdown import render_markdown
 from toolkit.reports.schema import Report
 from toolkit.training.loop import train
-from toolkit.training.losses import cost_per_image
 from toolkit.training.records import TrainingResult
 
 BASELINE_IMAGES = 1000
 """So many evaluation images show how robust the network was that came in."""
-QUERY_COST = 0.3
-"""Of a query in gradients."""
-NEAR_SHARE = 0.1
-"""Of the images, about, that short attacks bring near the boundary, so that long ones follow."""
-PROBES = sum(STEPS) + len(RADII) + 1
-"""Attacks with the plan's number of steps that the probes amount to."""
 END_TO_END_IMAGES = 100
 
 
@@ -115,7 +106,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
         with watch.stage("load"):
             prepared = prepare_attack(config)
             teacher = load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
-        config = _resolve(config, prepared)
+        config = resolve(config, prepared)
         with watch.stage("prune"):
             pruned = prune(prepared.model, config.prune)
         with watch.stage("export"):  # first, so that what cannot be exported or run is not trained in vain
@@ -158,76 +149,8 @@ def _finetune(
         raise
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedStep:
-    """What a stage would do, and for about how long."""
-
-    text: str
-    seconds: float
-
-
-def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: bool = False) -> list[PlannedStep]:
-    """What `harden` would do; loads and checks everything that `harden` does, writes nothing."""
-    check_settings(config)
-    bundle.check_output(output, force=force, resume=resume)
-    prepared = prepare_attack(config)
-    load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
-    config = _resolve(config, prepared)
-    pruned = prune(prepared.model, config.prune)
-    gradient, forward = (_seconds_per_image(model, config) for model in (prepared.model, pruned.model))
-    tuning, evaluated = config.finetune, len(prepared.splits.evaluation)
-    images = tuning.epochs * len(prepared.splits.train)
-    baseline = prepared.plan.steps * prepared.plan.restarts * min(BASELINE_IMAGES, evaluated)
-    estimates = {
-        f"prune      {config.prune.ratio:g} of the filters per {config.prune.scope}: "
-        f"{pruned.parameters_before:,} -> {pruned.parameters_after:,} parameters": 1.0,
-        f"fine-tune  {tuning.objective}, {tuning.epochs} epoch(s) of {len(prepared.splits.train):,} images": images
-        * cost_per_image(tuning)
-        * forward,
-        f"export     opset {config.export.opset}, parity, end-to-end graph": 5.0,
-        f"quantise   {_calibration_text(config.quantize)}": 2.0,
-        f"evaluate   PGD-{prepared.plan.steps} on all surrogates, {config.attack.attacks}; {evaluated:,} images": (
-            _gradients(config, prepared, evaluated) * forward + baseline * gradient
-        ),
-        f"benchmark  {config.benchmark.provider}, batches {', '.join(map(str, config.benchmark.batches))}": 15.0,
-    }
-    return [PlannedStep(text, seconds) for text, seconds in estimates.items()]
-
-
-def _gradients(config: HardenConfig, prepared: PreparedAttack, images: int) -> float:
-    """How many gradients of the float network the evaluation costs, about: the matrix, further attacks, the probes."""
-    plan = prepared.plan
-    surrogates = 6 if config.quantize.int8 else 2  # those that round cost twice as much
-    passes = compose(config.attack.attacks, len(prepared.model.spec.class_names), plan.threat.norm)
-    further = 0.0
-    for how in passes:
-        share = NEAR_SHARE if how.near else 1.0
-        further += how.steps * share * (QUERY_COST if how.by_queries else 1) * (surrogates if how.everywhere else 1)
-    probes = PROBES * plan.steps * min(PROBED_IMAGES, images)
-    return images * (surrogates * plan.steps * plan.restarts + further) + probes
-
-
-def _calibration_text(config: QuantizeConfig) -> str:
-    if not config.int8:
-        return "not asked for"
-    attacked = f", {config.calibrate_adversarial:.0%} of the images attacked" if config.calibrate_adversarial else ""
-    return f"int8, {config.calibrate}{attacked}"
-
-
-def _seconds_per_image(model: TorchModel, config: HardenConfig) -> float:
-    """Measured: one gradient with respect to the image, per image."""
-    spec, precision = model.spec, resolve_precision(config.finetune.precision)
-    surrogate = Surrogate(model.module, spec.normalization, precision, input_shape=spec.input_shape)
-    images = torch.rand(64, *model.spec.input_shape)
-    labels = torch.zeros(64, dtype=torch.int64)
-    surrogate.gradient(images, labels)
-    start = time.perf_counter()
-    surrogate.gradient(images, labels)
-    surrogate.gradient(images, labels)
-    return (time.perf_counter() - start) / 128
-
-
-def _resolve(config: HardenConfig, prepared: PreparedAttack) -> HardenConfig:
+def resolve(config: HardenConfig, prepared: PreparedAttack) -> HardenConfig:
+    """`config` with everything filled in that data set, preset and machine decide."""
     return config.model_copy(
         update={
             "data": resolved_data(config.data, prepared.source),

@@ -1,0 +1,96 @@
+"""`toolkit harden --dry-run`: what would be done, and for about how long."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from toolkit import bundle
+from toolkit.artifacts import TorchModel
+from toolkit.attacks.ensemble import compose
+from toolkit.attacks.surrogate import Surrogate, resolve_precision
+from toolkit.config import HardenConfig, QuantizeConfig
+from toolkit.evaluators.probes import PROBED_IMAGES, RADII, STEPS
+from toolkit.pipeline import BASELINE_IMAGES, check_settings, resolve
+from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack
+from toolkit.pruning import prune
+from toolkit.training.losses import cost_per_image
+
+QUERY_COST = 0.3
+"""Of a query in gradients."""
+NEAR_SHARE = 0.1
+"""Of the images, about, that short attacks bring near the boundary, so that long ones follow."""
+PROBES = sum(STEPS) + len(RADII) + 1
+"""Attacks with the plan's number of steps that the probes amount to."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """What a stage would do, and for about how long."""
+
+    text: str
+    seconds: float
+
+
+def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: bool = False) -> list[PlannedStep]:
+    """What `harden` would do; loads and checks everything that `harden` does, writes nothing."""
+    check_settings(config)
+    bundle.check_output(output, force=force, resume=resume)
+    prepared = prepare_attack(config)
+    load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
+    config = resolve(config, prepared)
+    pruned = prune(prepared.model, config.prune)
+    gradient, forward = (_seconds_per_image(model, config) for model in (prepared.model, pruned.model))
+    tuning, evaluated = config.finetune, len(prepared.splits.evaluation)
+    images = tuning.epochs * len(prepared.splits.train)
+    baseline = prepared.plan.steps * prepared.plan.restarts * min(BASELINE_IMAGES, evaluated)
+    estimates = {
+        f"prune      {config.prune.ratio:g} of the filters per {config.prune.scope}: "
+        f"{pruned.parameters_before:,} -> {pruned.parameters_after:,} parameters": 1.0,
+        f"fine-tune  {tuning.objective}, {tuning.epochs} epoch(s) of {len(prepared.splits.train):,} images": images
+        * cost_per_image(tuning)
+        * forward,
+        f"export     opset {config.export.opset}, parity, end-to-end graph": 5.0,
+        f"quantise   {_calibration_text(config.quantize)}": 2.0,
+        f"evaluate   PGD-{prepared.plan.steps} on all surrogates, {config.attack.attacks}; {evaluated:,} images": (
+            _gradients(config, prepared, evaluated) * forward + baseline * gradient
+        ),
+        f"benchmark  {config.benchmark.provider}, batches {', '.join(map(str, config.benchmark.batches))}": 15.0,
+    }
+    return [PlannedStep(text, seconds) for text, seconds in estimates.items()]
+
+
+def _gradients(config: HardenConfig, prepared: PreparedAttack, images: int) -> float:
+    """How many gradients of the float network the evaluation costs, about: the matrix, further attacks, the probes."""
+    plan = prepared.plan
+    surrogates = 6 if config.quantize.int8 else 2  # those that round cost twice as much
+    passes = compose(config.attack.attacks, len(prepared.model.spec.class_names), plan.threat.norm)
+    further = 0.0
+    for how in passes:
+        share = NEAR_SHARE if how.near else 1.0
+        further += how.steps * share * (QUERY_COST if how.by_queries else 1) * (surrogates if how.everywhere else 1)
+    probes = PROBES * plan.steps * min(PROBED_IMAGES, images)
+    return images * (surrogates * plan.steps * plan.restarts + further) + probes
+
+
+def _calibration_text(config: QuantizeConfig) -> str:
+    if not config.int8:
+        return "not asked for"
+    attacked = f", {config.calibrate_adversarial:.0%} of the images attacked" if config.calibrate_adversarial else ""
+    return f"int8, {config.calibrate}{attacked}"
+
+
+def _seconds_per_image(model: TorchModel, config: HardenConfig) -> float:
+    """Measured: one gradient with respect to the image, per image."""
+    spec, precision = model.spec, resolve_precision(config.finetune.precision)
+    surrogate = Surrogate(model.module, spec.normalization, precision, input_shape=spec.input_shape)
+    images = torch.rand(64, *model.spec.input_shape)
+    labels = torch.zeros(64, dtype=torch.int64)
+    surrogate.gradient(images, labels)
+    start = time.perf_counter()
+    surrogate.gradient(images, labels)
+    surrogate.gradient(images, labels)
+    return (time.perf_counter() - start) / 128
