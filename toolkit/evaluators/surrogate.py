@@ -21,7 +21,7 @@ from toolkit.evaluators.twin.graph import UnconvertibleOperators, needed_nodes, 
 from toolkit.evaluators.twin.network import Entry, TwinNetwork
 from toolkit.exporters.interface import GraphInterface, interface_of
 from toolkit.exporters.onnx import load_onnx
-from toolkit.exporters.optimised import convolutions_in_float
+from toolkit.exporters.optimised import layers_in_float
 from toolkit.exporters.qoperator import to_qdq
 
 __all__ = [
@@ -93,7 +93,7 @@ def build_twin(
         interface.input_name, interface.layout, interface.pixel_scale, interface.dtype == "uint8", interface.batch
     )
     try:
-        network = read_network(model, entry, interface.logits_name, convolutions_in_float(path, model))
+        network = read_network(model, entry, interface.logits_name, layers_in_float(path, model))
     except UnconvertibleOperators as error:
         raise UnconvertibleGraph(path, error.operators) from error
     return _finish(_with_free_batch(network, shape), model, interface, shape)

@@ -15,8 +15,11 @@ ACTIVATIONS = ("Relu",)
 """Which the runtime fuses into the convolution in front, and which leave the sums that they let pass as they are."""
 
 
-def convolutions_in_float(path: Path, model: ModelProto) -> frozenset[str]:
-    """Outputs of the convolutions of a quantised graph for which the runtime, on this machine, has no integer kernel.
+LAYERS = ("Conv", "FusedConv", "Softmax")
+
+
+def layers_in_float(path: Path, model: ModelProto) -> frozenset[str]:
+    """Outputs of the convolutions and softmaxes of a quantised graph that the runtime leaves in float on this machine.
 
     Those in its blocked layout (nchwc) are left out: they sum in another order.
 
@@ -25,7 +28,7 @@ def convolutions_in_float(path: Path, model: ModelProto) -> frozenset[str]:
         model: what is in it.
     """
     kinds = {node.op_type for node in model.graph.node}
-    if not {"QuantizeLinear", "Conv"} <= kinds:
+    if "QuantizeLinear" not in kinds or kinds.isdisjoint(LAYERS):
         return frozenset()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -34,11 +37,9 @@ def convolutions_in_float(path: Path, model: ModelProto) -> frozenset[str]:
             optimised = onnx.load(written, load_external_data=False)
     except ToolkitError:  # whoever scores on the file will be told what is wrong with it
         return frozenset()
-    floats = {
-        node.output[0]
-        for node in optimised.graph.node
-        if node.op_type in ("Conv", "FusedConv") and node.domain in ("", "ai.onnx", "com.microsoft")
-    }
+    domains = ("", "ai.onnx", "com.microsoft")
+    nodes = optimised.graph.node
+    floats = {node.output[0] for node in nodes if node.op_type in LAYERS and node.domain in domains}
     fused = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type in ACTIVATIONS}
-    convolutions = [node.output[0] for node in model.graph.node if node.op_type == "Conv"]
-    return frozenset(name for name in convolutions if name in floats or fused.get(name) in floats)
+    layers = [node.output[0] for node in model.graph.node if node.op_type in LAYERS]
+    return frozenset(name for name in layers if name in floats or fused.get(name) in floats)

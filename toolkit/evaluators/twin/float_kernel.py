@@ -103,15 +103,15 @@ def _by_fours(products: Tensor) -> Tensor:
     return total
 
 
-def settle_ties(position: Tensor, kernel: FloatKernel, step: Tensor, low: float, high: float) -> None:
+def settle_ties(position: Tensor, low: float, high: float, *, kernel: FloatKernel, step: Tensor) -> None:
     """Replace what lies near the middle between two integers by what the float kernel computes there, in place.
 
     Args:
         position: [n, channels, ...] in steps of the quantiser; float32.
-        kernel: of the convolution that made it.
-        step: the quantiser's scale.
         low: least integer.
         high: largest integer: beyond both the quantiser clips, however the sum was rounded.
+        kernel: of the convolution that made it.
+        step: the quantiser's scale.
     """
     reach = MARGIN * math.sqrt(kernel.terms) * UNIT_ROUNDOFF * position.abs().amax()
     near = ((position - position.floor() - 0.5).abs_() < reach) & (position > low) & (position < high)

@@ -42,7 +42,7 @@ def read_network(model: ModelProto, entry: Entry, output: str, in_float: Collect
         model: an ONNX graph, not changed.
         entry: its image input.
         output: the value wanted; what does not lead to it is left out.
-        in_float: outputs of the quantised convolutions that the runtime computes in float.
+        in_float: outputs of the layers between quantisers that the runtime computes in float.
 
     Raises:
         UnconvertibleOperators: with all operators that are missing.
@@ -54,6 +54,7 @@ class _Reader:
     def __init__(self, model: ModelProto, entry: Entry, output: str, in_float: Collection[str]) -> None:
         self._entry, self._output, self._in_float = entry, output, in_float
         self._nodes = needed_nodes(model, output)
+        self._quantised = any(node.op_type == "QuantizeLinear" for node in self._nodes)
         self._opsets = {item.domain: item.version for item in model.opset_import}
         self._types = _value_types(model)
         self._static: dict[str, Any] = {item.name: read_tensor(item) for item in model.graph.initializer}
@@ -99,6 +100,10 @@ class _Reader:
             self._describe_quantiser(node, attributes, inputs)
         elif node.op_type in ("Conv", "Gemm") and node.domain in ONNX_DOMAINS:
             attributes["aligned"] = self._aligned(inputs)
+            attributes["in_float"] = node.output[0] in self._in_float
+        elif node.op_type == "LayerNormalization":
+            attributes["quantised"] = self._quantised
+        elif node.op_type == "Softmax":
             attributes["in_float"] = node.output[0] in self._in_float
         elif node.op_type == "Split":
             attributes["parts"] = len(node.output)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from toolkit.evaluators.twin.float_kernel import FloatKernel
+from toolkit.evaluators.twin.normalisation import with_kernel_rounding
 from toolkit.evaluators.twin.quantised import integer_bias, layer_scale
 from toolkit.evaluators.twin.values import Scaled, along, plain
 
@@ -160,12 +161,15 @@ def instance_normalization(image: Tensor, scale: Tensor, bias: Tensor, *, epsilo
 
 
 def layer_normalization(
-    value: Tensor, scale: Tensor, bias: Tensor | None = None, *, axis: int = -1, epsilon: float = 1e-5
-) -> Tensor:
-    """LayerNormalization, first output."""
+    value: Tensor, scale: Tensor, bias: Tensor | None = None, *, axis: int = -1, epsilon: float = 1e-5,
+    quantised: bool = False,
+) -> Tensor:  # fmt: skip
+    """LayerNormalization, first output; `quantised`: with the runtime's own roundings, for the quantiser behind it."""
     shape = list(value.shape[axis:])
     if list(scale.shape) == shape and (bias is None or list(bias.shape) == shape):
-        return functional.layer_norm(value, shape, scale, bias, epsilon)
+        found = functional.layer_norm(value, shape, scale, bias, epsilon)
+        one_axis = quantised and len(shape) == 1
+        return with_kernel_rounding(found, value, scale, bias, epsilon) if one_axis else found
     normalised = functional.layer_norm(value, shape, eps=epsilon) * scale
     return normalised if bias is None else normalised + bias
 

@@ -129,6 +129,12 @@ def _softmax(attributes: Attributes, function: Function) -> Function:
     return on_tensors(flattened)
 
 
+def _softmax_of_integers(attributes: Attributes) -> Function:
+    if attributes.get("in_float") or attributes["opset"] < 13:
+        return _softmax(attributes, torch.softmax)
+    return functools.partial(quantised.softmax, axis=attributes.get("axis", -1))
+
+
 def _reduce(function: Function, *, homogeneous: bool = False) -> Builder:
     def build(attributes: Attributes) -> Function:
         keep = bool(attributes.get("keepdims", 1))
@@ -268,7 +274,7 @@ OPERATORS: Mapping[str, Builder] = {
     "Identity": lambda _: _unchanged,
     "InstanceNormalization": with_attributes(layers.instance_normalization, "epsilon"),
     "LRN": with_attributes(layers.local_response_normalization, "size", "alpha", "beta", "bias"),
-    "LayerNormalization": with_attributes(layers.layer_normalization, "axis", "epsilon"),
+    "LayerNormalization": with_attributes(layers.layer_normalization, "axis", "epsilon", "quantised"),
     "LeakyRelu": lambda a: scales(functools.partial(functional.leaky_relu, negative_slope=a.get("alpha", 0.01))),
     "Less": fixed(torch.lt), "LessOrEqual": fixed(torch.le), "Log": fixed(torch.log),
     "LogSoftmax": lambda a: _softmax(a, torch.log_softmax), "MatMul": lambda _: quantised.matmul,
@@ -293,7 +299,7 @@ OPERATORS: Mapping[str, Builder] = {
     "Selu": fixed(functional.selu), "Shape": with_attributes(shapes.shape, "start", "end"),
     "Sigmoid": fixed(torch.sigmoid), "Sign": fixed(torch.sign), "Sin": fixed(torch.sin),
     "Slice": with_attributes(shapes.slice_, "starts", "ends", "axes", wrap=moves),
-    "Softmax": lambda a: _softmax(a, torch.softmax), "Softplus": fixed(functional.softplus),
+    "Softmax": _softmax_of_integers, "Softplus": fixed(functional.softplus),
     "Softsign": fixed(functional.softsign), "SpaceToDepth": with_attributes(shapes.space_to_depth, "blocksize"),
     "Split": _split, "Sqrt": fixed(torch.sqrt), "Squeeze": with_attributes(shapes.squeeze, "axes", wrap=moves),
     "Sub": fixed(operator.sub), "Sum": fixed(_fold(torch.add)), "Swish": with_attributes(_swish, "alpha"),

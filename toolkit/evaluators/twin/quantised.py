@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from toolkit.evaluators.twin.values import Bound, Codes, Pair, Pooled, Scaled, along, plain, round_pair, round_to_grid
+from toolkit.evaluators.twin.float_kernel import settle_ties
+from toolkit.evaluators.twin.softmax import SoftmaxKernel, is_whole, take
+from toolkit.evaluators.twin.values import (
+    Bound,
+    Codes,
+    Pair,
+    Pooled,
+    Scaled,
+    Shares,
+    along,
+    plain,
+    round_pair,
+    round_to_grid,
+)
 
 
 def quantize(
@@ -42,8 +56,13 @@ def quantize(
         return Codes(round_to_grid(values, step, low, high, divide=True, shift=offset), offset)
     point = _zero_point(zero_point, offset, values, axis)
     least, most = ends[0] - point, ends[1] - point
+    if isinstance(value, Shares):
+        exact = functools.partial(take, kernel=value.kernel, step=step) if step.ndim == 0 else None
+        return Codes(round_to_grid(values, step, least, most, divide=True, edge=exact), point)
     if isinstance(value, Scaled):
-        edge = (value.kernel, step) if value.kernel is not None and step.ndim == 0 else None
+        edge = None
+        if value.kernel is not None and step.ndim == 0:
+            edge = functools.partial(settle_ties, kernel=value.kernel, step=step)
         return Codes(round_to_grid(values, value.scale / step, least, most, divide=False, edge=edge), point)
     return Codes(round_to_grid(values, step, least, most, divide=True), point)
 
@@ -171,6 +190,14 @@ def relu(value: Any) -> Any:
     if isinstance(value, Scaled):
         return value._replace(values=torch.relu(value.values))
     return torch.relu(plain(value))
+
+
+def softmax(value: Any, *, axis: int) -> Any:
+    """Softmax along one axis; of a scaled tensor with a quantiser behind it what QLinearSoftmax gives."""
+    found = torch.softmax(plain(value), axis)
+    if isinstance(value, Scaled) and is_whole(value):
+        return Shares(found, SoftmaxKernel(value.values.detach(), value.scale, axis))
+    return found
 
 
 def add(first: Any, second: Any) -> Any:

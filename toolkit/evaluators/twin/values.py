@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from toolkit.evaluators.twin.float_kernel import FloatKernel, settle_ties
+from toolkit.evaluators.twin.float_kernel import FloatKernel
+from toolkit.evaluators.twin.softmax import SoftmaxKernel
 
 Bound = float | Tensor
 """An end of a quantiser's range, in steps from its zero point: one for all, or one per channel (broadcastable)."""
@@ -44,6 +45,13 @@ class Pooled(NamedTuple):
     values: Tensor
 
 
+class Shares(NamedTuple):
+    """The softmax of a dequantised tensor; a fused quantiser rounds what `kernel` computes."""
+
+    values: Tensor
+    kernel: SoftmaxKernel
+
+
 class Pair(NamedTuple):
     """The sum or product of two scaled tensors with one scale each, not computed: a quantiser may follow."""
 
@@ -52,7 +60,7 @@ class Pair(NamedTuple):
     second: Scaled
 
 
-HELD = (Codes, Scaled, Pooled, Pair)
+HELD = (Codes, Scaled, Pooled, Shares, Pair)
 """What is one value although it is a tuple."""
 
 
@@ -67,7 +75,7 @@ def plain(value: Any) -> Any:
         return value.values * value.scale
     if isinstance(value, Codes):
         return value.values + value.zero_point
-    return value.values if isinstance(value, Pooled) else value
+    return value.values if isinstance(value, Pooled | Shares) else value
 
 
 def along(values: Tensor, rank: int, axis: int) -> Tensor:
@@ -79,8 +87,8 @@ def along(values: Tensor, rank: int, axis: int) -> Tensor:
     return values.reshape(shape)
 
 
-Edge = tuple[FloatKernel, Tensor] | None
-"""A float convolution and the scale of the quantiser behind it."""
+Edge = Callable[[Tensor, float, float], None] | None
+"""Puts right, in place, what is rounded to [low, high] where the runtime's kernel computes something else."""
 
 
 def _clip_and_round(position: Tensor, low: float, high: float, shift: float) -> Tensor:
@@ -101,7 +109,7 @@ class _Round(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         position = values / factor if divide else values * factor
         if edge is not None:
-            settle_ties(position, *edge, low, high)
+            edge(position, low, high)
         if shift:
             position += shift
         ctx.save_for_backward(position, factor)
@@ -194,7 +202,7 @@ def round_to_grid(
         high: largest integer.
         divide: QuantizeLinear divides by its scale; requantisation multiplies by a ratio of scales.
         shift: a whole number that is added before rounding and taken off again, as some kernels do.
-        edge: the float convolution that made the values, and the quantiser's scale: it decides near ties.
+        edge: puts right what is rounded.
     """
     if isinstance(low, float) and isinstance(high, float):
         rounded: Tensor = _Round.apply(values, factor, divide, low, high, shift, edge)
