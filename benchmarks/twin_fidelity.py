@@ -121,6 +121,22 @@ def shipped(source: DataSource, count: int) -> Material:
     return Material(model, resized(source.train, CALIBRATION, None, 2), batch.images, batch.labels)
 
 
+def trained(path: Path, source: DataSource, count: int) -> Material:
+    """A network of this toolkit that was trained on `source`, at the images' own size."""
+    side = source.evaluation.pixels(np.zeros(1, dtype=np.int64)).shape[-1]
+    model = assemble(
+        read_model_file(resolve_path(path)),
+        arch=None,
+        class_names=source.train.class_names,
+        input_shape=(3, side, side),
+        normalization=NORMALIZATION,
+        dataset=source.name,
+    )
+    evaluation = resized(source.evaluation, count, None, 1).take(np.arange(count, dtype=np.int64))
+    calibration = resized(source.train, CALIBRATION, None, 2)
+    return Material(model, calibration, evaluation.images, evaluation.labels)
+
+
 def settled(name: str, source: DataSource, count: int) -> Material:
     """A network with settled batch norms and a fitted head."""
     torch.manual_seed(0)
@@ -258,10 +274,14 @@ def measure(path: Path, material: Material) -> dict[str, Any]:
 
 
 def run(names: list[str], source: DataSource, grey: DataSource, count: int) -> Iterator[list[dict[str, Any]]]:
-    """The rows of every network, one network after the other."""
+    """The rows of every network, one network after the other; a name that ends in .pt is a trained network's file."""
     for name in names:
         rows = []
-        material = shipped(grey, count) if name == "cnn8" else settled(name, source, count)
+        if name.endswith(".pt"):
+            material = trained(Path(name), source, count)
+            name = f"{material.model.spec.architecture}, trained"
+        else:
+            material = shipped(grey, count) if name == "cnn8" else settled(name, source, count)
         with tempfile.TemporaryDirectory() as folder:
             for graph, path in graphs(material, Path(folder)):
                 row = {"network": name, "graph": graph, "images": count}
@@ -296,7 +316,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", default="sample", help="colour images are best: folder:DIR")
     parser.add_argument("--grey", default="sample", help="Fashion-MNIST, for cnn8: sample or fashion-mnist")
-    parser.add_argument("--networks", default=",".join(("cnn8", *NETWORKS)))
+    names = ",".join(("cnn8", *NETWORKS))
+    parser.add_argument("--networks", default=names, help="their names, or files that this toolkit has trained (.pt)")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", type=Path, default=None, help="write the results here")
