@@ -66,7 +66,9 @@ def convolution(
     if scale is None:
         values, kernel, units = plain(image), plain(weight), plain(bias)
     else:
-        values, kernel, units = image.values, weight.values, integer_bias(bias, scale, aligned=aligned)
+        values, kernel = image.values, weight.values
+        exact = plain(bias) if in_float and not aligned else bias  # only integer kernels round it to their units
+        units = integer_bias(exact, scale, aligned=aligned)
     rank = kernel.ndim - 2
     strides, dilations = strides or [1] * rank, dilations or [1] * rank
     before, after = padding(values.shape[2:], kernel.shape[2:], strides, dilations, auto_pad, pads)
@@ -150,7 +152,8 @@ def batch_normalization(
     image: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, *, epsilon: float = 1e-5
 ) -> Tensor:
     """BatchNormalization at inference, first output."""
-    factor = scale * (1 / torch.sqrt(variance + epsilon))  # the operations of ONNX Runtime, in its order
+    # The operations of ONNX Runtime, in its order; torch's square root of float32 is not rounded correctly.
+    factor = scale * (1 / torch.sqrt((variance + epsilon).double()).to(variance))
     shift = bias - mean * factor
     return image * along(factor, image.ndim, 1) + along(shift, image.ndim, 1)
 

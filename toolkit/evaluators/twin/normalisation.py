@@ -42,14 +42,15 @@ def with_kernel_rounding(smooth: Tensor, value: Tensor, scale: Tensor, bias: Ten
         return smooth
     with torch.no_grad():
         centred = value - value.double().mean(-1, keepdim=True).float()
-        squares = centred.double().square_().unflatten(-1, (width // LANES, LANES))
+        squares = centred.double().square_().reshape(*value.shape[:-1], width // LANES, LANES)
         chain = torch.zeros_like(squares[..., 0, :], dtype=torch.float32)
         for part in squares.unbind(-2):
             chain = (part + chain).float()
         while chain.shape[-1] > 1:
             low, high = chain.chunk(2, -1)
             chain = low + high
-        normalised = centred * (1 / torch.sqrt(chain / width + epsilon))
+        # torch does not round the square root of float32 correctly.
+        normalised = centred * (1 / torch.sqrt((chain / width + epsilon).double()).float())
         exact = normalised * scale if bias is None else (normalised.double() * scale + bias).float()
     found: Tensor = _Replaced.apply(smooth, exact)
     return found
