@@ -6,7 +6,6 @@ scale, so that every share comes out smaller by up to `scale`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +41,10 @@ class SoftmaxKernel:
 
     def _table(self) -> Tensor:
         """exp of every difference from the largest, times a factor that uses the range of float32, float32 [256]."""
+        # The kernel takes this logarithm in float32, and its error shows in the table.
         largest = torch.tensor(torch.finfo(torch.float32).max) / self.integers.shape[self.axis]
         scale = float(self.scale)
-        shift = max(0.0, math.log(float(largest)) - RESERVE) / scale
+        shift = max(0.0, float(largest.log()) - RESERVE) / scale
         steps = torch.arange(LEVELS, dtype=torch.float64, device=self.integers.device) - (LEVELS - 1)
         return torch.exp((steps + shift) * scale).float()
 
