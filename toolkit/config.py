@@ -98,6 +98,8 @@ class TrainConfig(StageConfig):
     """`one-cycle`: linear warm-up to the rate, then linear to 0. `stepped`: the paper's, a tenth after epoch 4."""
     attack_steps: Annotated[int, Field(ge=1)] = 7
     """PGD steps; with `fgsm` those after a collapse."""
+    radius: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Of the attack in training, in units of the threat model's radius; above 1 trades clean for robust accuracy."""
     clean_share: Share | None = None
     """Share of the loss on clean images, of `adversarial`, `fgsm` and `distill`; None: 1/6 of `distill`, else 0."""
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 6.0

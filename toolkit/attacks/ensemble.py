@@ -111,7 +111,7 @@ NEAR, HALFWAY = 0.75, 0.5
 """Long attacks are made on images that short ones brought so near the boundary, further short ones on those that came
 halfway: of the others none was fooled by them where it was measured (docs/results)."""
 _SHORT = (Pass("apgd-ce", 20), Pass("apgd-t", 20, 1), *(Pass("apgd-t", 20, rank, near=HALFWAY) for rank in (2, 3)))
-FAST = (*_SHORT, Pass(SQUARE, 200))
+FAST = (*_SHORT, Pass("apgd-ce", STEPS, near=NEAR), Pass(SQUARE, 200))
 ENSEMBLE = (
     *_SHORT,
     Pass("apgd-ce", STEPS, everywhere=True, near=NEAR),

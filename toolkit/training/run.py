@@ -17,7 +17,7 @@ from toolkit.allocator import keep_freed_memory
 from toolkit.artifacts import Int64Array, Normalized, Proportion, Split, TorchModel, derive_seed
 from toolkit.attacks.forms import Precision
 from toolkit.attacks.surrogate import Loss, compute_device, resolve_precision
-from toolkit.attacks.threat import PgdPlan
+from toolkit.attacks.threat import PgdPlan, ThreatModel
 from toolkit.config import TrainConfig
 from toolkit.errors import ToolkitError
 from toolkit.models.checkpoint import spec_to_dict
@@ -98,7 +98,11 @@ class Run:
             raise ValueError(f"the objective {self.config.objective} needs a threat model")
         self.adversary = Adversary(self.module, self.original.spec, precision)
         self.attacks = (TrainingAttack.multi_step(self.plan.threat, VALIDATION_STEPS),)
-        self.attack = training_attack(self.config.objective, self.plan.threat, self.config.attack_steps)
+        self.attack = training_attack(self.config.objective, self._threat_in_training(), self.config.attack_steps)
+
+    def _threat_in_training(self) -> ThreatModel:
+        assert self.plan is not None
+        return replace(self.plan.threat, eps=self.config.radius * self.plan.threat.eps)
 
     def _hire(self, model: TorchModel | None, precision: Precision) -> Teacher | None:
         if self.config.objective != "distill":
@@ -179,7 +183,7 @@ class Run:
     def _fall_back(self) -> None:
         """Attack by PGD from now on."""
         assert self.plan is not None  # as above
-        self.attack = TrainingAttack.multi_step(self.plan.threat, self.config.attack_steps)
+        self.attack = TrainingAttack.multi_step(self._threat_in_training(), self.config.attack_steps)
 
     def _weights(self) -> dict[str, Any]:
         return {
