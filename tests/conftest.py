@@ -20,6 +20,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(autouse=True)
+def audible() -> Iterator[None]:
+    """What one test silences is heard in the next."""
+    yield
+    progress.set_quiet(False)
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A folder with data, a user's network and its checkpoint; read only."""
@@ -35,7 +42,7 @@ def hardened(world: World) -> World:
 
 
 @pytest.fixture
-def here(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def here(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh working folder with copies of the world's files, without its bundle."""
     for path in world.folder.iterdir():
         if path.is_file():
@@ -43,8 +50,7 @@ def here(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.with_name(f"{tmp_path.name}-cache")))
     monkeypatch.setattr(cli, "_on_interrupt", None)
-    yield tmp_path
-    progress.set_quiet(False)
+    return tmp_path
 
 
 @pytest.fixture
