@@ -38,6 +38,7 @@ def hardened(world: World) -> World:
     """The same folder with a bundle `out`, made by `toolkit harden` with all its evidence; read only."""
     with tiny.working_folder(world.folder):
         assert tiny.run(*tiny.harden_arguments(attacks="fast"), "--threads", "1", "-q") == cli.DONE
+    progress.set_quiet(False)
     return world
 
 
