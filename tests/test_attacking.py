@@ -290,7 +290,7 @@ def test_the_page_of_a_bundle(out: Path, capsys: Capture) -> None:
     page = capsys.readouterr().out
     words = (
         "out on npz:data.npz, 30 images", "l-inf, eps 0.08", "attacks: apgd-ce,square", "robust accuracy",
-        "deployed, from 8-bit PNG files", "made on", "twin of the deployed graph", "square-5000", "queries to the",
+        "deployed, from 8-bit PNG files", "made on", "twin of the deployed graph", "square-5000", "by queries",
         "over the radius",
     )  # fmt: skip
     assert not [word for word in words if word not in page], page

@@ -310,7 +310,9 @@ def test_an_evaluation_that_was_interrupted_goes_on(
     monkeypatch.setattr(worst_case, "_attack", only_what_is_left)
     assert tiny.run(*command, "--resume") == cli.DONE
     passes = report_of(Path("again"))["worst_case"]["passes"]
-    assert [row["attack"] for row in passes] == ["apgd-ce", "square"]
+    kinds = [row["attack"] for row in passes]
+    assert set(kinds) == {"apgd-ce", "square"} and kinds == sorted(kinds)
+    assert [row["graphs"] for row in passes if row["attack"] == "square"] == [["deployed"], ["fp32"]]
     assert ".again.partial" not in tiny.entries(here)
 
 
@@ -397,7 +399,8 @@ def test_a_dry_run_counts_surrogates_and_attacks(
         assert f"PGD-5 on all surrogates, {attacks}; 150 images" in row["step"]
         found[attacks] = row["seconds"]
     assert found["pgd"] < found["fast"] < found["ensemble"]
-    assert found["square"] - found["pgd"] == pytest.approx(150 * 5000 * planning.QUERY_COST)
+    searched = 2  # the float twin and the deployed graph
+    assert found["square"] - found["pgd"] == pytest.approx(150 * 5000 * planning.QUERY_COST * searched)
 
 
 def test_the_pruned_network_learns_from_a_teacher(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

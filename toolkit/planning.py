@@ -66,12 +66,14 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
 def _gradients(config: HardenConfig, prepared: PreparedAttack, images: int) -> float:
     """How many gradients of the float network the evaluation costs, about: the matrix, further attacks, the probes."""
     plan = prepared.plan
-    surrogates = 6 if config.quantize.int8 else 2  # those that round cost twice as much
+    int8 = config.quantize.int8
+    surrogates, chosen, graphs = (6, 3, 2) if int8 else (2, 1, 1)  # those that round cost twice as much
     passes = compose(config.attack.attacks, len(prepared.model.spec.class_names), plan.threat.norm)
     further = 0.0
     for how in passes:
         share = NEAR_SHARE if how.near else 1.0
-        further += how.steps * share * (QUERY_COST if how.by_queries else 1) * (surrogates if how.everywhere else 1)
+        made_on = QUERY_COST * graphs if how.by_queries else surrogates if how.everywhere else chosen
+        further += how.steps * how.copies * share * made_on
     probes = PROBES * plan.steps * min(PROBED_IMAGES, images)
     return images * (surrogates * plan.steps * plan.restarts + further) + probes
 

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
 
 from tests.attacks.problems import a_problem
 from tests.toys import RGB
+from toolkit.attacks import ensemble
 from toolkit.attacks.ensemble import (
     COMPOSITIONS,
     ENSEMBLE,
@@ -16,6 +17,7 @@ from toolkit.attacks.ensemble import (
     SQUARE,
     TARGETS,
     Pass,
+    Recipe,
     compose,
 )
 from toolkit.attacks.pgd import largest_violation, rounding
@@ -28,9 +30,9 @@ EPS: dict[Norm, float] = {"linf": 0.1, "l2": 1.0, "l1": 8.0}
 
 def test_the_ensemble_holds_all_of_autoattacks_standard() -> None:
     """Croce & Hein 2020: APGD on cross-entropy, targeted APGD and FAB on nine classes, Square with 5000 queries."""
-    standard = {("apgd-ce", 100, None), *((name, 100, rank) for name in ("apgd-t", "fab-t") for rank in range(1, 10))}
-    standard.add((SQUARE, 5000, None))
-    assert standard <= {(how.attack, how.steps, how.rank) for how in ENSEMBLE}
+    standard = {("apgd-ce", 100, ()), *((name, 100, tuple(range(1, 10))) for name in ("apgd-t", "fab-t"))}
+    standard.add((SQUARE, 5000, ()))
+    assert standard <= {(how.attack, how.steps, how.ranks) for how in ENSEMBLE}
     nearness = [how.near for how in ENSEMBLE if not how.by_queries]
     assert nearness == sorted(nearness) and nearness[0] == 0, "the dearer, the fewer images"
 
@@ -46,10 +48,14 @@ def test_compositions_end_with_queries_and_begin_with_the_cheapest(passes: tuple
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 100])
 def test_targeted_attacks_have_one_target_fewer_than_classes(classes: int) -> None:
-    ranks = [how.rank for how in compose("apgd-t", classes)]
+    ranks = [rank for how in compose("apgd-t", classes) for rank in how.ranks]
     assert ranks == list(range(1, min(classes - 1, TARGETS) + 1))
-    for name in COMPOSITIONS:
-        assert all(how.rank is None or how.rank < classes for how in compose(name, classes))
+    assert all(how.ranks for how in compose("apgd-t", classes))
+    for name, passes in COMPOSITIONS.items():
+        fitting = compose(name, classes)
+        assert all(max(how.ranks, default=0) < classes for how in fitting)
+        untargeted = [how for how in passes if not how.ranks]
+        assert [how for how in fitting if not how.ranks] == untargeted, "none loses its targets, and aims at any"
 
 
 def test_names_are_composed_in_their_order_and_pgd_adds_nothing() -> None:
@@ -57,6 +63,7 @@ def test_names_are_composed_in_their_order_and_pgd_adds_nothing() -> None:
     assert compose("fast", 10) == FAST and compose("ensemble", 10) == ENSEMBLE
     assert [how.attack for how in compose("fgsm, square ,apgd-dlr,pgd", 10)] == ["fgsm", "square", "apgd-dlr"]
     assert [str(how) for how in compose("apgd-t", 3)] == ["apgd-t-100 to class 1", "apgd-t-100 to class 2"]
+    assert str(compose("apgd-t", 4)[1]) == "apgd-t-100 to class 2, 3"
 
 
 def test_an_unknown_attack_lists_the_choices() -> None:
@@ -91,7 +98,28 @@ def test_every_named_attack_finds_images_within_the_threat_model(name: str, norm
         return wrong
 
     (how, *_) = compose(name, 3, norm)
-    short = Pass(how.attack, min(how.steps, 30), how.rank)
+    short = Pass(how.attack, min(how.steps, 30), how.ranks)
     generator = torch.Generator().manual_seed(0)
     short.run(problem.surrogate(), problem.images, problem.labels, threat, generator, settle)
     assert fooled.sum() >= 2
+
+
+def test_every_image_is_aimed_at_each_of_the_classes_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attack gets copies; who settles sees positions in the batch that was given."""
+    problem, threat = a_problem(classes=5), ThreatModel("linf", 0.1, "pixels", clip=True)
+    images, labels = problem.images[:3], problem.labels[:3]
+    settled: list[int] = []
+
+    def attack(_surrogate: object, copies: torch.Tensor, truth: torch.Tensor, *_: object, **how: Any) -> None:
+        assert torch.equal(copies, torch.cat([images, images])) and torch.equal(truth, torch.cat([labels, labels]))
+        assert how["rank"].tolist() == [2, 2, 2, 4, 4, 4]
+        how["settle"](copies[[1, 4, 5]], torch.tensor([1, 4, 5]))
+
+    def settle(attacked: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(attacked, images[positions])
+        settled.extend(positions.tolist())
+        return torch.zeros(len(positions), dtype=torch.bool)
+
+    monkeypatch.setattr(ensemble, "GRADIENT_ATTACKS", {"aims": Recipe(attack, 10, targeted=True)})
+    Pass("aims", 10, (2, 4)).run(problem.surrogate(), images, labels, threat, torch.Generator(), settle)
+    assert settled == [1, 1, 2]

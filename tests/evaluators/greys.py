@@ -33,11 +33,11 @@ def flat_images(values: Sequence[int], labels: Sequence[int] | None = None) -> S
     return Split(ArrayImages("flat", ("dark", "bright"), pixels, truth), np.arange(len(values), dtype=np.int64))
 
 
-def noise_images(count: int, model: Predictor, *, channels: int = 1, seed: int = 0) -> Split:
+def noise_images(count: int, model: Predictor, *, channels: int = 1, classes: int = 2, seed: int = 0) -> Split:
     """Random images with the labels that `model` gives them."""
     pixels = np.random.default_rng(seed).integers(0, 256, (count, channels, SIDE, SIDE), dtype=np.uint8)
     labels = model.predict(torch.from_numpy(pixels).float() / 255).argmax(dim=1).numpy()
-    return Split(ArrayImages("noise", ("a", "b"), pixels, labels), np.arange(count, dtype=np.int64))
+    return Split(ArrayImages("noise", tuple("abcd"[:classes]), pixels, labels), np.arange(count, dtype=np.int64))
 
 
 def threshold(at: float = 0.5, slope: float = 1.0) -> TorchModel:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def greys(*values: float) -> Tensor:
 def score(found: Judges, attacked: Tensor, split: Split, *, every: bool = True) -> dict[str, list[bool]]:
     batch = split.take(np.arange(len(split)))
     flags = found.score(attacked, batch.images, batch.labels, indices=np.arange(len(split)), every=every)
-    return {name: values.tolist() for name, values in flags.items() if name != MARGIN}
+    return {name: values.tolist() for name, values in flags.items() if not name.startswith(MARGIN)}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_two_channels_make_no_file() -> None:
     found = Judges({"deployed": model}, THREAT, model.spec.normalization)
     images, labels = torch.rand(5, 2, SIDE, SIDE), torch.zeros(5, dtype=torch.int64)
     flags = found.score(images, images, labels, indices=np.arange(5), every=True)
-    assert set(flags) == {"deployed", MARGIN}
+    assert set(flags) == {"deployed", MARGIN + "deployed"}
 
 
 @pytest.mark.parametrize("wrong", [2 * EPS, -1.01 * EPS, float("nan"), float("inf")])
@@ -150,34 +151,55 @@ def test_clean_flags_are_those_of_every_target_in_order(monkeypatch: pytest.Monk
     assert advanced == [3, 1]
 
 
-def test_the_margin_is_that_of_the_graph_that_counts() -> None:
+def test_margins_are_those_of_the_compared_graphs() -> None:
     """Logits of a threshold are the distance from it, with both signs: the margin is twice that."""
-    found = judges({"torch": threshold(0.2), "deployed": threshold(0.5)})
+    found = judges({"torch": threshold(0.2), "deployed": threshold(0.5), "fp32": threshold(0.4)})
     split = flat_images([140, 115])
     batch = split.take(np.arange(2))
     attacked = greys(0.47, 0.47)
     flags = found.score(attacked, batch.images, batch.labels, indices=np.arange(2), every=True)
-    assert flags[MARGIN].tolist() == pytest.approx([0.06, -0.06], abs=1e-6)
-    clean = clean_flags(found, split, lambda _: None)[MARGIN]
-    assert clean.tolist() == pytest.approx([-25 / 255, -25 / 255], abs=1e-6)
+    assert flags[MARGIN + "deployed"].tolist() == pytest.approx([0.06, -0.06], abs=1e-6)
+    assert flags[MARGIN + "fp32"].tolist() == pytest.approx([-0.14, 0.14], abs=1e-6)
+    clean = clean_flags(found, split, lambda _: None)
+    assert clean[MARGIN + "deployed"].tolist() == pytest.approx([-25 / 255, -25 / 255], abs=1e-6)
+    assert {name for name in (*flags, *clean) if name.startswith(MARGIN)} == {MARGIN + "deployed", MARGIN + "fp32"}
 
 
 def test_progress_is_the_share_of_the_clean_margin_that_attacks_took() -> None:
     split = flat_images([230, 180, 140, 100], labels=[1, 1, 1, 1])
     found = judges({"deployed": threshold(0.5)})
     ledger = Ledger(clean_flags(found, split, lambda _: None), found, files=False)
-    assert ledger.progress[:3].tolist() == [0, 0, 0] and ledger.progress[3] >= 1, "wrong from the start"
-    start = ledger.margin.clone()
-    flags = {"deployed": torch.tensor([True, True, False]), MARGIN: torch.tensor([0.25, 0.75, -0.1]) * start[:3]}
+    progress, name = ledger.progress("deployed"), MARGIN + "deployed"
+    assert progress[:3].tolist() == [0, 0, 0] and progress[3] >= 1, "wrong from the start"
+    start = ledger.margins["deployed"].clone()
+    flags = {"deployed": torch.tensor([True, True, False]), name: torch.tensor([0.25, 0.75, -0.1]) * start[:3]}
     ledger.update(flags, np.array([0, 1, 2]))
-    ledger.update({"deployed": torch.tensor([True]), MARGIN: start[:1]}, np.array([0]))
-    torch.testing.assert_close(ledger.progress[:3], torch.tensor([0.75, 0.25, 1.1]))
-    assert ledger.remaining().tolist() == [0, 1]
-    assert ledger.remaining(near=0.5).tolist() == [0]
+    ledger.update({"deployed": torch.tensor([True]), name: start[:1]}, np.array([0]))
+    torch.testing.assert_close(ledger.progress("deployed")[:3], torch.tensor([0.75, 0.25, 1.1]))
+    assert ledger.remaining(["deployed"]).tolist() == [0, 1]
+    assert ledger.remaining(["deployed"], near=0.5).tolist() == [0]
 
 
-def test_images_without_a_margin_are_not_given_up_while_another_graph_stands() -> None:
-    """The deployed graph gives logits that are not finite: the float twin is attacked all the same."""
+def test_an_image_may_stand_more_than_once_in_an_update() -> None:
+    """Copies that aim at different classes: one that fools is enough, wherever it stands, and the largest margin."""
+    found = judges({"fp32": threshold(0.5), "deployed": threshold(0.5)})
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        ledger = Ledger(clean_flags(found, flat_images([200, 200]), lambda _: None), found, files=True)
+        right, margins = torch.tensor([True, False, True])[order], torch.tensor([-0.05, 0.05, -0.1])[order]
+        names = ("fp32", "deployed", FILE)
+        flags = dict.fromkeys(names, right) | {MARGIN + name: margins for name in names[:2]}
+        ledger.update(flags, np.array([1, 1, 1]))
+        assert all(worst.tolist() == [True, False] for worst in ledger.worst.values())
+        assert ledger.margins["fp32"][1] == pytest.approx(0.05)
+        kept = {name: torch.from_numpy(values) for name, values in ledger.state(np.array([1])).items()}
+        other = Ledger(clean_flags(found, flat_images([200, 200]), lambda _: None), found, files=True)
+        other.update(kept, np.array([1]))
+        assert all(torch.equal(other.worst[name], worst) for name, worst in ledger.worst.items())
+        assert all(torch.equal(other.margins[name], values) for name, values in ledger.margins.items())
+
+
+def test_images_without_a_margin_are_not_given_up() -> None:
+    """Logits that are not finite: the graph is fooled, but its file, and another graph, may stand."""
 
     class Overflows:
         def predict(self, images: Tensor) -> Tensor:
@@ -185,8 +207,14 @@ def test_images_without_a_margin_are_not_given_up_while_another_graph_stands() -
 
     found = judges({"fp32": above(0.5), "deployed": Overflows()})
     ledger = Ledger(clean_flags(found, flat_images([10, 200]), lambda _: None), found, files=True)
-    assert ledger.worst["deployed"].tolist() == [False, False]
-    assert ledger.remaining().tolist() == ledger.remaining(near=0.75).tolist() == [0, 1]
+    assert ledger.remaining(["deployed"]).tolist() == []
+    assert ledger.remaining(["fp32"]).tolist() == ledger.remaining(["deployed", "fp32"]).tolist() == [0, 1]
+
+    found = judges({"deployed": above(0.5)})
+    ledger = Ledger(clean_flags(found, flat_images([10, 200]), lambda _: None), found, files=True)
+    fooled = {"deployed": torch.tensor([False]), FILE: torch.tensor([True])}
+    ledger.update(fooled | {MARGIN + "deployed": torch.tensor([math.nan])}, np.array([1]))
+    assert ledger.remaining(["deployed"], near=0.75).tolist() == [1]
 
 
 FLAGS = st.integers(0, 63)
@@ -207,20 +235,26 @@ def test_the_ledger_keeps_the_minimum_over_all_attacks(
     """Recounted image by image: right when clean and under every attack that was tried on it."""
     found = judges({"torch": above(2), "fp32": above(0.5), "deployed": above(0.5)})
     clean = {"torch": torch.zeros(6, dtype=torch.bool), "fp32": torch.tensor(bits(fp32))}
-    clean |= {"deployed": torch.tensor(bits(deployed)), MARGIN: torch.full((6,), -1.0)}
+    clean |= {"deployed": torch.tensor(bits(deployed))}
+    margins = {MARGIN + name: torch.full((6,), -1.0) for name in ("fp32", "deployed")}
+    clean |= margins
     ledger = Ledger(clean, found, files=True)
     standing = {"fp32": bits(fp32), "deployed": bits(deployed), FILE: bits(deployed)}
     for tried, *results in attacks:
         indices = [index for index, made in enumerate(bits(tried)) if made]
         judged = dict(zip(standing, map(bits, results), strict=True))
         flags = {name: torch.tensor(right)[indices] for name, right in judged.items()}
-        ledger.update({**flags, MARGIN: torch.full((len(indices),), -0.5)}, np.array(indices))
+        ledger.update(flags | {name: values[indices] / 2 for name, values in margins.items()}, np.array(indices))
         for name, right in judged.items():
             for index in indices:
                 standing[name][index] = standing[name][index] and right[index]
     assert {name: right.tolist() for name, right in ledger.worst.items()} == standing
-    undecided = [index for index in range(6) if any(right[index] for right in standing.values())]
-    assert ledger.remaining().tolist() == undecided, "and never because another graph is fooled"
-    assert ledger.undecided(np.array([4, 1])).tolist() == [4 in undecided, 1 in undecided]
+    answering: dict[TargetName, tuple[str, ...]] = {"fp32": ("fp32",), "deployed": ("deployed", FILE)}
+    graphs: tuple[TargetName, ...]
+    for graphs in (("fp32",), ("deployed",), ("deployed", "fp32")):
+        names = [name for graph in graphs for name in answering[graph]]
+        undecided = [index for index in range(6) if any(standing[name][index] for name in names)]
+        assert ledger.remaining(graphs).tolist() == undecided, "and never because another graph is fooled"
+        assert ledger.undecided(np.array([4, 1]), graphs).tolist() == [4 in undecided, 1 in undecided]
     assert ledger.proportions() == {name: Proportion(sum(right), 6) for name, right in standing.items()}
     assert ledger.clean["fp32"].tolist() == bits(fp32), "the clean flags are not overwritten"

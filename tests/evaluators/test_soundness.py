@@ -264,7 +264,7 @@ def test_the_alarm_of_the_twin_and_its_validity_have_one_limit(right: int) -> No
 def test_what_cannot_be_checked_is_not_checked() -> None:
     assert integer_above_float({"deployed": Proportion(1, 2)}) == ()
     assert end_to_end_differs(None) == ()
-    gradient = PassRecord("apgd-ce", 100, None, "float", 50, 9)
+    gradient = PassRecord("apgd-ce", 100, (), "float", ("deployed",), 50, 9)
     assert query_beats_gradient([gradient], 100) == ()
     column = ColumnTest("pgd-20", "float", "torch", "fp32", Mcnemar(50, 0, 0.0))
     assert disagreement_under_attack([column], Mcnemar(0, 0, 1.0), 100) == ()
@@ -274,14 +274,17 @@ def test_what_cannot_be_checked_is_not_checked() -> None:
 
 def test_queries_count_what_they_add_of_all_images() -> None:
     passes = [
-        PassRecord("apgd-ce", 100, None, "float", 500, 90),
-        PassRecord("square", 500, None, None, 400, 4),
-        PassRecord("square", 5000, None, None, 100, 2),
+        PassRecord("apgd-ce", 100, (), "float", ("deployed",), 500, 90),
+        PassRecord("square", 500, (), None, ("deployed",), 400, 4),
+        PassRecord("square", 5000, (), None, ("deployed",), 100, 2),
     ]
     (check,) = query_beats_gradient(passes, 1000)
     assert check.value == pytest.approx(0.006) and check.alarming
     (check,) = query_beats_gradient(passes[:2], 1000)
     assert not check.alarming
+    other = PassRecord("square", 500, (), None, ("fp32",), 400, 5)
+    (check,) = query_beats_gradient([*passes[:2], other], 1000)
+    assert check.value == pytest.approx(0.005) and "float twin" in check.message, "graph by graph, the worse one"
 
 
 def test_the_surrogate_on_which_graphs_part_most_is_named() -> None:

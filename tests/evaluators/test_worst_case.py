@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.evaluators.greys import (
     EPS,
+    SIDE,
     Countdown,
     a_plan,
     above,
@@ -23,7 +24,8 @@ from tests.evaluators.greys import (
     random_model,
     threshold,
 )
-from toolkit.artifacts import Predictor, Proportion, Split, TorchModel
+from tests.toys import linear_model
+from toolkit.artifacts import Normalization, Predictor, Proportion, Split, TorchModel
 from toolkit.attacks.ensemble import Pass
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.survivors import Settle
@@ -42,7 +44,7 @@ def run_passes(
     run: Evaluation, surrogates: Mapping[SurrogateName, TorchModel] | None = None
 ) -> tuple[tuple[PassRecord, ...], tuple[str, ...]]:
     surrogates = {"float": threshold()} if surrogates is None else surrogates
-    return pursue(arm(surrogates, run.conditions), next(iter(surrogates), None), run)
+    return pursue(arm(surrogates, run.conditions), {}, run)
 
 
 class Moves(Pass):
@@ -156,11 +158,12 @@ def test_an_image_may_be_fooled_on_each_graph_by_another_attack() -> None:
 
 
 def test_square_runs_where_there_is_no_surrogate() -> None:
-    passes = (Pass("apgd-ce", 5, everywhere=True), Pass("apgd-t", 5, 1), QUERIES)
+    passes = (Pass("apgd-ce", 5, everywhere=True), Pass("apgd-t", 5, (1,)), QUERIES)
     run = an_evaluation({"deployed": above(0.5)}, flat_images([120, 135, 250]), conditions(a_plan(), *passes))
     records, not_run = run_passes(run, {})
     (record,) = records
-    assert (record.attack, record.steps, record.surrogate, record.attempted) == ("square", 20, None, 3)
+    assert (record.attack, record.steps, record.surrogate, record.graphs[0]) == ("square", 20, None, "deployed")
+    assert record.attempted == 3
     assert run.ledger.worst["deployed"].tolist()[2] and record.fooled == 3 - int(run.ledger.worst["deployed"].sum())
     assert not_run == ()
 
@@ -174,16 +177,71 @@ def test_square_alone_fools_what_is_easy() -> None:
 
 
 def test_passes_run_on_the_best_surrogate_or_on_all_and_queries_last() -> None:
-    passes = (QUERIES, Pass("apgd-ce", 3, everywhere=True), Pass("apgd-t", 3, 1))
+    passes = (QUERIES, Pass("apgd-ce", 3, everywhere=True), Pass("apgd-t", 3, (1,)))
     run = an_evaluation({"deployed": above(0.2)}, flat_images([200]), conditions(a_plan(), *passes))
     surrogates: dict[SurrogateName, TorchModel] = {"float": threshold(), "twin": threshold()}
-    records, _ = pursue(arm(surrogates, run.conditions), "twin", run)
+    records, _ = pursue(arm(surrogates, run.conditions), {"deployed": "twin"}, run)
     assert [(record.attack, record.surrogate) for record in records] == [
         ("apgd-ce", "float"),
         ("apgd-ce", "twin"),
         ("apgd-t", "twin"),
         ("square", None),
     ]
+
+
+def test_every_graph_is_attacked_on_the_surrogate_that_transfers_to_it_best() -> None:
+    targets: dict[TargetName, Predictor] = {"fp32": above(0.3), "deployed": above(0.3)}
+    surrogates: dict[SurrogateName, TorchModel] = {"float": threshold(), "twin": threshold()}
+    passes = (QUERIES, Pass("apgd-ce", 3), Pass("apgd-ce", 4, everywhere=True))
+    run = an_evaluation(targets, flat_images([140, 250]), conditions(a_plan(), *passes))
+    records, _ = pursue(arm(surrogates, run.conditions), {"fp32": "float", "deployed": "twin"}, run)
+    assert [(record.steps, record.surrogate, record.graphs[0]) for record in records] == [
+        (3, "twin", "deployed"),
+        (3, "float", "fp32"),
+        (4, "float", "deployed"),
+        (4, "twin", "deployed"),
+        (20, None, "deployed"),
+        (20, None, "fp32"),
+    ]
+
+
+@pytest.mark.parametrize(("fp32", "deployed"), [(0.5, 0.2), (0.2, 0.5)])
+def test_an_attack_for_one_graph_leaves_out_what_that_graph_has_lost(fp32: float, deployed: float) -> None:
+    """Of 140 and 250 the first falls where the threshold is 0.5: what no longer stands of a graph is left out."""
+    targets: dict[TargetName, Predictor] = {"fp32": above(fp32), "deployed": above(deployed)}
+    surrogates: dict[SurrogateName, TorchModel] = {"float": threshold(), "twin": threshold()}
+    run = an_evaluation(targets, flat_images([140, 250]), conditions(a_plan(), *moves(-90, -95), QUERIES))
+    records, _ = pursue(arm(surrogates, run.conditions), {"fp32": "float", "deployed": "twin"}, run)
+    tried = {(record.attack, record.steps, record.graphs[0]): record.attempted for record in records}
+    easy: TargetName = "fp32" if fp32 == 0.5 else "deployed"
+    hard: TargetName = "deployed" if fp32 == 0.5 else "fp32"
+    assert [tried["moves", steps, hard] for steps in (-90, -95)] == [2, 2] and tried["square", 20, hard] == 2
+    assert tried["moves", -90, easy] == (1 if easy == "fp32" else 2), "it falls to the attack made for the other"
+    assert tried["moves", -95, easy] == tried["square", 20, easy] == 1
+    assert not run.ledger.worst[easy][0] and run.ledger.worst[hard].all()
+
+
+def test_long_attacks_go_by_the_margin_of_the_graph_that_they_are_made_for() -> None:
+    """Moved down by 0.09, grey 140 comes from 0.549 near 0.44, but not near 0.2."""
+    targets: dict[TargetName, Predictor] = {"fp32": threshold(0.44), "deployed": threshold(0.2)}
+    surrogates: dict[SurrogateName, TorchModel] = {"float": threshold(), "twin": threshold()}
+    passes = (*moves(-90), Moves("moves", -95, near=0.75))
+    run = an_evaluation(targets, flat_images([140]), conditions(a_plan(), *passes))
+    records, _ = pursue(arm(surrogates, run.conditions), {"fp32": "float", "deployed": "twin"}, run)
+    assert [(record.steps, record.graphs[0]) for record in records] == [(-90, "deployed"), (-90, "fp32"), (-95, "fp32")]
+
+
+def test_searches_towards_several_classes_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five images towards three classes each, in batches of six; a copy that fools decides its image."""
+    monkeypatch.setattr(evaluation, "evaluation_batch", lambda _shape: 6)
+    weight = torch.randn(4, SIDE * SIDE, generator=torch.Generator().manual_seed(3))
+    model = linear_model(weight, (1, SIDE, SIDE), Normalization((0.5,), (0.5,)))
+    split = noise_images(5, model, classes=4)
+    short = an_evaluation({"deployed": model}, split, conditions(a_plan(), Pass("apgd-t", 1, (1, 2, 3))))
+    assert seen_by(short, monkeypatch, model) == [6, 6, 3]
+    run = an_evaluation({"deployed": model}, split, conditions(a_plan(), Pass("apgd-t", 12, (1, 2, 3))))
+    run_passes(run, {"float": model})
+    assert not run.ledger.worst["deployed"].any(), "the radius is large"
 
 
 def test_long_attacks_are_made_on_images_near_the_boundary_only() -> None:
@@ -193,7 +251,7 @@ def test_long_attacks_are_made_on_images_near_the_boundary_only() -> None:
     records, _ = run_passes(run)
     assert [(record.steps, record.attempted) for record in records] == [(-90, 3), (-95, 1), (-80, 2)]
     shares = torch.tensor([0.09, 0.09]) / (torch.tensor([230.0, 160.0]) / 255 - 0.5)
-    torch.testing.assert_close(run.ledger.progress[1:], torch.tensor([shares[0], shares[1] * 95 / 90]))
+    torch.testing.assert_close(run.ledger.progress("deployed")[1:], torch.tensor([shares[0], shares[1] * 95 / 90]))
 
 
 def test_a_pass_on_nothing_leaves_no_record() -> None:

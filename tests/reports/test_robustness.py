@@ -76,16 +76,17 @@ def test_what_was_not_run_stands_beside_the_figure(report: Report) -> None:
     assert "UNFINISHED" not in render_markdown(report) + render_summary(report, Path("out"))
 
 
-def test_targeted_attacks_stand_in_one_row(report: Report) -> None:
+def test_a_pass_is_told_with_the_graph_that_it_was_made_for(report: Report) -> None:
     passes = [
-        PassRecord(attack="apgd-t", steps=20, rank=1, surrogate="float", attempted=9, fooled=2),
-        PassRecord(attack="apgd-t", steps=20, rank=2, surrogate="float", attempted=7, fooled=1),
-        PassRecord(attack="square", steps=200, rank=None, surrogate=None, attempted=6, fooled=0),
+        PassRecord(attack="apgd-t", steps=20, ranks=[1], surrogate="float", graphs=["deployed"], attempted=9, fooled=2),
+        PassRecord(attack="apgd-t", steps=20, ranks=[2, 3], surrogate="float", graphs=["fp32"], attempted=7, fooled=1),
+        PassRecord(attack="square", steps=200, ranks=[], surrogate=None, graphs=["deployed"], attempted=6, fooled=0),
     ]
     told = report.model_copy(update={"worst_case": report.worst_case.model_copy(update={"passes": passes})})
     assert pass_rows(told) == [
-        ("apgd-t-20", "float network", "2", "9", "3"),
-        ("square-200", "queries to the graph", "any", "6", "0"),
+        ("apgd-t-20", "float network", "deployed", "1", "9", "2"),
+        ("apgd-t-20", "float network", "float twin", "2 to 3", "7", "1"),
+        ("square-200", "the graph, by queries", "deployed", "any", "6", "0"),
     ]
 
 

@@ -68,7 +68,7 @@ def apgd_targeted(
     threat: ThreatModel,
     *,
     steps: int,
-    rank: int,
+    rank: int | Tensor,
     generator: torch.Generator,
     settle: Settle | None = None,
 ) -> Tensor:
@@ -76,10 +76,10 @@ def apgd_targeted(
 
     Args:
         surrogate: as in `apgd`, like `images`, `labels`, `threat`, `steps`, `generator`, `settle` and the result.
-        rank: 1 for the likeliest other class; below the number of classes.
+        rank: 1 for the likeliest other class; below the number of classes. One for all images, or int64 [n].
     """
     images, labels = images.to(surrogate.device), labels.to(surrogate.device)
-    targets = losses.ranked_targets(surrogate.logits(images), labels)[:, rank - 1]
+    targets = losses.target_of(surrogate.logits(images), labels, rank)
     climb = climb_l1 if threat.norm == "l1" else _climb
     return climb(surrogate, images, labels, targets, losses.targeted_dlr, threat, steps, generator, settle)
 

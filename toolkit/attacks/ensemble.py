@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -71,16 +71,21 @@ class Pass:
     attack: str
     steps: int
     """Gradients, or queries, per image."""
-    rank: int | None = None
-    """Of a targeted attack: it aims at the image's `rank`-th likeliest other class."""
+    ranks: tuple[int, ...] = ()
+    """Of a targeted attack: it aims at the image's so-many-th likeliest other classes, at all of them at once."""
     everywhere: bool = False
-    """Made on every surrogate; otherwise on the one that transfers best."""
+    """Made on every surrogate; otherwise, for every graph that is compared, on the one that transfers to it best."""
     near: float = 0.0
     """Made on images only that earlier attacks brought so near the boundary, of their clean margin (0: on all)."""
 
     @property
     def by_queries(self) -> bool:
         return self.attack == SQUARE
+
+    @property
+    def copies(self) -> int:
+        """How many searches of one image go on side by side."""
+        return max(1, len(self.ranks))
 
     def run(
         self,
@@ -99,24 +104,28 @@ class Pass:
         if recipe.random:
             how["generator"] = generator
         if recipe.targeted:
-            how["rank"] = self.rank
+            count = len(images)
+            images, labels = images.repeat(self.copies, 1, 1, 1), labels.repeat(self.copies)
+            how["rank"] = torch.tensor(self.ranks).repeat_interleave(count)
+            how["settle"] = lambda attacked, positions: settle(attacked, positions % count)
         recipe.attack(surrogate.exact() if recipe.exact else surrogate, images, labels, threat, **how)
 
     def __str__(self) -> str:
-        target = "" if self.rank is None else f" to class {self.rank}"
+        target = f" to class {', '.join(map(str, self.ranks))}" if self.ranks else ""
         return f"{self.attack}-{self.steps}{target}"
 
 
 NEAR, HALFWAY = 0.75, 0.5
 """Long attacks are made on images that short ones brought so near the boundary, further short ones on those that came
 halfway: of the others none was fooled by them where it was measured (docs/results)."""
-_SHORT = (Pass("apgd-ce", 20), Pass("apgd-t", 20, 1), *(Pass("apgd-t", 20, rank, near=HALFWAY) for rank in (2, 3)))
+ALL_RANKS = tuple(range(1, TARGETS + 1))
+_SHORT = (Pass("apgd-ce", 20), Pass("apgd-t", 20, (1,)), Pass("apgd-t", 20, (2, 3), near=HALFWAY))
 FAST = (*_SHORT, Pass("apgd-ce", STEPS, near=NEAR), Pass(SQUARE, 200))
 ENSEMBLE = (
     *_SHORT,
     Pass("apgd-ce", STEPS, everywhere=True, near=NEAR),
-    *(Pass("apgd-t", STEPS, rank, near=NEAR) for rank in range(1, TARGETS + 1)),
-    *(Pass("fab-t", STEPS, rank, near=NEAR) for rank in range(1, TARGETS + 1)),
+    Pass("apgd-t", STEPS, ALL_RANKS, near=NEAR),
+    Pass("fab-t", STEPS, ALL_RANKS, near=NEAR),
     Pass(SQUARE, QUERIES // 10),
     Pass(SQUARE, QUERIES, near=NEAR),
 )
@@ -136,7 +145,8 @@ def compose(names: str, classes: int, norm: str = "linf") -> tuple[Pass, ...]:
         ToolkitError: an unknown name, or an attack that does not exist in this norm.
     """
     passes = [how for name in names.split(",") for how in _named(name.strip(), norm)]
-    return tuple(how for how in passes if how.rank is None or how.rank < classes)
+    fitting = [replace(how, ranks=tuple(rank for rank in how.ranks if rank < classes)) for how in passes]
+    return tuple(new for how, new in zip(passes, fitting, strict=True) if new.ranks or not how.ranks)
 
 
 def _named(name: str, norm: str) -> tuple[Pass, ...]:
@@ -156,5 +166,5 @@ def _named(name: str, norm: str) -> tuple[Pass, ...]:
         )
     steps = recipe.steps or 1
     if recipe.targeted:
-        return tuple(Pass(name, steps, rank) for rank in range(1, TARGETS + 1))
+        return (Pass(name, steps, ALL_RANKS[:1]), Pass(name, steps, ALL_RANKS[1:]))
     return (Pass(name, steps),)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from toolkit.attacks.boundary import Box, displacement
-from toolkit.attacks.losses import ranked_targets
+from toolkit.attacks.losses import target_of
 from toolkit.attacks.minimum_norm import SUBMIT_EVERY, MinimumNorm, Search
 from toolkit.attacks.projections import NORM, START
 from toolkit.attacks.surrogate import Slope, Surrogate
@@ -46,7 +46,7 @@ def fab_targeted(
     threat: ThreatModel,
     *,
     steps: int,
-    rank: int,
+    rank: int | Tensor,
     generator: torch.Generator,
     restarts: int = 1,
     settle: Settle | None = None,
@@ -60,13 +60,13 @@ def fab_targeted(
         labels: int64 [n], the true classes.
         threat: norm (l-inf, l2 or l1), space and clipping; its radius bounds the random starts and what is judged.
         steps: gradients per image and restart.
-        rank: 1 for the likeliest other class; below the number of classes.
+        rank: 1 for the likeliest other class; below the number of classes. One for all images, or int64 [n].
         generator: of the random starts, which all restarts but the first have.
         restarts: searches, each for points closer than those before.
         settle: ends the attack on images that fool the graph that counts.
     """
     search = Search(surrogate, images, labels, threat, settle)
-    targets = ranked_targets(search.logits, search.labels)[:, rank - 1]
+    targets = target_of(search.logits, search.labels, rank)
     for restart in range(restarts):
         if not len(search):
             break

@@ -56,5 +56,17 @@ def ranked_targets(logits: Tensor, labels: Tensor) -> Tensor:
     return others.argsort(dim=1, descending=True)[:, :-1]
 
 
+def target_of(logits: Tensor, labels: Tensor, rank: int | Tensor) -> Tensor:
+    """Each image's `rank`-th likeliest other class, int64 [n].
+
+    Args:
+        logits: [n, classes].
+        labels: int64 [n], the true classes.
+        rank: 1 for the likeliest other class; below the number of classes. One for all images, or int64 [n].
+    """
+    ranks = torch.as_tensor(rank, device=logits.device).expand(len(logits))
+    return ranked_targets(logits, labels).gather(1, ranks[:, None] - 1)[:, 0]
+
+
 def _largest_other(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)

@@ -57,7 +57,7 @@ class Evaluation:
     journal: Journal
     clock: Clock
 
-    def chunks(self, indices: Int64Array) -> list[Int64Array]:
-        """The positions of images, as many at a time as are attacked together."""
-        size = evaluation_batch(self.split.images.shape)
+    def chunks(self, indices: Int64Array, copies: int = 1) -> list[Int64Array]:
+        """The positions of images, as many at a time as are attacked together, each in so many copies."""
+        size = max(1, evaluation_batch(self.split.images.shape) // copies)
         return [indices[start : start + size] for start in range(0, len(indices), size)]

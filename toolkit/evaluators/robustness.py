@@ -2,7 +2,8 @@
 
 Two kinds of evidence. The transfer matrix attacks all images with all steps on every surrogate: stopping early once the
 surrogate is fooled would leave the other graphs with weaker attacks and inflate their figures. The worst case then goes
-on, from cheap attacks to dear ones, with the images that some compared graph still classifies rightly.
+on, from cheap attacks to dear ones: every compared graph has each of them made for it, on the surrogate that transfers
+to it best, on the images that it still classifies rightly.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def evaluate_robustness(
     run = Evaluation(judges, ledger, split, conditions, journal or Journal(), clock or Clock())
     armed = arm(surrogates, conditions)
     matrix = transfer_matrix(surrogates, armed, run)
-    passes, late = pursue(armed, matrix.best_surrogate or next(iter(armed), None), run)
+    passes, late = pursue(armed, matrix.best, run)
     worst = ledger.proportions()
     return Robustness(
         transfers=matrix.transfers,
@@ -88,7 +89,7 @@ def evaluate_robustness(
         passes=passes,
         not_run=(*matrix.not_run, *late),
         clipped_share=matrix.clipped_share,
-        best_surrogate=matrix.best_surrogate,
+        best_surrogate=matrix.best.get(judges.primary),
     )
 
 

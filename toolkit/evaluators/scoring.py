@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,12 +21,12 @@ from toolkit.evaluators.image_files import WRITABLE_CHANNELS, Gallery, decode, e
 SurrogateName = Literal["original", "float", "fake_quantised", "twin"]
 TargetName = Literal["torch", "fp32", "deployed", "deployed_unoptimised"]
 Flags = dict[str, Tensor]
-"""Which images are classified rightly, bool [n], by the name of the judge."""
+"""Which images are classified rightly, bool [n], by the name of the judge; and margins, see `MARGIN`."""
 
 FILE = "file"
 """The judge's name of the graph that counts behind a PNG file of the attacked image."""
-MARGIN = "margin"
-"""Beside the flags: the margin of the graph that counts, float32 [n]; positive where it is fooled."""
+MARGIN = "margin of "
+"""Beside the flags, under this and a compared graph's name: its margin, float32 [n], positive where it is fooled."""
 
 
 def primary_of(targets: Mapping[TargetName, Predictor]) -> TargetName:
@@ -65,11 +66,11 @@ class Judges:
         """The graph that counts."""
         told: tuple[TargetName, ...] = tuple(name for name in ("fp32", "deployed") if name in targets)
         self.compared: tuple[TargetName, ...] = told if self.primary in told else (self.primary, *told)
-        """The graphs whose worst cases are told: an image is attacked until all of them are fooled."""
+        """The graphs whose worst cases are told: an image is attacked for each of them until that one is fooled."""
         self._threat, self._normalization, self._gallery = threat, normalization, gallery or Gallery(None)
 
     def score(self, attacked: Tensor, clean: Tensor, labels: Tensor, *, indices: Int64Array, every: bool) -> Flags:
-        """Which attacked images are still classified rightly, by judge, the image file among them, and the margin.
+        """Which attacked images are still classified rightly, by judge, the image file among them, and the margins.
 
         Args:
             attacked: float32 [n, C, H, W] on any device.
@@ -88,7 +89,7 @@ class Judges:
         names: Sequence[TargetName] = tuple(self.targets) if every else self.compared
         logits = {name: self.targets[name].predict(attacked).cpu() for name in names}
         flags: Flags = {name: right(found, labels) for name, found in logits.items()}
-        flags[MARGIN] = margin(logits[self.primary], labels)
+        flags |= {MARGIN + name: margin(logits[name], labels) for name in self.compared}
         if attacked.shape[1] in WRITABLE_CHANNELS:
             flags[FILE] = self._score_files(attacked, clean, labels, indices, fooled=~flags[self.primary])
         return flags
@@ -115,33 +116,47 @@ class Ledger:
 
     def __init__(self, clean: Mapping[str, Tensor], judges: Judges, *, files: bool) -> None:
         self.clean: Flags = dict(clean)
-        self.compared: tuple[str, ...] = (*judges.compared, *((FILE,) if files else ()))
-        self.margin = clean[MARGIN].clone()
-        """The largest margin of the graph that counts so far; see `progress`."""
-        sources = {FILE: judges.primary}
-        self.worst: Flags = {name: clean[sources.get(name, name)].clone() for name in self.compared}
+        self.graphs: tuple[TargetName, ...] = judges.compared
+        self.margins: Flags = {name: clean[MARGIN + name].clone() for name in self.graphs}
+        """The largest margin of every compared graph so far; see `progress`."""
+        self.worst: Flags = {name: clean[name].clone() for name in self.graphs}
+        self._by_graph: dict[TargetName, tuple[str, ...]] = {name: (name,) for name in self.graphs}
+        """The judges that answer for a graph: the one that counts has its files too."""
+        if files:
+            self.worst[FILE] = clean[judges.primary].clone()
+            self._by_graph[judges.primary] = (judges.primary, FILE)
 
     def update(self, flags: Mapping[str, Tensor], indices: Int64Array) -> None:
-        """Count one more attack on the images at `indices`."""
-        for name in self.compared:
-            self.worst[name][indices] &= flags[name]
-        self.margin[indices] = torch.maximum(self.margin[indices], flags[MARGIN])
+        """Count one more attack on the images at `indices`, where an image may stand more than once."""
+        for name, worst in self.worst.items():
+            worst[indices[~flags[name].numpy()]] = False
+        for name, largest in self.margins.items():
+            with np.errstate(invalid="ignore"):  # logits that are not finite
+                np.maximum.at(largest.numpy(), indices, flags[MARGIN + name].numpy())
 
-    @property
-    def progress(self) -> Tensor:
-        """How far attacks brought each image from its clean margin (0) to the boundary (1), float32."""
-        start = self.clean[MARGIN].clamp(max=-torch.finfo(torch.float32).tiny)
-        return 1 - self.margin / start
+    def state(self, indices: Int64Array) -> dict[str, npt.NDArray[Any]]:
+        """What is known of the images at `indices`, for `update`."""
+        known = {name: worst[indices].numpy() for name, worst in self.worst.items()}
+        return known | {MARGIN + name: largest[indices].numpy() for name, largest in self.margins.items()}
 
-    def undecided(self, indices: Int64Array | None = None) -> Tensor:
-        """Which images (all, or those at `indices`) some compared judge still classifies rightly, bool."""
-        chosen = [flags if indices is None else flags[indices] for flags in self.worst.values()]
-        return torch.stack(chosen).any(dim=0)
+    def progress(self, graph: TargetName) -> Tensor:
+        """How far attacks brought each image from its clean margin (0) to the graph's boundary (1), float32."""
+        start = self.clean[MARGIN + graph].clamp(max=-torch.finfo(torch.float32).tiny)
+        return 1 - self.margins[graph] / start
 
-    def remaining(self, near: float = 0.0) -> Int64Array:
-        """The positions of the undecided images that attacks brought at least so near the boundary (1: onto it)."""
-        wanted = self.undecided() & ~(self.progress < near)  # where logits are not finite it is NaN: such images stay
-        found: Int64Array = wanted.nonzero()[:, 0].numpy().astype(np.int64)
+    def standing(self, graph: TargetName) -> Tensor:
+        """Which images the graph, or a judge that answers for it, still classifies rightly, bool [images]."""
+        return torch.stack([self.worst[name] for name in self._by_graph[graph]]).any(dim=0)
+
+    def undecided(self, indices: Int64Array, graphs: Sequence[TargetName]) -> Tensor:
+        """Which images at `indices` still stand on one of the graphs, bool."""
+        return torch.stack([self.standing(graph)[indices] for graph in graphs]).any(dim=0)
+
+    def remaining(self, graphs: Sequence[TargetName], near: float = 0.0) -> Int64Array:
+        """The positions of images that stand on one of the graphs, and that attacks brought so near its boundary."""
+        # progress is NaN where logits are not finite: such images stay
+        wanted = [self.standing(graph) & ~(self.progress(graph) < near) for graph in graphs]
+        found: Int64Array = torch.stack(wanted).any(dim=0).nonzero()[:, 0].numpy().astype(np.int64)
         return found
 
     def proportions(self) -> dict[str, Proportion]:
@@ -149,13 +164,14 @@ class Ledger:
 
 
 def clean_flags(judges: Judges, split: Split, advance: Callable[[int], None]) -> Flags:
-    """Which clean images every target classifies rightly, and the margin of the graph that counts."""
-    found: dict[str, list[Tensor]] = {name: [] for name in (*judges.targets, MARGIN)}
+    """Which clean images every target classifies rightly, and the margins of the compared graphs."""
+    names = (*judges.targets, *(MARGIN + name for name in judges.compared))
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
     for batch in split.batches():
         for name, target in judges.targets.items():
             logits = target.predict(batch.images).cpu()
             found[name].append(right(logits, batch.labels))
-            if name == judges.primary:
-                found[MARGIN].append(margin(logits, batch.labels))
+            if name in judges.compared:
+                found[MARGIN + name].append(margin(logits, batch.labels))
         advance(len(batch))
     return {name: torch.cat(parts) for name, parts in found.items()}

@@ -60,7 +60,8 @@ class Matrix:
     transfers: tuple[Transfer, ...]
     columns: tuple[ColumnTest, ...]
     clipped_share: float | None
-    best_surrogate: SurrogateName | None
+    best: Mapping[TargetName, SurrogateName]
+    """By compared graph: the surrogate whose attack fools it most; empty if no row was finished."""
     not_run: tuple[str, ...]
 
 
@@ -76,7 +77,7 @@ class _Row:
         self.clean.append(found[CLEAN].bool())
         self.clipped += int(found[CLIPPED])
         for name, flags in found.items():
-            if name not in (CLEAN, CLIPPED, MARGIN):
+            if name not in (CLEAN, CLIPPED) and not name.startswith(MARGIN):
                 self.attacked.setdefault(name, []).append(flags.bool())
 
     def flags(self) -> Flags:
@@ -154,13 +155,13 @@ def _one_cell(
 
 def _worse(judge: str, first: Tensor, second: Tensor) -> Tensor:
     """Of two restarts, image by image: right only if right in both, and the larger margin."""
-    return torch.maximum(first, second) if judge == MARGIN else first & second
+    return torch.maximum(first, second) if judge.startswith(MARGIN) else first & second
 
 
 def _matrix(rows: Mapping[SurrogateName, _Row], run: Evaluation, not_run: tuple[str, ...]) -> Matrix:
     transfers: list[Transfer] = []
     columns: list[ColumnTest] = []
-    standing: dict[SurrogateName, int] = {}
+    standing: dict[TargetName, dict[SurrogateName, int]] = {graph: {} for graph in run.judges.compared}
     for name, row in rows.items():
         flags, clean = row.flags(), torch.cat(row.clean)
         targets = [target for target in COLUMNS if target in flags]
@@ -172,10 +173,11 @@ def _matrix(rows: Mapping[SurrogateName, _Row], run: Evaluation, not_run: tuple[
             ColumnTest(_name(run), name, first, second, mcnemar(flags[first], flags[second]))
             for first, second in pairwise(targets)
         ]
-        standing[name] = int((flags[run.judges.primary] & run.ledger.clean[run.judges.primary]).sum())
+        for graph, left in standing.items():
+            left[name] = int((flags[graph] & run.ledger.clean[graph]).sum())
     clipped = None
     if run.conditions.input_range is not None and rows:
         pixels = len(run.split) * math.prod(run.split.images.shape) * run.conditions.plan.restarts
         clipped = next(iter(rows.values())).clipped / pixels
-    best = min(standing.items(), key=lambda row: row[1])[0] if standing else None
+    best = {graph: min(left, key=left.__getitem__) for graph, left in standing.items() if left}
     return Matrix(tuple(transfers), tuple(columns), clipped, best, not_run)

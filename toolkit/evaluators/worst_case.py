@@ -14,7 +14,7 @@ from toolkit.attacks.square import square
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.survivors import Settle
 from toolkit.evaluators.evaluation import Evaluation
-from toolkit.evaluators.scoring import MARGIN, SurrogateName
+from toolkit.evaluators.scoring import SurrogateName, TargetName
 from toolkit.progress import task
 
 FIRST_STREAM = 1000
@@ -27,38 +27,39 @@ class PassRecord:
 
     attack: str
     steps: int
-    rank: int | None
+    ranks: tuple[int, ...]
     surrogate: SurrogateName | None
-    """None for an attack by queries: it runs on the graph that counts itself."""
+    """None for an attack by queries: it asks the graph itself."""
+    graphs: tuple[TargetName, ...]
+    """For which it was made."""
     attempted: int
-    """Images that some compared graph still classified rightly before it."""
+    """Images that one of these still classified rightly before it."""
     fooled: int
-    """Of these, those that fool the graph that counts now, and did not before."""
+    """Of these, those that fool the first of the graphs now, and did not before."""
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    """One pass on one surrogate, or on the graph that counts."""
+    """One pass on one surrogate, or by queries to a graph."""
 
     how: Pass
     name: SurrogateName | None
-    surrogate: Surrogate | None
-    searched: Predictor
-    """What a search by queries asks: the graph that counts, or the fast form of the same torch network."""
+    graphs: tuple[TargetName, ...]
+    """For which it is made, the most important first."""
     number: int
 
     def __str__(self) -> str:
-        return f"{self.how} on {self.name or 'the graph itself'}"
+        return f"{self.how} on {self.name or self.graphs[0]}"
 
 
 def pursue(
-    armed: Mapping[SurrogateName, Surrogate], best: SurrogateName | None, run: Evaluation
+    armed: Mapping[SurrogateName, Surrogate], best: Mapping[TargetName, SurrogateName], run: Evaluation
 ) -> tuple[tuple[PassRecord, ...], tuple[str, ...]]:
     """Run all passes on what is left, and keep the ledger.
 
     Args:
         armed: the surrogates, ready for attacks.
-        best: the one on which passes are made that need only one; None if there are none.
+        best: for every compared graph the one that transfers to it best; where none is known, the first is taken.
         run: the evaluation.
 
     Returns:
@@ -66,42 +67,49 @@ def pursue(
     """
     records: list[PassRecord] = []
     not_run: list[str] = []
-    ledger, primary = run.ledger, run.judges.primary
-    searched = armed["float"] if primary == "torch" and "float" in armed else run.judges.targets[primary]
-    for number, (how, name) in enumerate(_planned(run.conditions.passes, armed, best)):
-        attempt = _Attempt(how, name, armed[name] if name else None, searched, number)
-        remaining = ledger.remaining(how.near)
-        before = ledger.worst[primary].clone()
+    ledger = run.ledger
+    for attempt in _planned(armed, best, run):
+        how, graph = attempt.how, attempt.graphs[0]
+        remaining = ledger.remaining(attempt.graphs, how.near)
+        before = ledger.worst[graph].clone()
         done = 0
         with task(str(attempt), len(remaining)) as bar:
-            for chunk, indices in enumerate(run.chunks(remaining)):
-                if not _one_chunk(attempt, chunk, indices, run):
+            for chunk, indices in enumerate(run.chunks(remaining, how.copies)):
+                if not _one_chunk(attempt, armed, chunk, indices, run):
                     not_run.append(f"{attempt}: {len(remaining) - done} of {len(remaining)} images")
                     break
                 done += len(indices)
-                bar.advance(len(indices), f"{ledger.worst[primary].float().mean():.1%} robust so far")
+                bar.advance(len(indices), f"{ledger.worst[graph].float().mean():.1%} robust so far")
         if done:
-            fooled = int((before & ~ledger.worst[primary]).sum())
-            records.append(PassRecord(how.attack, how.steps, how.rank, name, done, fooled))
+            fooled = int((before & ~ledger.worst[graph]).sum())
+            records.append(PassRecord(how.attack, how.steps, how.ranks, attempt.name, attempt.graphs, done, fooled))
     return tuple(records), tuple(not_run)
 
 
 def _planned(
-    passes: tuple[Pass, ...], armed: Mapping[SurrogateName, Surrogate], best: SurrogateName | None
-) -> list[tuple[Pass, SurrogateName | None]]:
+    armed: Mapping[SurrogateName, Surrogate], best: Mapping[TargetName, SurrogateName], run: Evaluation
+) -> list[_Attempt]:
     """Attacks by queries come last, so that they show what those with gradients have missed."""
-    planned: list[tuple[Pass, SurrogateName | None]] = []
-    for how in sorted(passes, key=lambda how: how.by_queries):
+    primary = run.judges.primary
+    graphs = (primary, *(graph for graph in run.judges.compared if graph != primary))
+    chosen: dict[SurrogateName, tuple[TargetName, ...]] = {}
+    for graph in graphs if armed else ():
+        made_on = best[graph] if graph in best else next(iter(armed))
+        chosen[made_on] = (*chosen.get(made_on, ()), graph)
+    planned: list[tuple[Pass, SurrogateName | None, tuple[TargetName, ...]]] = []
+    for how in sorted(run.conditions.passes, key=lambda how: how.by_queries):
         if how.by_queries:
-            planned.append((how, None))
+            planned += [(how, None, (graph,)) for graph in graphs]
         elif how.everywhere:
-            planned += [(how, name) for name in armed]
-        elif best is not None:
-            planned.append((how, best))
-    return planned
+            planned += [(how, name, graphs) for name in armed]
+        else:
+            planned += [(how, name, served) for name, served in chosen.items()]
+    return [_Attempt(*parts, number) for number, parts in enumerate(planned)]
 
 
-def _one_chunk(attempt: _Attempt, chunk: int, indices: Int64Array, run: Evaluation) -> bool:
+def _one_chunk(
+    attempt: _Attempt, armed: Mapping[SurrogateName, Surrogate], chunk: int, indices: Int64Array, run: Evaluation
+) -> bool:
     """Attack one chunk, or take it from the journal; False if there is no time left."""
     key = f"pass/{attempt.number}/{attempt}/{chunk}"
     known = run.journal.get(key)
@@ -110,23 +118,24 @@ def _one_chunk(attempt: _Attempt, chunk: int, indices: Int64Array, run: Evaluati
         return True
     if run.clock.expired:
         return False
-    _attack(attempt, chunk, indices, run)
-    known = {judge: flags[indices].numpy() for judge, flags in run.ledger.worst.items()}
-    run.journal.put(key, {**known, MARGIN: run.ledger.margin[indices].numpy()})
+    _attack(attempt, armed, chunk, indices, run)
+    run.journal.put(key, run.ledger.state(indices))
     return True
 
 
-def _attack(attempt: _Attempt, chunk: int, indices: Int64Array, run: Evaluation) -> None:
+def _attack(
+    attempt: _Attempt, armed: Mapping[SurrogateName, Surrogate], chunk: int, indices: Int64Array, run: Evaluation
+) -> None:
     """What fools a judge is in the ledger when this returns."""
     conditions, batch = run.conditions, run.split.take(indices)
     threat, images, labels = conditions.plan.threat, batch.images, batch.labels
     generator = torch.Generator().manual_seed(derive_seed(conditions.seed, FIRST_STREAM + attempt.number, chunk))
-    settle = _settle(batch, indices, run)
-    if attempt.surrogate is not None:
-        attempt.how.run(attempt.surrogate, images, labels, threat, generator, settle)
+    settle = _settle(attempt, batch, indices, run)
+    if attempt.name is not None:
+        attempt.how.run(armed[attempt.name], images, labels, threat, generator, settle)
         return
     square(
-        attempt.searched,
+        _searched(attempt.graphs[0], armed, run),
         images,
         labels,
         threat,
@@ -137,14 +146,19 @@ def _attack(attempt: _Attempt, chunk: int, indices: Int64Array, run: Evaluation)
     )
 
 
-def _settle(batch: Batch, indices: Int64Array, run: Evaluation) -> Settle:
-    """Judge attacked images, and say of which no compared judge is right any more."""
+def _searched(graph: TargetName, armed: Mapping[SurrogateName, Surrogate], run: Evaluation) -> Predictor:
+    """What a search by queries asks: the graph, or the fast form of the same torch network."""
+    return armed["float"] if graph == "torch" and "float" in armed else run.judges.targets[graph]
+
+
+def _settle(attempt: _Attempt, batch: Batch, indices: Int64Array, run: Evaluation) -> Settle:
+    """Judge attacked images, and say of which no graph that the attack is made for is right any more."""
 
     def settle(attacked: Tensor, positions: Tensor) -> Tensor:
         rows = positions.cpu()
         chosen = indices[rows.numpy()]
         flags = run.judges.score(attacked, batch.images[rows], batch.labels[rows], indices=chosen, every=False)
         run.ledger.update(flags, chosen)
-        return ~run.ledger.undecided(chosen)
+        return ~run.ledger.undecided(chosen, attempt.graphs)
 
     return settle

@@ -91,8 +91,9 @@ def _worst_case(found: Examination, attacks: str) -> schema.WorstCase:
             schema.PassRecord(
                 attack=how.attack,
                 steps=how.steps,
-                rank=how.rank,
+                ranks=list(how.ranks),
                 surrogate=how.surrogate,
+                graphs=list(how.graphs),
                 attempted=how.attempted,
                 fooled=how.fooled,
             )

@@ -151,32 +151,38 @@ def _column_rows(found: Robustness) -> Matrix:
 
 
 def pass_rows(found: Robustness) -> Rows:
-    """What every attack of the worst case came to; targeted ones in one row."""
-    rows: dict[tuple[str, str], list[schema.PassRecord]] = {}
-    for record in found.worst_case.passes:
-        where = SURROGATES[record.surrogate] if record.surrogate else "queries to the graph"
-        rows.setdefault((f"{record.attack}-{record.steps}", where), []).append(record)
+    """What every attack of the worst case came to."""
     return [
         (
-            attack,
-            where,
-            str(len(records)) if records[0].rank else "any",
-            str(records[0].attempted),
-            str(sum(record.fooled for record in records)),
+            f"{record.attack}-{record.steps}",
+            SURROGATES[record.surrogate] if record.surrogate else "the graph, by queries",
+            ", ".join(JUDGES[graph] for graph in record.graphs),
+            _classes(record.ranks),
+            str(record.attempted),
+            str(record.fooled),
         )
-        for (attack, where), records in rows.items()
+        for record in found.worst_case.passes
     ]
 
 
-PASS_HEADER = ("attack-steps", "made on", "target classes", "images tried", "newly fooled")
+def _classes(ranks: Sequence[int]) -> str:
+    """Ranks follow each other."""
+    if not ranks:
+        return "any"
+    return f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+
+
+PASS_HEADER = ("attack-steps", "made on", "to fool", "likeliest classes", "images tried", "newly fooled")
 
 
 def _worst_case(found: Robustness) -> str:
     if not found.worst_case.passes:
         return ""
     return (
-        "### Beyond the matrix\n\nFurther attacks, cheap ones first. An image is left alone only once every graph of "
-        "the first table is fooled by it; `newly fooled` counts those of the graph that ships.\n\n"
+        "### Beyond the matrix\n\nFurther attacks, cheap ones first, each made for the graphs that it is `to fool` on "
+        "the network whose attacks fool them most, on the images that still stand; `newly fooled` counts those of the "
+        "first graph named. Long attacks leave out images that short ones did not bring near the boundary; targeted "
+        "ones aim at the image's so-many-th likeliest other classes.\n\n"
         f"{table(PASS_HEADER, pass_rows(found))}"
     )
 

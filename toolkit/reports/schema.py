@@ -181,18 +181,21 @@ class RobustAccuracy(Part):
 
 
 class PassRecord(Part):
-    """One attack of the worst case, run on the images that some compared graph still classified rightly."""
+    """One attack of the worst case, made for a graph, or several, on the images that still stood."""
 
     attack: str
     steps: int
     """Gradients, or queries, per image."""
-    rank: int | None
-    """Of a targeted attack: towards the image's so-many-th likeliest other class."""
+    ranks: list[int]
+    """Of a targeted attack: towards the image's so-many-th likeliest other classes."""
     surrogate: SurrogateName | None
-    """None: by queries, on the graph that counts itself."""
+    """None: by queries, on the graph itself."""
+    graphs: list[TargetName]
+    """For which it was made."""
     attempted: int
+    """Images that one of these still classified rightly before it."""
     fooled: int
-    """Of these, images that fool the graph that counts now, and did not before."""
+    """Of these, images that fool the first of the graphs now, and did not before."""
 
 
 class WorstCase(Part):
