@@ -5,7 +5,9 @@
     .venv-peers/bin/python benchmarks/autoattack.py --bundle BUNDLE... [--n 1000] [--json FILE]
 
 Every attack runs in a process of its own, one after the other, on the same images and the same torch network, and is
-scored in float32 on it. Times include everything an attack does, clean predictions too, but not the loading.
+scored in float32 on it. Times include all that an attack does, clean predictions too, but not the loading. `fast` and
+`ensemble` are the compositions alone, as AutoAttack is; `evaluation` is what `toolkit attack` makes of `fast`: after
+the transfer matrix, with all of its steps on all images, and with the attacked images as 8-bit files.
 
 With --bundle an outside expert attacks model.onnx: AutoAttack on the float network and on a twin of the integer graph,
 each image scored on model.onnx and the worst of both counted, against what `toolkit attack` says of the same file.
@@ -32,21 +34,29 @@ from toolkit.bundle import read_config
 from toolkit.config import AttackRunConfig, DataConfig, ModelConfig, ModelRunConfig, ThreatConfig
 from toolkit.evaluators.accuracy import correct
 from toolkit.evaluators.environment import environment_record, usable_threads
-from toolkit.evaluators.evaluation import Conditions
-from toolkit.evaluators.robustness import evaluate_robustness
+from toolkit.evaluators.evaluation import Clock, Conditions, Evaluation
+from toolkit.evaluators.journal import Journal
+from toolkit.evaluators.robustness import arm, evaluate_robustness
+from toolkit.evaluators.scoring import Judges, Ledger, clean_flags
 from toolkit.evaluators.surrogate import build_twin, twin_model
+from toolkit.evaluators.worst_case import pursue
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.prepare import prepare
 from toolkit.progress import set_quiet
 
-ATTACKS = ("fast", "ensemble", "pyautoattack")
+ATTACKS = ("fast", "ensemble", "evaluation", "pyautoattack")
 
 
-def ours(model: TorchModel, split: Split, plan: PgdPlan, composition: str) -> Proportion:
-    """Worst case over the transfer matrix's PGD and a composition."""
-    passes = compose(composition, len(model.spec.class_names))
+def ours(model: TorchModel, split: Split, plan: PgdPlan, name: str) -> Proportion:
+    """Worst case over a composition, or over the transfer matrix and `fast`."""
+    passes = compose("fast" if name == "evaluation" else name, len(model.spec.class_names))
     conditions = Conditions(plan, model.spec.normalization, seed=0, passes=passes)
-    return evaluate_robustness({"float": model}, {"torch": model}, split, conditions).worst_case["torch"]
+    if name == "evaluation":
+        return evaluate_robustness({"float": model}, {"torch": model}, split, conditions).worst_case["torch"]
+    judges = Judges({"torch": model}, plan.threat, conditions.normalization)
+    ledger = Ledger(clean_flags(judges, split, lambda _: None), judges, files=False)
+    pursue(arm({"float": model}, conditions), {}, Evaluation(judges, ledger, split, conditions, Journal(), Clock()))
+    return ledger.proportions()["torch"]
 
 
 def auto_attack(model: TorchModel, images: Tensor, labels: Tensor, eps: float) -> Tensor:
@@ -123,10 +133,10 @@ def run(path: Path, eps: float, images: int, name: str, threads: int) -> tuple[P
     return robust, seconds
 
 
-def compare(path: Path, eps: float, images: int, threads: int) -> list[dict[str, Any]]:
-    """All attacks on one network at one radius, in turn."""
-    found = {name: run(path, eps, images, name, threads) for name in ATTACKS}
-    reference, reference_seconds = found["pyautoattack"]
+def compare(path: Path, eps: float, images: int, attacks: list[str], threads: int) -> list[dict[str, Any]]:
+    """All attacks on one network at one radius, in turn; compared with the last."""
+    found = {name: run(path, eps, images, name, threads) for name in attacks}
+    reference, reference_seconds = found[attacks[-1]]
     return [
         {
             "network": path.stem,
@@ -148,6 +158,7 @@ def main() -> None:
     parser.add_argument("--bundle", nargs="+", type=Path, default=[])
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--eps", default="0.05,0.1")
+    parser.add_argument("--attacks", default=",".join(ATTACKS), help="some of them; shares of time need pyautoattack")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -158,11 +169,11 @@ def main() -> None:
         rows.append(expert(bundle, arguments.n, threads))
         print(json.dumps(rows[-1]), flush=True)
     if arguments.networks:
-        print("| network | eps | attack | robust accuracy | seconds | points above pyautoattack | share of its time |")
+        print("| network | eps | attack | robust accuracy | seconds | points above the last | share of its time |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
     for path in arguments.networks:
         for eps in map(float, arguments.eps.split(",")):
-            for row in compare(path, eps, arguments.n, threads):
+            for row in compare(path, eps, arguments.n, arguments.attacks.split(","), threads):
                 rows.append(row)
                 share = Proportion(row["robust"]["correct"], row["robust"]["total"])
                 print(

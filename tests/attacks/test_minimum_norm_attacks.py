@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -17,7 +17,8 @@ from toolkit.attacks.deepfool import FURTHER, OVERSHOOT, deepfool
 from toolkit.attacks.fab import fab_targeted
 from toolkit.attacks.fmn import fmn
 from toolkit.attacks.minimum_norm import MinimumNorm
-from toolkit.attacks.surrogate import Surrogate
+from toolkit.attacks.pgd import largest_violation, rounding
+from toolkit.attacks.surrogate import Loss, Slope, Surrogate
 from toolkit.attacks.threat import ThreatModel
 from toolkit.errors import ToolkitError
 
@@ -115,6 +116,72 @@ def test_fab_aims_at_the_class_of_its_rank_and_deepfool_at_the_nearest() -> None
     assert torch.allclose(found, (nearest + FURTHER) * (1 + OVERSHOOT), rtol=0.01)
     one_candidate = deepfool(surrogate, images, labels, threat, candidates=1).norms.cpu()
     assert bool((one_candidate >= found * 0.999).all()) and bool((one_candidate > found * 1.05).any())
+
+
+@pytest.mark.parametrize("norm", get_args(Norm))
+def test_fab_gives_up_what_lies_beyond_the_radius_and_nothing_else(norm: Norm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hyperplane is reached in the first steps; the radius is that of the middle one of the distances."""
+    problem = a_hyperplane(9)
+    scale = ThreatModel(norm, 1.0, "pixels", clip=False).pixel_scale(RGB)
+    distances = problem.distance(norm, scale)
+    threat = ThreatModel(norm, float(distances.median()) * 1.01, "pixels", clip=False)
+    asked: list[int] = []
+    differentiate = Surrogate.differentiate
+
+    def spy(self: Surrogate, images: Tensor, loss: Loss) -> Slope:
+        asked.append(len(images))
+        return differentiate(self, images, loss)
+
+    def found(reachable_only: bool) -> MinimumNorm:
+        asked.clear()
+        return fab_targeted(
+            problem.surrogate(), problem.images, problem.labels, threat,
+            steps=40, rank=1, generator=torch.Generator(), reachable_only=reachable_only,
+        )  # fmt: skip
+
+    monkeypatch.setattr(Surrogate, "differentiate", spy)
+    whole = found(reachable_only=False)
+    assert asked == [9] * 40
+    part = found(reachable_only=True)
+    kept = int((distances <= 1.1 * threat.eps).sum())
+    assert asked == [9] * 12 + [kept] * 28 and 5 <= kept < 9
+    torch.testing.assert_close(part.norms, whole.norms, rtol=1e-3, atol=1e-5)
+    assert torch.equal(part.norms <= threat.eps, distances <= threat.eps)
+    assert largest_violation(part.attacked, problem.images, threat, RGB) <= rounding(part.attacked.shape, threat, RGB)
+
+
+def test_fab_gives_up_nothing_that_is_still_coming_nearer() -> None:
+    """On a network that is not linear, with a radius between the sizes early in the search and at its end."""
+    problem = a_problem(classes=3)
+    runs = []
+    for reachable_only in (False, True):
+        for radius in (0.02, 0.05, 0.1):
+            threat = ThreatModel("linf", radius, "pixels", clip=True)
+            found = fab_targeted(
+                problem.surrogate(), problem.images, problem.labels, threat,
+                steps=40, rank=1, generator=torch.Generator(), reachable_only=reachable_only,
+            )  # fmt: skip
+            runs.append((found.norms <= radius).tolist())
+    assert runs[:3] == runs[3:] and any(map(any, runs)) and not all(map(all, runs))
+
+
+def test_what_is_given_up_is_judged_before() -> None:
+    """The graph that counts has its boundary elsewhere: the direction that was found fools it at the full radius."""
+    problem = a_hyperplane(6)
+    scale = ThreatModel("linf", 1.0, "pixels", clip=False).pixel_scale(RGB)
+    threat = ThreatModel("linf", float(problem.distance("linf", scale).min()) / 2, "pixels", clip=False)
+    judged: list[int] = []
+
+    def settle(attacked: Tensor, positions: Tensor) -> Tensor:
+        assert (attacked - problem.images[positions]).abs().amax() > 0.99 * threat.eps
+        judged.extend(positions.tolist())
+        return positions % 2 == 0
+
+    fab_targeted(
+        problem.surrogate(), problem.images, problem.labels, threat,
+        steps=40, rank=1, generator=torch.Generator(), reachable_only=True, settle=settle,
+    )  # fmt: skip
+    assert set(judged) == set(range(6))
 
 
 def test_restarts_of_fab_find_nothing_further_away() -> None:

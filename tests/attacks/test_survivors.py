@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.attacks.problems import Judge
-from toolkit.attacks.survivors import Survivors, narrowed
+from toolkit.attacks.survivors import Survivors, both, narrowed
 
 IMAGES = torch.zeros(5, 1, 2, 2)
 
@@ -34,6 +34,23 @@ def test_without_suspects_or_a_judge_nobody_is_asked_and_all_remain() -> None:
     assert judge.seen == {}
     assert Survivors(IMAGES, None).submit(attacked([1] * 5), torch.ones(5, dtype=torch.bool)) is None
     assert Survivors(IMAGES, Judge(set())).submit(attacked([1] * 5), torch.ones(5, dtype=torch.bool)) is None
+
+
+def test_who_leaves_is_not_judged_and_keeps_what_it_had() -> None:
+    judge = Judge(set())
+    survivors = Survivors(IMAGES, judge)
+    assert survivors.leave(attacked([1] * 5), torch.zeros(5, dtype=torch.bool)) is None
+    keep = survivors.leave(attacked([1, 2, 3, 4, 5]), torch.tensor([False, True, False, False, True]))
+    assert keep is not None and keep.tolist() == [True, False, True, True, False] and judge.seen == {}
+    assert survivors.positions.tolist() == [0, 2, 3]
+    assert survivors.finish(attacked([6, 7, 8]))[:, 0, 0, 0].tolist() == [6, 2, 7, 8, 5]
+
+
+def test_two_submissions_in_one() -> None:
+    first, second = torch.tensor([True, False, True, True]), torch.tensor([False, True, True])
+    joined = both(first, second)
+    assert joined is not None and joined.tolist() == [False, False, True, True]
+    assert both(None, second) is second and both(first, None) is first and both(None, None) is None
 
 
 def test_the_images_themselves_are_never_written_to() -> None:

@@ -59,7 +59,7 @@ GRADIENT_ATTACKS: Mapping[str, Recipe] = {
     "apgd-dlr": Recipe(partial(apgd, loss="dlr"), STEPS),
     "cw": Recipe(carlini_wagner, STEPS, random=False, norms=("l2",), exact=True),
     "apgd-t": Recipe(apgd_targeted, STEPS, targeted=True),
-    "fab-t": Recipe(fab_targeted, STEPS, targeted=True, exact=True),
+    "fab-t": Recipe(partial(fab_targeted, reachable_only=True), STEPS, targeted=True, exact=True),
 }
 """By name, from cheap to dear."""
 

@@ -16,7 +16,7 @@ from toolkit.attacks.boundary import Box
 from toolkit.attacks.pgd import constrain
 from toolkit.attacks.projections import NORM
 from toolkit.attacks.surrogate import Surrogate
-from toolkit.attacks.survivors import Settle, Survivors
+from toolkit.attacks.survivors import Settle, Survivors, both
 from toolkit.attacks.threat import ThreatModel
 from toolkit.errors import ToolkitError
 
@@ -121,6 +121,19 @@ class Search:
         self._judged[self.positions[waiting]] = norms[waiting]
         return self._submit(waiting)
 
+    def leave(self, hopeless: Tensor) -> Tensor | None:
+        """Have what was found of these images judged, and attack them no more.
+
+        Args:
+            hopeless: bool [m], of the images still attacked.
+
+        Returns:
+            As `settle` does.
+        """
+        first = self._submit(hopeless & self.norms.isfinite())
+        left = hopeless if first is None else hopeless[first]
+        return both(first, self._survivors.leave(self._exact(), left))
+
     def finish(self) -> MinimumNorm:
         """Judge what is left, and give the result."""
         self.settle(everything=True)
@@ -136,10 +149,7 @@ class Search:
         """Have the stretched points judged, then the exact ones of the images that remain."""
         first = self._survivors.submit(self._stretched(), waiting)
         left = waiting if first is None else waiting[first]
-        second = self._survivors.submit(self._exact(), left)
-        if first is None or second is None:
-            return second if first is None else first
-        return first.scatter(0, first.nonzero()[:, 0], second)
+        return both(first, self._survivors.submit(self._exact(), left))
 
     def _exact(self) -> Tensor:
         images = self.images[self.positions]

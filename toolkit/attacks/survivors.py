@@ -53,10 +53,33 @@ class Survivors:
         self.positions = self.positions[keep]
         return keep
 
+    def leave(self, attacked: Tensor, hopeless: Tensor) -> Tensor | None:
+        """Attack some survivors no more, although nothing fools the graph that counts.
+
+        Args:
+            attacked: float32 [m, C, H, W], one per survivor: their results.
+            hopeless: bool [m].
+
+        Returns:
+            As `submit` does.
+        """
+        if not bool(hopeless.any()):
+            return None
+        self.result[self.positions[hopeless]] = attacked[hopeless]
+        self.positions = self.positions[~hopeless]
+        return ~hopeless
+
     def finish(self, attacked: Tensor) -> Tensor:
         """The attacked images of the whole batch, [n, C, H, W], with `attacked` those of the survivors."""
         self.result[self.positions] = attacked
         return self.result
+
+
+def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Which survivors remain after two submissions, of which the second saw what remained after the first."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first.scatter(0, first.nonzero()[:, 0], second)
 
 
 def narrowed(state: State, keep: Tensor) -> State:
