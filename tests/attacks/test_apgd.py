@@ -5,13 +5,13 @@ from typing import Literal
 import pytest
 import torch
 
-from tests.attacks.problems import a_hyperplane, a_problem
+from tests.attacks.problems import Hyperplane, a_hyperplane, a_problem
 from tests.toys import RGB, linear_model
 from toolkit.attacks import apgd as module
 from toolkit.attacks.apgd import LOSSES, apgd, apgd_targeted
 from toolkit.attacks.apgd_l1 import PHASES, budgets
 from toolkit.attacks.losses import ranked_targets, targeted_dlr
-from toolkit.attacks.surrogate import Slope, Surrogate
+from toolkit.attacks.surrogate import Loss, Slope, Surrogate
 from toolkit.attacks.threat import ThreatModel
 
 Norm = Literal["linf", "l2", "l1"]
@@ -91,6 +91,62 @@ def test_a_targeted_attack_raises_the_class_of_its_rank(norm: Norm) -> None:
     assert reached.argmax(dim=0).tolist() == [0, 1, 2, 3], "nothing brings a class as near as aiming at it"
 
 
+def hyperplanes(count: int = 9) -> tuple[Hyperplane, torch.Tensor]:
+    """Images, and their distances from the boundary in l-inf without a pixel range."""
+    problem = a_hyperplane(count)
+    scale = ThreatModel("linf", 1.0, "pixels", clip=False).pixel_scale(RGB)
+    return problem, problem.distance("linf", scale)
+
+
+@pytest.mark.parametrize(("steps", "asked"), [(60, True), (49, False)])
+def test_a_long_targeted_attack_gives_up_what_it_will_not_reach(
+    steps: int, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a hyperplane the loss no longer rises after a few steps; what lies far beyond the radius is left halfway."""
+    problem, distances = hyperplanes()
+    threat = ThreatModel("linf", float(distances.median()) * 1.01, "pixels", clip=False)
+    seen: list[int] = []
+    differentiate = Surrogate.differentiate
+
+    def spy(self: Surrogate, images: torch.Tensor, loss: Loss) -> Slope:
+        seen.append(len(images))
+        return differentiate(self, images, loss)
+
+    monkeypatch.setattr(Surrogate, "differentiate", spy)
+    judged: set[int] = set()
+
+    def settle(_: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        judged.update(positions.tolist())
+        return torch.zeros(len(positions), dtype=torch.bool)
+
+    results = [
+        apgd_targeted(
+            problem.surrogate(), problem.images, problem.labels, threat,
+            steps=steps, rank=1, generator=seeded(), reachable_only=reachable_only, settle=settle,
+        )
+        for reachable_only in (True, False)
+    ]  # fmt: skip
+    part, whole = seen[:steps], seen[steps:]
+    assert whole == [9] * steps and judged == set(range(9))
+    # of the distance a tenth is the slack
+    kept = int((1 - threat.eps / distances < 0.1).sum())
+    assert part == ([9] * (steps // 2) + [kept] * (steps - steps // 2) if asked else whole) and 5 <= kept < 9
+    wrong = [problem.model.predict(result).argmax(dim=1) != problem.labels for result in results]
+    assert torch.equal(*wrong) and torch.equal(wrong[0], distances < threat.eps)
+    torch.testing.assert_close(results[0], results[1], atol=2e-3, rtol=0)
+
+
+def test_all_images_may_be_given_up() -> None:
+    problem, distances = hyperplanes(4)
+    threat = ThreatModel("linf", float(distances.min()) / 4, "pixels", clip=False)
+    attacked = apgd_targeted(
+        problem.surrogate(), problem.images, problem.labels, threat,
+        steps=60, rank=1, generator=seeded(), reachable_only=True,
+    )  # fmt: skip
+    expected = problem.images + threat.eps * problem.weight.sign()
+    torch.testing.assert_close(attacked, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l1"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_few_steps_are_enough_to_give_a_result(norm: Norm, steps: int) -> None:
@@ -119,7 +175,7 @@ def a_state(count: int) -> module._State:
     images = torch.zeros(count, 1, 2, 2)
     slope = Slope(torch.zeros(count, 2), torch.zeros(count), torch.zeros_like(images))
     labels = torch.zeros(count, dtype=torch.int64)
-    return module._begin(images, labels, labels, images, slope, 0.2)
+    return module._begin(images, labels, labels, images, slope, 0.2, None)
 
 
 def test_steps_are_halved_where_the_loss_stopped_rising_and_start_from_the_best_point() -> None:
