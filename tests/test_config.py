@@ -98,7 +98,8 @@ def test_merging_changes_neither() -> None:
 def test_a_part_given_in_part_keeps_what_the_run_sets_for_it() -> None:
     run = build(TrainRunConfig, {"arch": "cnn8", "training": {"batch_size": 64}})
     assert (run.training.objective, run.training.epochs, run.training.batch_size) == ("standard", 8, 64)
-    assert TrainConfig().objective == "fgsm"
+    assert (TrainConfig().objective, TrainConfig().epochs, TrainConfig().ema) == ("adversarial", 24, 0.999)
+    assert run.training.ema == 0
 
 
 def test_another_threat_takes_nothing_over_that_belongs_to_the_first() -> None:

@@ -88,16 +88,16 @@ class PruneConfig(StageConfig):
 class TrainConfig(StageConfig):
     """Training from scratch and fine-tuning."""
 
-    objective: Literal["adversarial", "fgsm", "trades", "distill", "standard", "none"] = "fgsm"
-    epochs: Annotated[int, Field(ge=0)] = 9
+    objective: Literal["adversarial", "fgsm", "trades", "distill", "standard", "none"] = "adversarial"
+    epochs: Annotated[int, Field(ge=0)] = 24
     batch_size: Annotated[int, Field(ge=1)] = 128
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
     schedule: Literal["one-cycle", "stepped"] = "one-cycle"
     """`one-cycle`: linear warm-up to the rate, then linear to 0. `stepped`: the paper's, a tenth after epoch 4."""
-    attack_steps: Annotated[int, Field(ge=1)] = 7
-    """PGD steps; with `fgsm` those after a collapse."""
+    attack_steps: Annotated[int, Field(ge=1)] | None = None
+    """PGD steps, of `fgsm` those after a collapse. None: 2 of `adversarial` and `distill`, 7 of `fgsm` and `trades`."""
     radius: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Of the attack in training, in units of the threat model's radius; above 1 trades clean for robust accuracy."""
     clean_share: Share | None = None
@@ -108,7 +108,7 @@ class TrainConfig(StageConfig):
     """Checkpoint whose soft labels `distill` learns."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """By which `distill` divides logits."""
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the exponential moving average of the weights, which is shipped in their place; 0: none."""
     precision: PrecisionChoice = "auto"
     augment: bool = False
@@ -215,7 +215,7 @@ class TrainRunConfig(MachineConfig):
     arch: str
     data: DataConfig = DataConfig(source="fashion-mnist")
     threat: ThreatConfig = ThreatConfig()
-    training: TrainConfig = TrainConfig(objective="standard", epochs=8)
+    training: TrainConfig = TrainConfig(objective="standard", epochs=8, ema=0.0)
 
 
 Config = TypeVar("Config", bound=StageConfig)

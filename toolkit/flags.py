@@ -71,7 +71,7 @@ TRAINING = (
     Flag("--momentum", "momentum", "SGD momentum.", float),
     Flag("--weight-decay", "weight_decay", "SGD weight decay.", float),
     Flag("--schedule", "schedule", "one-cycle, or stepped as in the paper."),
-    Flag("--attack-steps", "attack_steps", "PGD steps of adversarial training.", int),
+    Flag("--attack-steps", "attack_steps", "PGD steps of the attack in training; by default 2, of trades 7.", int),
     Flag("--radius", "radius", "Radius of the attack in training, in units of eps; above 1: more robust.", float),
     Flag(
         "--clean-share", "clean_share", "Share of the loss on clean images; by default 1/6 of distill, else 0.", float

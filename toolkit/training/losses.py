@@ -13,6 +13,8 @@ from toolkit.config import TrainConfig
 
 CLEAN_SHARE = {"distill": 1 / 6}
 """Share of the loss on clean images where the user sets none, by objective (Zi et al. 2021); of others it is 0."""
+ATTACK_STEPS = {"adversarial": 2, "distill": 2, "fgsm": 7, "trades": 7}
+"""PGD steps where the user sets none, by objective; of `fgsm` those after a collapse."""
 TRAINING_PASS = 1.6
 """Time of a forward and backward pass with the gradients of the weights, in gradients with respect to the image."""
 
@@ -50,6 +52,11 @@ class Step(Protocol):
 def clean_share(config: TrainConfig) -> float:
     """Share of the loss on clean images, in [0, 1]."""
     return CLEAN_SHARE.get(config.objective, 0.0) if config.clean_share is None else config.clean_share
+
+
+def attack_steps(config: TrainConfig) -> int:
+    """PGD steps of the attack in training; objectives that do not attack have none."""
+    return ATTACK_STEPS.get(config.objective, 0) if config.attack_steps is None else config.attack_steps
 
 
 def cross_entropy_of(labels: Tensor) -> Loss:
@@ -126,6 +133,6 @@ def cost_per_image(config: TrainConfig) -> float:
     """Time of one image in one epoch, in gradients with respect to the image; a teacher's labels not counted."""
     if config.objective == "none":
         return 0.0
-    attack = {"standard": 0, "fgsm": 1}.get(config.objective, config.attack_steps)
+    attack = {"standard": 0, "fgsm": 1}.get(config.objective, attack_steps(config))
     passes = 1 + (config.objective == "trades" or (config.objective in ATTACKED and clean_share(config) > 0))
     return attack + TRAINING_PASS * passes

@@ -28,7 +28,7 @@ from toolkit.training.averaging import WeightAverage
 from toolkit.training.batches import augment, fitting_batch
 from toolkit.training.forward import find_form, forward
 from toolkit.training.guard import OverfittingGuard
-from toolkit.training.losses import ATTACKED, OBJECTIVES
+from toolkit.training.losses import ATTACKED, OBJECTIVES, attack_steps
 from toolkit.training.records import EpochRecord, TrainingResult
 from toolkit.training.schedules import SCHEDULES
 from toolkit.training.teacher import Teacher
@@ -98,7 +98,7 @@ class Run:
             raise ValueError(f"the objective {self.config.objective} needs a threat model")
         self.adversary = Adversary(self.module, self.original.spec, precision)
         self.attacks = (TrainingAttack.multi_step(self.plan.threat, VALIDATION_STEPS),)
-        self.attack = training_attack(self.config.objective, self._threat_in_training(), self.config.attack_steps)
+        self.attack = training_attack(self.config.objective, self._threat_in_training(), attack_steps(self.config))
 
     def _threat_in_training(self) -> ThreatModel:
         assert self.plan is not None
@@ -183,7 +183,7 @@ class Run:
     def _fall_back(self) -> None:
         """Attack by PGD from now on."""
         assert self.plan is not None  # as above
-        self.attack = TrainingAttack.multi_step(self._threat_in_training(), self.config.attack_steps)
+        self.attack = TrainingAttack.multi_step(self._threat_in_training(), attack_steps(self.config))
 
     def _weights(self) -> dict[str, Any]:
         return {
