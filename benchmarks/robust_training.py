@@ -40,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     REFERENCE: {"objective": "adversarial", "attack_steps": 5},
     "PGD-7": {"objective": "adversarial", "attack_steps": 7},
     "PGD-3": {"objective": "adversarial", "attack_steps": 3},
+    "PGD-2, averaged": {"objective": "adversarial", "attack_steps": 2, "ema": 0.999},
     "FGSM": {"objective": "fgsm"},
     "FGSM, averaged": {"objective": "fgsm", "ema": 0.999},
     "TRADES-3": {"objective": "trades", "attack_steps": 3},
