@@ -21,6 +21,7 @@ from toolkit.attacks.ensemble import (
     compose,
 )
 from toolkit.attacks.pgd import largest_violation, rounding
+from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.threat import ThreatModel
 from toolkit.errors import ToolkitError
 
@@ -102,6 +103,19 @@ def test_every_named_attack_finds_images_within_the_threat_model(name: str, norm
     generator = torch.Generator().manual_seed(0)
     short.run(problem.surrogate(), problem.images, problem.labels, threat, generator, settle)
     assert fooled.sum() >= 2
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_exact_pass_computes_in_float32(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, threat = a_problem(classes=3), ThreatModel("linf", 0.1, "pixels", clip=True)
+    given: list[Surrogate] = []
+    monkeypatch.setattr(ensemble, "GRADIENT_ATTACKS", {"any": Recipe(lambda s, *_, **__: given.append(s), None)})
+    surrogate = problem.surrogate("autocast")
+    inputs = (surrogate, problem.images, problem.labels, threat, torch.Generator())
+    Pass("any", 1, exact=exact).run(*inputs, lambda _, positions: positions < 0)
+    assert (given[0] is surrogate) == (not exact)
+    given[0].logits(problem.images)
+    assert given[0].precision == ("float32" if exact else "autocast")
 
 
 def test_every_image_is_aimed_at_each_of_the_classes_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:

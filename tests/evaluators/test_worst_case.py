@@ -221,6 +221,15 @@ def test_an_attack_for_one_graph_leaves_out_what_that_graph_has_lost(fp32: float
     assert not run.ledger.worst[easy][0] and run.ledger.worst[hard].all()
 
 
+def test_a_search_by_queries_asks_the_graph_that_it_is_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets: dict[TargetName, Predictor] = {"fp32": above(0.2), "deployed": above(0.2)}
+    asked: list[Predictor] = []
+    monkeypatch.setattr(worst_case, "square", lambda target, *_, **__: asked.append(target))
+    run = an_evaluation(targets, flat_images([140]), conditions(a_plan(), QUERIES))
+    run_passes(run)
+    assert asked[0] is targets["deployed"] and asked[1] is targets["fp32"] and len(asked) == 2
+
+
 def test_long_attacks_go_by_the_margin_of_the_graph_that_they_are_made_for() -> None:
     """Moved down by 0.09, grey 140 comes from 0.549 near 0.44, but not near 0.2."""
     targets: dict[TargetName, Predictor] = {"fp32": threshold(0.44), "deployed": threshold(0.2)}
