@@ -71,7 +71,7 @@ def test_all_figures_by_their_definitions() -> None:
     assert run.ledger.worst["deployed"].tolist() == [False, False, True, True]
     assert run.ledger.worst["fp32"].tolist() == [True, False, True, True]
     assert (found.not_run, found.clipped_share) == ((), None)
-    assert found.best == {"fp32": "float", "deployed": "float"}
+    assert found.best == {"fp32": ("float",), "deployed": ("float",)}
 
 
 @pytest.mark.parametrize(("only_first", "only_second", "p_value"), [(5, 0, 0.0625), (3, 1, 0.625), (0, 6, 0.03125)])
@@ -139,11 +139,12 @@ def test_the_best_surrogate_is_the_one_that_fools_the_graph_that_counts_most() -
     """The first surrogate has its classes the wrong way round: attacks on it only make the images easier."""
     wrong = threshold(slope=-1.0)
     surrogates: dict[SurrogateName, TorchModel] = {"original": wrong, "float": threshold(), "twin": wrong}
-    split = flat_images([110, 115, 140, 145], labels=[0, 0, 1, 1])
-    found, _ = matrix(surrogates, {"deployed": above(0.5), "torch": By(lambda mean: mean > 0.9)}, split)
-    right = {cell.surrogate: cell.robust.correct for cell in found.transfers if cell.target == "deployed"}
-    assert right == {"original": 4, "float": 0, "twin": 4}
-    assert found.best == {"deployed": "float"}
+    for copies, best in ((1, ("float", "twin")), (2, ("float",))):  # four images may be chance
+        split = flat_images([110, 115, 140, 145] * copies, labels=[0, 0, 1, 1] * copies)
+        found, _ = matrix(surrogates, {"deployed": above(0.5), "torch": By(lambda mean: mean > 0.9)}, split)
+        right = {cell.surrogate: cell.robust.correct for cell in found.transfers if cell.target == "deployed"}
+        assert right == {"original": 4 * copies, "float": 0, "twin": 4 * copies}
+        assert found.best == {"deployed": best}, "its own form too, unless that is significantly weaker"
 
 
 def test_every_compared_graph_has_a_best_surrogate_of_its_own() -> None:
@@ -152,7 +153,7 @@ def test_every_compared_graph_has_a_best_surrogate_of_its_own() -> None:
     targets: dict[TargetName, Predictor] = {"fp32": threshold(), "deployed": threshold(slope=-1.0)}
     # beyond 0.6 both graphs stand, below 0.4 too: what is right on the one is wrong on the other from the start
     found, _ = matrix(surrogates, targets, flat_images([140, 140, 145], labels=[1, 0, 0]))
-    assert found.best == {"fp32": "float", "deployed": "twin"}
+    assert found.best == {"fp32": ("float",), "deployed": ("twin",)}
 
 
 def test_of_several_restarts_the_worst_counts_for_every_judge_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +247,8 @@ def test_what_the_time_does_not_suffice_for_is_listed(monkeypatch: pytest.Monkey
     assert found.not_run == ("pgd-5 on float", "pgd-5 on twin")[left // 2 :]
     assert [cell.surrogate for cell in found.transfers] == ["float", "twin"][: left // 2]
     assert all(cell.robust == Proportion(1, 4) for cell in found.transfers)
-    assert found.best == ({} if left < 2 else {"deployed": "float"})
+    first: tuple[SurrogateName, ...] = ("float",) if left < 4 else ("float", "twin")  # equal, so both
+    assert found.best == ({} if left < 2 else {"deployed": first})
     standing = {0: [True] * 4, 1: [False, False, True, True]}.get(left, [False, False, False, True])
     assert run.ledger.worst["deployed"].tolist() == run.ledger.worst[FILE].tolist() == standing
 

@@ -180,7 +180,7 @@ def test_passes_run_on_the_best_surrogate_or_on_all_and_queries_last() -> None:
     passes = (QUERIES, Pass("apgd-ce", 3, everywhere=True), Pass("apgd-t", 3, (1,)))
     run = an_evaluation({"deployed": above(0.2)}, flat_images([200]), conditions(a_plan(), *passes))
     surrogates: dict[SurrogateName, TorchModel] = {"float": threshold(), "twin": threshold()}
-    records, _ = pursue(arm(surrogates, run.conditions), {"deployed": "twin"}, run)
+    records, _ = pursue(arm(surrogates, run.conditions), {"deployed": ("twin",)}, run)
     assert [(record.attack, record.surrogate) for record in records] == [
         ("apgd-ce", "float"),
         ("apgd-ce", "twin"),
@@ -194,7 +194,7 @@ def test_every_graph_is_attacked_on_the_surrogate_that_transfers_to_it_best() ->
     surrogates: dict[SurrogateName, TorchModel] = {"float": threshold(), "twin": threshold()}
     passes = (QUERIES, Pass("apgd-ce", 3), Pass("apgd-ce", 4, everywhere=True))
     run = an_evaluation(targets, flat_images([140, 250]), conditions(a_plan(), *passes))
-    records, _ = pursue(arm(surrogates, run.conditions), {"fp32": "float", "deployed": "twin"}, run)
+    records, _ = pursue(arm(surrogates, run.conditions), {"fp32": ("float",), "deployed": ("twin",)}, run)
     assert [(record.steps, record.surrogate, record.graphs[0]) for record in records] == [
         (3, "twin", "deployed"),
         (3, "float", "fp32"),
@@ -205,13 +205,24 @@ def test_every_graph_is_attacked_on_the_surrogate_that_transfers_to_it_best() ->
     ]
 
 
+def test_a_graph_may_be_attacked_on_two_surrogates() -> None:
+    targets: dict[TargetName, Predictor] = {"fp32": above(0.3), "deployed": above(0.3)}
+    surrogates: dict[SurrogateName, TorchModel] = {"float": threshold(), "twin": threshold()}
+    run = an_evaluation(targets, flat_images([140, 250]), conditions(a_plan(), Pass("apgd-ce", 3)))
+    records, _ = pursue(arm(surrogates, run.conditions), {"fp32": ("float",), "deployed": ("float", "twin")}, run)
+    assert [(record.surrogate, record.graphs) for record in records] == [
+        ("float", ("deployed", "fp32")),
+        ("twin", ("deployed",)),
+    ]
+
+
 @pytest.mark.parametrize(("fp32", "deployed"), [(0.5, 0.2), (0.2, 0.5)])
 def test_an_attack_for_one_graph_leaves_out_what_that_graph_has_lost(fp32: float, deployed: float) -> None:
     """Of 140 and 250 the first falls where the threshold is 0.5: what no longer stands of a graph is left out."""
     targets: dict[TargetName, Predictor] = {"fp32": above(fp32), "deployed": above(deployed)}
     surrogates: dict[SurrogateName, TorchModel] = {"float": threshold(), "twin": threshold()}
     run = an_evaluation(targets, flat_images([140, 250]), conditions(a_plan(), *moves(-90, -95), QUERIES))
-    records, _ = pursue(arm(surrogates, run.conditions), {"fp32": "float", "deployed": "twin"}, run)
+    records, _ = pursue(arm(surrogates, run.conditions), {"fp32": ("float",), "deployed": ("twin",)}, run)
     tried = {(record.attack, record.steps, record.graphs[0]): record.attempted for record in records}
     easy: TargetName = "fp32" if fp32 == 0.5 else "deployed"
     hard: TargetName = "deployed" if fp32 == 0.5 else "fp32"
@@ -236,7 +247,7 @@ def test_long_attacks_go_by_the_margin_of_the_graph_that_they_are_made_for() -> 
     surrogates: dict[SurrogateName, TorchModel] = {"float": threshold(), "twin": threshold()}
     passes = (*moves(-90), Moves("moves", -95, near=0.75))
     run = an_evaluation(targets, flat_images([140]), conditions(a_plan(), *passes))
-    records, _ = pursue(arm(surrogates, run.conditions), {"fp32": "float", "deployed": "twin"}, run)
+    records, _ = pursue(arm(surrogates, run.conditions), {"fp32": ("float",), "deployed": ("twin",)}, run)
     assert [(record.steps, record.graphs[0]) for record in records] == [(-90, "deployed"), (-90, "fp32"), (-95, "fp32")]
 
 

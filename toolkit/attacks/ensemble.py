@@ -76,7 +76,7 @@ class Pass:
     ranks: tuple[int, ...] = ()
     """Of a targeted attack: it aims at the image's so-many-th likeliest other classes, at all of them at once."""
     everywhere: bool = False
-    """Made on every surrogate; otherwise, for every graph that is compared, on the one that transfers to it best."""
+    """Made on every surrogate; otherwise, for every graph that is compared, on those that transfer to it best."""
     near: float = 0.0
     """Made on images only that earlier attacks brought so near the boundary, of their clean margin (0: on all)."""
     exact: bool = False

@@ -89,7 +89,7 @@ def evaluate_robustness(
         passes=passes,
         not_run=(*matrix.not_run, *late),
         clipped_share=matrix.clipped_share,
-        best_surrogate=matrix.best.get(judges.primary),
+        best_surrogate=matrix.best[judges.primary][0] if matrix.best else None,
     )
 
 

@@ -26,6 +26,10 @@ CLEAN = "clean"
 OWN = "surrogate"
 """The judge's name of the surrogate's own network."""
 CLIPPED = "clipped"
+OWN_FORM: Mapping[TargetName, SurrogateName] = {"torch": "float", "fp32": "float", "deployed": "twin"}
+"""The surrogate that computes what the graph computes."""
+SIGNIFICANT = 0.05
+"""Probability, in McNemar's test, below which chance does not explain that one surrogate is weaker than another."""
 COLUMNS: tuple[TargetName, ...] = ("torch", "fp32", "deployed", "deployed_unoptimised")
 
 
@@ -60,8 +64,9 @@ class Matrix:
     transfers: tuple[Transfer, ...]
     columns: tuple[ColumnTest, ...]
     clipped_share: float | None
-    best: Mapping[TargetName, SurrogateName]
-    """By compared graph: the surrogate whose attack fools it most; empty if no row was finished."""
+    best: Mapping[TargetName, tuple[SurrogateName, ...]]
+    """By compared graph: the surrogate whose attack fools it most, and after it the graph's own form unless that is
+    significantly weaker; empty if no row was finished."""
     not_run: tuple[str, ...]
 
 
@@ -161,7 +166,7 @@ def _worse(judge: str, first: Tensor, second: Tensor) -> Tensor:
 def _matrix(rows: Mapping[SurrogateName, _Row], run: Evaluation, not_run: tuple[str, ...]) -> Matrix:
     transfers: list[Transfer] = []
     columns: list[ColumnTest] = []
-    standing: dict[TargetName, dict[SurrogateName, int]] = {graph: {} for graph in run.judges.compared}
+    standing: dict[TargetName, dict[SurrogateName, Tensor]] = {graph: {} for graph in run.judges.compared}
     for name, row in rows.items():
         flags, clean = row.flags(), torch.cat(row.clean)
         targets = [target for target in COLUMNS if target in flags]
@@ -174,10 +179,19 @@ def _matrix(rows: Mapping[SurrogateName, _Row], run: Evaluation, not_run: tuple[
             for first, second in pairwise(targets)
         ]
         for graph, left in standing.items():
-            left[name] = int((flags[graph] & run.ledger.clean[graph]).sum())
+            left[name] = flags[graph] & run.ledger.clean[graph]
     clipped = None
     if run.conditions.input_range is not None and rows:
         pixels = len(run.split) * math.prod(run.split.images.shape) * run.conditions.plan.restarts
         clipped = next(iter(rows.values())).clipped / pixels
-    best = {graph: min(left, key=left.__getitem__) for graph, left in standing.items() if left}
+    best = {graph: _best(graph, left) for graph, left in standing.items() if left}
     return Matrix(tuple(transfers), tuple(columns), clipped, best, not_run)
+
+
+def _best(graph: TargetName, left: Mapping[SurrogateName, Tensor]) -> tuple[SurrogateName, ...]:
+    """The surrogate under whose attack fewest images are left of a graph, and its own form if chance may part them."""
+    strongest = min(left, key=lambda name: int(left[name].sum()))
+    own = OWN_FORM.get(graph, strongest)
+    if own == strongest or own not in left or mcnemar(left[own], left[strongest]).p_value < SIGNIFICANT:
+        return (strongest,)
+    return strongest, own

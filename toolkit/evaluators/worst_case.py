@@ -53,13 +53,13 @@ class _Attempt:
 
 
 def pursue(
-    armed: Mapping[SurrogateName, Surrogate], best: Mapping[TargetName, SurrogateName], run: Evaluation
+    armed: Mapping[SurrogateName, Surrogate], best: Mapping[TargetName, tuple[SurrogateName, ...]], run: Evaluation
 ) -> tuple[tuple[PassRecord, ...], tuple[str, ...]]:
     """Run all passes on what is left, and keep the ledger.
 
     Args:
         armed: the surrogates, ready for attacks.
-        best: for every compared graph the one that transfers to it best; where none is known, the first is taken.
+        best: for every compared graph those that transfer to it best; where none is known, the first is taken.
         run: the evaluation.
 
     Returns:
@@ -87,15 +87,15 @@ def pursue(
 
 
 def _planned(
-    armed: Mapping[SurrogateName, Surrogate], best: Mapping[TargetName, SurrogateName], run: Evaluation
+    armed: Mapping[SurrogateName, Surrogate], best: Mapping[TargetName, tuple[SurrogateName, ...]], run: Evaluation
 ) -> list[_Attempt]:
     """Attacks by queries come last, so that they show what those with gradients have missed."""
     primary = run.judges.primary
     graphs = (primary, *(graph for graph in run.judges.compared if graph != primary))
     chosen: dict[SurrogateName, tuple[TargetName, ...]] = {}
     for graph in graphs if armed else ():
-        made_on = best[graph] if graph in best else next(iter(armed))
-        chosen[made_on] = (*chosen.get(made_on, ()), graph)
+        for made_on in best.get(graph) or (next(iter(armed)),):
+            chosen[made_on] = (*chosen.get(made_on, ()), graph)
     planned: list[tuple[Pass, SurrogateName | None, tuple[TargetName, ...]]] = []
     for how in sorted(run.conditions.passes, key=lambda how: how.by_queries):
         if how.by_queries:

@@ -180,7 +180,7 @@ def _worst_case(found: Robustness) -> str:
         return ""
     return (
         "### Beyond the matrix\n\nFurther attacks, cheap ones first, each made for the graphs that it is `to fool` on "
-        "the network whose attacks fool them most, on the images that still stand; `newly fooled` counts those of the "
+        "the networks whose attacks fool them most, on the images that still stand; `newly fooled` counts those of the "
         "first graph named. Long attacks leave out images that short ones did not bring near the boundary; targeted "
         "ones aim at the image's so-many-th likeliest other classes.\n\n"
         f"{table(PASS_HEADER, pass_rows(found))}"
