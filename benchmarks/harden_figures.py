@@ -1,12 +1,13 @@
 """What `toolkit harden` reaches on all of Fashion-MNIST with the shipped network.
 
-    python benchmarks/harden_figures.py [--threat paper] [--ratios 0.5,0.8] [--seeds 0,1,2] [--json FILE] [-- FLAGS...]
+    python benchmarks/harden_figures.py [--threat paper] [--ratios 0.5,0.8] [--seeds 0,1,2] [--json FILE]
+                                        [--keep FOLDER] [-- FLAGS...]
 
 FLAGS are handed to `toolkit harden`, say `--epochs 20`. Robust accuracy is the worst case of the attacks asked for
 (`fast` unless FLAGS say otherwise), over all surrogates. Every row is one run of the command line, its bundle in a
-temporary folder; all figures are those of the deployed int8 graph on the 10,000 test images. Beside them stand the
-float figures of the paper (Thorsteinsson et al. 2024, table 3: pruned 0.8 from the standard network, adversarially
-fine-tuned, not quantised).
+temporary folder or, with `--keep`, in FOLDER; all figures are those of the deployed int8 graph on the 10,000 test
+images. Beside them stand the float figures of the paper (Thorsteinsson et al. 2024, table 3: pruned 0.8 from the
+standard network, adversarially fine-tuned, not quantised).
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ PAPER = {"clean": 0.8391, "robust": 0.7674}
 """Float, pruned 0.8, mean of three seeds."""
 
 
-def measure(threat: str, ratio: float, seed: int, flags: list[str]) -> dict[str, Any]:
+def measure(threat: str, ratio: float, seed: int, keep: Path | None, flags: list[str]) -> dict[str, Any]:
     """One run and the figures that count."""
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "out"
+        output = (keep or Path(folder)) / f"{threat}-{ratio}-{seed}"
         command = [
             *(sys.executable, "-m", "toolkit", "harden", "shipped:cnn8", "--data", "fashion-mnist", "--int8"),
             *("--threat", threat, "--prune", str(ratio), "--seed", str(seed), *flags),
@@ -88,11 +89,12 @@ def main() -> None:
     parser.add_argument("--ratios", default="0.5,0.8")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--keep", type=Path)
     arguments = parser.parse_args()
     rows = []
     for ratio in map(float, arguments.ratios.split(",")):
         for seed in map(int, arguments.seeds.split(",")):
-            rows.append(measure(arguments.threat, ratio, seed, arguments.flags))
+            rows.append(measure(arguments.threat, ratio, seed, arguments.keep, arguments.flags))
             print(json.dumps({key: rows[-1][key] for key in ("ratio", "seed", "seconds")}), file=sys.stderr)
     print(show(rows))
     if arguments.json:

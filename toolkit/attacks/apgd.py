@@ -24,10 +24,12 @@ FIRST_CHECK, SHRINK, SHORTEST = 0.22, 0.03, 0.06
 """Shares of all steps: the first period between checks, by how much each is shorter than the last, the shortest."""
 SUBMIT_EVERY = 10
 """Steps after which all survivors are judged, whatever the surrogate makes of them."""
-EARLY, HALF = 0.25, 0.5
-"""Shares of all steps: from the first to the second the loss rises more than from there to the end."""
 LONG = 50
 """Steps from which on it is worth while to look who will not get there."""
+START_OF_CLIMB, CLIMBED = 0.1, 0.5
+"""After this share of all steps the loss must have risen by this share of its way to the boundary."""
+EARLY, HALF = 0.25, 0.5
+"""Shares of all steps: from the first to the second the loss rises more than from there to the end."""
 SLACK = 0.1
 """By how much the expected end must stay below the boundary for an image to be given up, of its clean loss."""
 
@@ -84,7 +86,8 @@ def apgd_targeted(
     Args:
         surrogate: as in `apgd`, like `images`, `labels`, `threat`, `steps`, `generator`, `settle` and the result.
         rank: 1 for the likeliest other class; below the number of classes. One for all images, or int64 [n].
-        reachable_only: in long attacks, give up images whose loss converges below the boundary (not in l1).
+        reachable_only: in long attacks, give up images whose loss rises too little or converges below the boundary (not
+            in l1).
     """
     images, labels = images.to(surrogate.device), labels.to(surrogate.device)
     logits, objective = surrogate.logits(images), losses.targeted_dlr
@@ -147,8 +150,11 @@ def _climb(
     period_start = 0
     for step in range(1, steps):
         state = _kept(state, survivors, slope, everything=step % SUBMIT_EVERY == 0)
+        if clean is not None and step == int(START_OF_CLIMB * steps):
+            state = _given_up(state, survivors, state.best_loss < -(1 - CLIMBED) * state.clean.abs())
         if clean is not None and step == int(HALF * steps):
-            state = _reachable(state, survivors)
+            expected = state.best_loss + (state.best_loss - state.early)
+            state = _given_up(state, survivors, expected < -SLACK * state.clean.abs())
         if not len(survivors):
             break
         _move(state, threat, scale, first=step == 1)
@@ -168,14 +174,14 @@ def _slope(surrogate: Surrogate, images: Tensor, labels: Tensor, targets: Tensor
     return surrogate.differentiate(images, lambda logits: objective(logits, labels, targets))
 
 
-def _reachable(state: _State, survivors: Survivors) -> _State:
-    """The state without the images that even another rise like the last one leaves below the boundary.
+def _given_up(state: _State, survivors: Survivors, hopeless: Tensor) -> _State:
+    """The state without the hopeless, each of which is judged once more.
 
-    Of 1,035 pairs of an image near the boundary and a target, on a standard and two robust networks in l-inf, none that
-    this gives up crossed it in 100 steps; 97 % were given up.
+    Measured on standard and robust networks in l-inf, with 100 steps on images near the boundary: of 2,466 pairs of an
+    image and a target `CLIMBED` gives up about 79 %, one of which would have crossed the boundary (of 166 that did; its
+    image fell to another target); of 1,035 pairs the second rule, an expected rise like the last one, gave up 97 %, none
+    of which would have crossed it.
     """
-    expected = state.best_loss + (state.best_loss - state.early)
-    hopeless = expected < -SLACK * state.clean.abs()
     keep = survivors.submit(state.best, hopeless)
     if keep is not None:
         state, hopeless = narrowed(state, keep), hopeless[keep]
