@@ -179,8 +179,8 @@ def _given_up(state: _State, survivors: Survivors, hopeless: Tensor) -> _State:
 
     Measured on standard and robust networks in l-inf, with 100 steps on images near the boundary: of 2,466 pairs of an
     image and a target `CLIMBED` gives up about 79 %, one of which would have crossed the boundary (of 166 that did; its
-    image fell to another target); of 1,035 pairs the second rule, an expected rise like the last one, gave up 97 %, none
-    of which would have crossed it.
+    image fell to another target); of 1,035 pairs the second rule, an expected rise like the last one, gave up 97 %,
+    none of which would have crossed it.
     """
     keep = survivors.submit(state.best, hopeless)
     if keep is not None:

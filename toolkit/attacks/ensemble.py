@@ -122,7 +122,7 @@ class Pass:
 
 HALFWAY, NEAR, BESIDE = 0.5, 0.75, 0.9
 """How near the boundary short attacks must have brought an image for further short attacks, for long ones, and for the
-dearest, to be made on it: of the others at most one in 1,000 was fooled by them where it was measured (docs/results)."""
+dearest, to be made on it: of the others at most one in 1,000 was fooled where it was measured (docs/results)."""
 ALL_RANKS = tuple(range(1, TARGETS + 1))
 _SHORT = (Pass("apgd-ce", 20), Pass("apgd-t", 20, (1,)), Pass("apgd-t", 20, (2, 3), near=HALFWAY))
 FAST = (
