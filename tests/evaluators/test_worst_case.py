@@ -232,6 +232,29 @@ def test_an_attack_for_one_graph_leaves_out_what_that_graph_has_lost(fp32: float
     assert not run.ledger.worst[easy][0] and run.ledger.worst[hard].all()
 
 
+def test_an_attack_for_one_graph_ends_on_what_fools_that_graph_alone() -> None:
+    answers: list[bool] = []
+
+    class Watched(Moves):
+        """Notes whether its first image is done."""
+
+        def run(
+            self, surrogate: Surrogate, images: Tensor, labels: Tensor, threat: ThreatModel, _: object, settle: Settle
+        ) -> None:
+            def watched(attacked: Tensor, positions: Tensor) -> Tensor:
+                done = settle(attacked, positions)
+                answers.append(bool(done[0]))
+                return done
+
+            super().run(surrogate, images, labels, threat, _, watched)
+
+    targets: dict[TargetName, Predictor] = {"fp32": above(0.2), "deployed": above(0.5)}
+    surrogates: dict[SurrogateName, TorchModel] = {"float": threshold(), "twin": threshold()}
+    run = an_evaluation(targets, flat_images([140]), conditions(a_plan(), Watched("moves", -90)))
+    pursue(arm(surrogates, run.conditions), {"fp32": ("float",), "deployed": ("twin",)}, run)
+    assert answers == [True, False], "140 falls at 0.5, and stands at 0.2"
+
+
 def test_a_search_by_queries_asks_the_graph_that_it_is_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
     targets: dict[TargetName, Predictor] = {"fp32": above(0.2), "deployed": above(0.2)}
     asked: list[Predictor] = []
