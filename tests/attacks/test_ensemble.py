@@ -31,9 +31,9 @@ EPS: dict[Norm, float] = {"linf": 0.1, "l2": 1.0, "l1": 8.0}
 
 def test_the_ensemble_holds_all_of_autoattacks_standard() -> None:
     """Croce & Hein 2020: APGD on cross-entropy, targeted APGD and FAB on nine classes, Square with 5000 queries."""
-    standard = {("apgd-ce", 100, ()), *((name, 100, tuple(range(1, 10))) for name in ("apgd-t", "fab-t"))}
-    standard.add((SQUARE, 5000, ()))
-    assert standard <= {(how.attack, how.steps, how.ranks) for how in ENSEMBLE}
+    standard = {("apgd-ce", 100, 0), (SQUARE, 5000, 0)}
+    standard |= {(name, 100, rank) for name in ("apgd-t", "fab-t") for rank in range(1, 10)}
+    assert standard <= {(how.attack, how.steps, rank) for how in ENSEMBLE for rank in how.ranks or (0,)}
     nearness = [how.near for how in ENSEMBLE if not how.by_queries]
     assert nearness == sorted(nearness) and nearness[0] == 0, "the dearer, the fewer images"
 

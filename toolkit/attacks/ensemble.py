@@ -47,7 +47,7 @@ class Recipe:
 
 STEPS = 100
 QUERIES = 5000
-SHORT_SEARCH = 200
+SHORT_SEARCH = 100
 """Queries that show, on every image that is left, whether gradients are masked."""
 TARGETS = 9
 """Other classes that a targeted attack of AutoAttack tries."""
@@ -129,14 +129,16 @@ FAST = (
     *_SHORT,
     Pass("apgd-ce", STEPS, near=NEAR),
     Pass("apgd-t", STEPS, ALL_RANKS, near=BESIDE, exact=True),
+    Pass("fab-t", STEPS, ALL_RANKS[:1], near=NEAR),
     Pass(SQUARE, SHORT_SEARCH),
 )
 ENSEMBLE = (
     *_SHORT,
     Pass("apgd-ce", STEPS, everywhere=True, near=NEAR),
     Pass("apgd-t", STEPS, ALL_RANKS, near=NEAR, exact=True),
+    Pass("fab-t", STEPS, ALL_RANKS[:1], near=NEAR),
     Pass("apgd-t", STEPS, ALL_RANKS, near=BESIDE, exact=True),  # from another random start
-    Pass("fab-t", STEPS, ALL_RANKS, near=BESIDE),
+    Pass("fab-t", STEPS, ALL_RANKS[1:], near=BESIDE),
     Pass(SQUARE, SHORT_SEARCH),
     Pass(SQUARE, QUERIES, near=BESIDE),
 )

@@ -27,8 +27,8 @@ MOST_OF_IMAGE = 0.1
 """The largest weight of the image's own projection (alpha_max)."""
 NEAREST = 1e-8
 """Norms of projections below which they do not weigh."""
-CONVERGING, CONVERGED = 0.15, 0.3
-"""Shares of all steps: from the first to the second a perturbation shrinks more than from there to the end."""
+CONVERGING = (0.05, 0.15, 0.3)
+"""Shares of all steps: from each to the next a perturbation shrinks more than from there to the end."""
 SLACK = 1.1
 """By how much the expected end must lie beyond the radius for an image to be given up."""
 
@@ -42,7 +42,7 @@ class _State:
     targets: Tensor
     current: Tensor
     early: Tensor
-    """Norms of the smallest perturbations early in the search, [n]."""
+    """Norms of the smallest perturbations when they were last looked at, [n]."""
 
 
 def fab_targeted(
@@ -94,6 +94,7 @@ def _random_start(search: Search, generator: torch.Generator) -> Tensor:
 
 
 def _approach(surrogate: Surrogate, search: Search, state: _State, steps: int, reachable_only: bool) -> None:
+    looks = [int(share * steps) for share in CONVERGING]
     for step in range(1, steps + 1):
         if not len(search):
             break
@@ -105,12 +106,12 @@ def _approach(surrogate: Surrogate, search: Search, state: _State, steps: int, r
         keep = search.settle(everything=step % SUBMIT_EVERY == 0)
         if keep is not None:
             state = narrowed(state, keep)
-        if step == int(CONVERGING * steps):
+        if reachable_only and step in looks and len(search):
+            if step > looks[0]:
+                keep = search.leave(_hopeless(search, state))
+                if keep is not None:
+                    state = narrowed(state, keep)
             state.early = search.norms
-        elif reachable_only and step == int(CONVERGED * steps) and len(search):
-            keep = search.leave(_hopeless(search, state))
-            if keep is not None:
-                state = narrowed(state, keep)
 
 
 def _hopeless(search: Search, state: _State) -> Tensor:

@@ -1,0 +1,152 @@
+"""What the activations of a float graph are like on calibration images: extremes and histograms, streamed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import ModelProto, TensorProto, helper
+from torch import Tensor
+
+from toolkit.artifacts import Int64Array
+from toolkit.errors import ToolkitError
+from toolkit.exporters.calibration import CalibrationReader
+from toolkit.exporters.session import make_session
+
+BINS = 8192
+"""So fine that 256 levels over a fortieth of the range still have a bin or more each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """One tensor over all calibration images."""
+
+    low: float
+    high: float
+    """The least and the largest value."""
+    mean_low: float
+    mean_high: float
+    """Means of these over the batches."""
+    counts: Int64Array | None
+    """Values in each of `BINS` equal parts of [low, high], zeros left out; None: not asked for."""
+    zeros: int = 0
+    """Values that are exactly 0, which every grid represents."""
+
+    @property
+    def centres(self) -> npt.NDArray[np.float64]:
+        """The middles of the parts, float64 [`BINS`]."""
+        width = (self.high - self.low) / BINS
+        return self.low + width * (np.arange(BINS, dtype=np.float64) + 0.5)
+
+
+def observe(
+    model: ModelProto, tensors: Iterable[str], reader: CalibrationReader, *, histograms: bool
+) -> Mapping[str, Observed]:
+    """Run calibration images through a float graph and look at some of its tensors.
+
+    Memory holds one batch with its activations. Histograms take a second pass over the images.
+
+    Args:
+        model: the graph; left as it is.
+        tensors: names of float tensors, the graph's input included where wanted.
+        reader: the images.
+        histograms: whether the distributions are wanted, or their ends only.
+
+    Raises:
+        ToolkitError: activations that are no finite numbers.
+    """
+    names = list(dict.fromkeys(tensors))
+    with tempfile.TemporaryDirectory(prefix="toolkit-calibrate-") as folder:
+        session = _session(model, names, Path(folder))
+        ends = _Ends()
+        for batch in _run(session, names, reader):
+            ends.add(batch)
+        found = ends.result()
+        if histograms:
+            return _with_counts(found, _run(session, names, reader))
+    return found
+
+
+def activation_bytes(model: ModelProto, tensors: Iterable[str]) -> int:
+    """Memory that the tensors of one image take, as far as their shapes can be inferred."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    wanted = set(tensors)
+    total = 0
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        if value.name in wanted:
+            sizes = [axis.dim_value or 1 for axis in value.type.tensor_type.shape.dim]
+            total += 4 * int(np.prod(sizes[1:], dtype=np.int64))
+    return total
+
+
+def _session(model: ModelProto, names: list[str], folder: Path) -> Any:
+    augmented = ModelProto()
+    augmented.CopyFrom(model)
+    shown = {value.name for value in augmented.graph.output}
+    inputs = {value.name for value in augmented.graph.input}
+    for name in names:
+        if name not in shown | inputs:
+            augmented.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    path = folder / "observed.onnx"
+    onnx.save(augmented, path)
+    return make_session(path)
+
+
+def _run(session: Any, names: list[str], reader: CalibrationReader) -> Iterator[dict[str, Tensor]]:
+    """All tensors of one batch after the other."""
+    reader.rewind()
+    inputs = {node.name for node in session.get_inputs()}
+    outputs = [name for name in names if name not in inputs]
+    for feed in iter(reader.get_next, None):
+        given = {name: values for name, values in feed.items() if name in names}
+        made = dict(zip(outputs, session.run(outputs, feed), strict=True)) if outputs else {}
+        yield {name: torch.from_numpy(np.asarray(values)) for name, values in {**given, **made}.items()}
+
+
+class _Ends:
+    """Running extremes, and sums of every batch's own."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[float, float, float, float, int]] = {}
+
+    def add(self, batch: Mapping[str, Tensor]) -> None:
+        for name, values in batch.items():
+            low, high = (float(end) for end in values.aminmax())
+            if not (np.isfinite(low) and np.isfinite(high)):
+                raise ToolkitError(
+                    "the network's activations are no finite numbers",
+                    found=f"at '{name}' on the calibration images",
+                    fix="the training diverged: train again with a lower --learning-rate, or take an earlier "
+                    "checkpoint",
+                )
+            least, largest, lows, highs, count = self._found.get(name, (low, high, 0.0, 0.0, 0))
+            self._found[name] = (min(least, low), max(largest, high), lows + low, highs + high, count + 1)
+
+    def result(self) -> dict[str, Observed]:
+        return {
+            name: Observed(low, high, lows / count, highs / count, None)
+            for name, (low, high, lows, highs, count) in self._found.items()
+        }
+
+
+def _with_counts(ends: Mapping[str, Observed], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Observed]:
+    counts = {name: np.zeros(BINS, dtype=np.int64) for name in ends}
+    zeros = dict.fromkeys(ends, 0)
+    for batch in batches:
+        for name, values in batch.items():
+            low, high = ends[name].low, ends[name].high
+            present = values[values != 0]
+            zeros[name] += values.numel() - present.numel()
+            if high > low and present.numel():
+                counts[name] += torch.histc(present, BINS, low, high).to(torch.int64).numpy()
+    return {
+        name: Observed(one.low, one.high, one.mean_low, one.mean_high, counts[name], zeros[name])
+        for name, one in ends.items()
+    }
