@@ -47,6 +47,7 @@ def parse_fraction(value: object) -> object:
 
 Fraction = Annotated[float, BeforeValidator(parse_fraction)]
 PrecisionChoice = Literal["auto", "float32", "bfloat16"]
+CalibrationName = Literal["minmax", "moving-average", "percentile", "entropy", "mse"]
 Epsilon = Annotated[Fraction, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -126,7 +127,7 @@ class QuantizeConfig(StageConfig):
     """Static integer quantisation with ONNX Runtime: int8 symmetric weights, uint8 asymmetric activations."""
 
     int8: bool = False
-    calibrate: Literal["minmax", "percentile"] = "minmax"
+    calibrate: CalibrationName = "minmax"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     per_channel: bool = True
     calibrate_adversarial: Share = 0.0

@@ -71,7 +71,7 @@ class Lineup:
         deployed = OnnxPredictor(path, provider=provider, interface=interface)
         plain = OnnxPredictor(path, optimized=False, interface=interface)
         found = self.with_target("deployed", deployed).with_target("deployed_unoptimised", plain)
-        found = replace(found, files=(*self.files, path), input_range=_input_range(path))
+        found = replace(found, files=(*self.files, path), input_range=input_range(path))
         if not twin:
             return found
         try:
@@ -154,10 +154,3 @@ class Lineup:
             raise
         journal.close(discard=not found.not_run)
         return found
-
-
-def _input_range(path: Path) -> tuple[float, float] | None:
-    try:
-        return input_range(path)
-    except ToolkitError:
-        return None  # a float graph, or one that quantises its input in another way

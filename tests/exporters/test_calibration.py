@@ -49,7 +49,7 @@ def test_the_share_is_met_over_all_batches_and_evenly_spread(value: float, batch
 
 def test_that_share_of_every_batch_comes_attacked_and_the_rest_as_it_was() -> None:
     split, some = halves(100), share(0.2)
-    plain, mixed = CalibrationReader(split, "image"), CalibrationReader(split, "image", adversarial=some)
+    plain, mixed = (CalibrationReader(split, "image", batch_size=50, adversarial=how) for how in (None, some))
     assert (plain.adversarial_images, mixed.adversarial_images, mixed.images) == (0, 20, 100)
     for number, (clean, found) in enumerate(zip(feeds(plain), feeds(mixed), strict=True)):
         changed = np.abs(found - clean).reshape(len(clean), -1).max(1)

@@ -15,22 +15,13 @@ from toolkit.errors import ToolkitError
 from toolkit.progress import Task
 
 MAX_BATCH = 64
-MIN_BATCH = 16
-"""Below this a divisor of the number of images is not worth its many small runs; the remainder is left out instead."""
-MAX_BATCH_PIXELS = 2**21
-"""The percentile method holds all activations of a batch at once; large images come in smaller batches."""
+MAX_BATCH_BYTES = 2**27
+"""What the activations of one batch may take."""
 
 
-def calibration_batch(images: int, pixels: int) -> int:
-    """Images per calibration run: the histograms need batches of one size, best a divisor of `images`.
-
-    Args:
-        images: how many there are; at least 1.
-        pixels: values in one image (channels times height times width).
-    """
-    largest = max(1, min(MAX_BATCH, MAX_BATCH_PIXELS // pixels, images))
-    divisor = max(size for size in range(1, largest + 1) if images % size == 0)
-    return divisor if divisor >= min(MIN_BATCH, largest) else largest
+def calibration_batch(image_bytes: int) -> int:
+    """Images per calibration run, of which each takes so much memory with its activations."""
+    return int(np.clip(MAX_BATCH_BYTES // max(image_bytes, 1), 1, MAX_BATCH))
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,7 @@ class AdversarialShare:
 
 
 class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
-    """Gives the images of a split batch by batch, for `CalibStridedMinMax=1`.
+    """Gives the images of a split batch by batch; for onnxruntime's own calibrators use `CalibStridedMinMax=1`.
 
     The stride makes onnxruntime reduce each batch to its ranges before it asks for the next, so that memory does not
     grow with the number of images. (`CalibMaxIntermediateOutputs` is no substitute: it drops the batches it clears.)
@@ -68,11 +59,12 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]  # onnxrun
         input_name: the graph's input.
         margin: pixels by which attacked images may leave [0, 1]. If there are any, every batch comes a second time with
             its contrast stretched over [-margin, 1 + margin], so that activations behind the input have room as well.
-        batch_size: where the graph takes batches of one size only.
+        batch_size: images per batch; the last one may hold fewer.
+        whole_batches: the graph takes `batch_size` images and no fewer; a remainder is left out.
         adversarial: the share of images that comes attacked.
 
     Raises:
-        ToolkitError: the split is empty.
+        ToolkitError: the split is empty, or has too few images for one whole batch.
     """
 
     def __init__(
@@ -81,19 +73,23 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]  # onnxrun
         input_name: str,
         *,
         margin: float = 0.0,
-        batch_size: int | None = None,
+        batch_size: int = MAX_BATCH,
+        whole_batches: bool = False,
         adversarial: AdversarialShare | None = None,
     ) -> None:
-        if len(split) < (batch_size or 1):
+        least = batch_size if whole_batches else 1
+        if len(split) < least:
             raise ToolkitError(
                 "there are no calibration images" if not len(split) else "there are too few calibration images",
-                found=f"{len(split)}, where the graph takes {batch_size or 'any number'} at a time",
+                found=f"{len(split)}, where the graph takes {least if whole_batches else 'any number'} at a time",
                 fix="raise --calibration",
             )
         self._split, self._input_name, self._margin = split, input_name, margin
         self._adversarial = adversarial
         self._task: Task | None = None
-        self.batch_size = batch_size or calibration_batch(len(split), int(np.prod(split.images.shape)))
+        self.batch_size = batch_size
+        self.images = len(split) // least * least
+        """How many images all batches hold, each counted once."""
         self._next, self._end = 0, len(self)
 
     def __len__(self) -> int:
@@ -102,21 +98,20 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]  # onnxrun
 
     @property
     def _plain(self) -> int:
-        return len(self._split) // self.batch_size
-
-    @property
-    def images(self) -> int:
-        """The number of images in all batches, each counted once."""
-        return self._plain * self.batch_size
+        return -(-self.images // self.batch_size)
 
     @property
     def adversarial_images(self) -> int:
-        """How many of these come attacked."""
+        """How many of the images come attacked."""
         return 0 if self._adversarial is None else len(self._adversarial.chosen(0, self.images))
 
     def report_to(self, task: Task) -> None:
         """Advance `task` by one per batch."""
         self._task = task
+
+    def rewind(self) -> None:
+        """Begin again with the first batch; the same images come again, attacked ones included."""
+        self.set_range(0, len(self))
 
     def set_range(self, start_index: int, end_index: int) -> None:
         self._next, self._end = start_index, end_index
@@ -127,7 +122,7 @@ class CalibrationReader(CalibrationDataReader):  # type: ignore[misc]  # onnxrun
         stretched, position = divmod(self._next, self._plain)
         start = position * self.batch_size
         self._next += 1
-        batch = self._split.take(np.arange(start, start + self.batch_size, dtype=np.int64))
+        batch = self._split.take(np.arange(start, min(start + self.batch_size, self.images), dtype=np.int64))
         if stretched:
             images = batch.images * (1 + 2 * self._margin) - self._margin
         else:

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from toolkit.errors import ToolkitError
 from toolkit.exporters.onnx import load_onnx
 
 LEVELS = 255
@@ -127,11 +126,10 @@ def folding_grid(mean: Float64Array, margin: float) -> tuple[InputGrid, int] | N
     return None
 
 
-def input_range(path: Path) -> tuple[float, float]:
+def input_range(path: Path) -> tuple[float, float] | None:
     """The interval of pixel values that the input quantiser of an integer graph represents, in all channels.
 
-    Raises:
-        ToolkitError: the graph does not begin with a quantiser (behind at most a per-channel normalisation).
+    None: the graph does not begin with a quantiser (behind at most a per-channel normalisation).
     """
     model = load_onnx(path)
     mapping = pixel_map(model)
@@ -141,11 +139,7 @@ def input_range(path: Path) -> tuple[float, float]:
     )
     constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     if quantiser is None or quantiser.input[1] not in constants:
-        raise ToolkitError(
-            "the graph has no input quantiser",
-            found=f"{path}: nothing quantises '{mapping.tensor}'",
-            fix="name an integer graph that `toolkit quantize` or `toolkit harden --int8` wrote",
-        )
+        return None
     scale = constants[quantiser.input[1]].astype(np.float64).ravel()
     zero_point = constants[quantiser.input[2]] if len(quantiser.input) > 2 else np.zeros(1, np.uint8)
     limits = np.iinfo(zero_point.dtype)

@@ -7,26 +7,30 @@ import io
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.calibrate import TensorsData
+from onnxruntime.quantization.quantize import save_tensors_data
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from toolkit import progress
 from toolkit.artifacts import OnnxModel, Split
-from toolkit.config import QuantizeConfig
+from toolkit.config import CalibrationName, QuantizeConfig
 from toolkit.errors import ToolkitError
-from toolkit.exporters.calibration import AdversarialShare, CalibrationReader
+from toolkit.exporters.calibration import AdversarialShare, CalibrationReader, calibration_batch
 from toolkit.exporters.input_folding import fold_normalization, move_quantiser_to_pixels, read_shape_from_image
 from toolkit.exporters.input_range import InputGrid, covering_grid, input_range, pixel_map
+from toolkit.exporters.observer import activation_bytes, observe
 from toolkit.exporters.onnx import load_onnx, save_onnx
 from toolkit.exporters.precision import COMPUTE, LayerPrecision, layer_precision, precision_faults
+from toolkit.exporters.ranges import Interval, choose_range, needs_histogram
 from toolkit.exporters.rewrites import remove_unused_initializers, rewrite, strip_metadata
 from toolkit.exporters.session import hide_log
 
@@ -35,7 +39,6 @@ QUANTISED_OPERATORS = [
     "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Pad", "Split",
 ]  # fmt: skip
 """Operators with integer kernels in ONNX Runtime; LayerNormalization, Softmax and Gelu have none."""
-METHODS = {"minmax": CalibrationMethod.MinMax, "percentile": CalibrationMethod.Percentile}
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,11 @@ class QuantizedModel:
 
     model: OnnxModel
     layers: tuple[LayerPrecision, ...]
-    calibration: Literal["minmax", "percentile"]
+    calibration: CalibrationName
     calibration_images: int
     per_channel: bool
-    input_low: float
-    input_high: float
-    """The pixels that the input quantiser represents."""
+    input_range: tuple[float, float] | None
+    """The pixels that the input quantiser represents; None: the first layer is float."""
     adversarial_images: int = 0
     """Of the calibration images, those that came attacked."""
 
@@ -63,15 +65,20 @@ def quantize_int8(
     input_margin: tuple[float, ...] | float = 0.0,
     adversarial: AdversarialShare | None = None,
 ) -> QuantizedModel:
-    """Quantise a float graph in QDQ form, so that ONNX Runtime runs all its layers in integers.
+    """Quantise a float graph in QDQ form, so that ONNX Runtime runs its layers in integers: `Quantizer`, used once."""
+    return Quantizer(model, calibration, config, input_margin=input_margin, adversarial=adversarial).write(output)
 
-    The logits stay float: the last layer multiplies integers and has no output quantiser, which would make ties.
+
+class Quantizer:
+    """A float graph with what its activations are like; writes integer graphs, any of its layers left float.
+
+    The logits stay float: a last layer of integers has no output quantiser, which would make ties. What lies between
+    two float layers stays float too.
 
     Args:
         model: a float ONNX classifier.
-        output: the file to write.
         calibration: images that set the activations' ranges, streamed.
-        config: the calibration method.
+        config: the calibration method, and which layers stay float.
         input_margin: pixels by which images may leave [0, 1]; the input quantiser represents them unclipped. Of several
             (one per channel) the largest counts.
         adversarial: the attack for `config.calibrate_adversarial`; needed where that is above 0.
@@ -80,80 +87,136 @@ def quantize_int8(
         ToolkitError: the graph is quantised already, has weights that are no numbers, there are no images, or
             adversarial images are asked for with no attack to make them.
     """
-    _refuse_missing_attack(config, adversarial, model.path)
-    float_model = load_onnx(model.path)
-    _refuse_quantised(float_model, model.path)
-    _refuse_bad_weights(float_model, model.path)
-    batch_size = _fixed_batch(float_model, model.path, calibration)
-    margin = float(np.max(np.atleast_1d(input_margin)))
-    prepared = rewrite(float_model)
-    mapping = pixel_map(prepared)
-    read_shape_from_image(prepared, mapping)
-    folded = fold_normalization(prepared, mapping, margin)
-    grid = covering_grid(float(mapping.of(-margin).min()), float(mapping.of(1 + margin).max()))
-    if folded is not None:
-        grid = InputGrid(np.ones(1), folded.quantiser.zero_point + folded.mean_steps)
-    reader = CalibrationReader(
-        calibration, prepared.graph.input[0].name, margin=margin, batch_size=batch_size, adversarial=adversarial
+
+    def __init__(
+        self,
+        model: OnnxModel,
+        calibration: Split,
+        config: QuantizeConfig,
+        *,
+        input_margin: tuple[float, ...] | float = 0.0,
+        adversarial: AdversarialShare | None = None,
+    ) -> None:
+        self._config, self._path = config, model.path
+        _refuse_missing_attack(config, adversarial, model.path)
+        self._source = load_onnx(model.path)
+        _refuse_quantised(self._source, model.path)
+        _refuse_bad_weights(self._source, model.path)
+        fixed = _fixed_batch(self._source, model.path, calibration)
+        self._margin = float(np.max(np.atleast_1d(input_margin)))
+        rewritten = rewrite(self._source)
+        read_shape_from_image(rewritten, pixel_map(rewritten))
+        self._plain = _preprocess(rewritten)
+        tensors = _tensors(self._plain)
+        self._reader = CalibrationReader(
+            calibration,
+            self._plain.graph.input[0].name,
+            margin=self._margin,
+            batch_size=fixed or calibration_batch(activation_bytes(self._plain, tensors)),
+            whole_batches=fixed is not None,
+            adversarial=adversarial,
+        )
+        histograms = needs_histogram(config.calibrate)
+        with progress.task("calibrate", len(self._reader) * (2 if histograms else 1)) as task:
+            self._reader.report_to(task)
+            self._observed = observe(self._plain, tensors, self._reader, histograms=histograms)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers, in the order of the graph."""
+        return tuple(node.name for node in self._plain.graph.node if node.op_type in COMPUTE)
+
+    def write(self, output: Path) -> QuantizedModel:
+        """Write the integer graph."""
+        config = self._config
+        quantised = self._build(config)
+        faults = precision_faults(quantised, per_channel=config.per_channel)
+        if faults:
+            raise RuntimeError(f"onnxruntime made another graph than was asked for: {'; '.join(faults)}")
+        save_onnx(quantised, output)
+        return QuantizedModel(
+            OnnxModel(output, "deployed"),
+            layer_precision(quantised),
+            config.calibrate,
+            self._reader.images,
+            config.per_channel,
+            input_range(output),
+            self._reader.adversarial_images,
+        )
+
+    def _build(self, config: QuantizeConfig) -> ModelProto:
+        prepared = ModelProto()
+        prepared.CopyFrom(self._plain)
+        mapping = pixel_map(prepared)
+        folded = fold_normalization(prepared, mapping, self._margin)
+        grid = covering_grid(float(mapping.of(-self._margin).min()), float(mapping.of(1 + self._margin).max()))
+        if folded is not None:
+            grid = InputGrid(np.ones(1), folded.quantiser.zero_point + folded.mean_steps)
+        ranges = {
+            name: choose_range(observed, config.calibrate, config.percentile)
+            for name, observed in self._observed.items()
+        }
+        quantised = _run_onnxruntime(prepared, ranges, _options(mapping.tensor, grid), config)
+        if folded is not None:
+            move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
+        _keep_logits_float(quantised)
+        _finish(quantised, self._source)
+        return quantised
+
+
+def _preprocess(model: ModelProto) -> ModelProto:
+    """The graph with inferred shapes, and what can be folded before quantisation folded."""
+    hide_log()
+    with tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as folder, _silence():
+        path = Path(folder, "float.onnx")
+        quant_pre_process(model, str(path))
+        return onnx.load(path)
+
+
+def _tensors(model: ModelProto) -> tuple[str, ...]:
+    """The float tensors, constants left out, that operators with integer kernels read or make."""
+    graph = model.graph
+    constants = {item.name for item in graph.initializer}
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output, *graph.input)}
+    found = dict.fromkeys(
+        name
+        for node in graph.node
+        if node.op_type in QUANTISED_OPERATORS
+        for name in (*node.input, *node.output)
+        if kinds.get(name) == TensorProto.FLOAT and name not in constants
     )
-    quantised = _run_onnxruntime(prepared, reader, _options(mapping.tensor, grid, config), config)
-    if folded is not None:
-        move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
-    _keep_logits_float(quantised)
-    _finish(quantised, float_model)
-    faults = precision_faults(quantised, per_channel=config.per_channel)
-    if faults:
-        raise RuntimeError(f"onnxruntime made another graph than was asked for: {'; '.join(faults)}")
-    save_onnx(quantised, output)
-    low, high = input_range(output)
-    return QuantizedModel(
-        OnnxModel(output, "deployed"),
-        layer_precision(quantised),
-        config.calibrate,
-        reader.images,
-        config.per_channel,
-        low,
-        high,
-        reader.adversarial_images,
-    )
+    return tuple(found)
 
 
 def _run_onnxruntime(
-    prepared: ModelProto, reader: CalibrationReader, options: dict[str, Any], config: QuantizeConfig
+    prepared: ModelProto, ranges: Mapping[str, Interval], options: dict[str, Any], config: QuantizeConfig
 ) -> ModelProto:
-    hide_log()
-    with (
-        tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as folder,
-        progress.task("calibrate", len(reader)) as task,
-    ):
-        before, after = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
-        reader.report_to(task)
-        with _silence():
-            quant_pre_process(prepared, str(before))
-            quantize_static(
-                before,
-                after,
-                reader,
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=QUANTISED_OPERATORS,
-                nodes_to_exclude=_left_float(onnx.load(before)),
-                per_channel=config.per_channel,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                calibrate_method=METHODS[config.calibrate],
-                extra_options=options,
-            )
+    known = {name: tuple(np.float32(end) for end in ends) for name, ends in ranges.items()}
+    with tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as folder, _silence():
+        before, after, cache = (Path(folder, name) for name in ("float.onnx", "int8.onnx", "ranges.json"))
+        onnx.save(prepared, before)
+        save_tensors_data(TensorsData(CalibrationMethod.MinMax, known), cache)
+        quantize_static(
+            before,
+            after,
+            None,
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=QUANTISED_OPERATORS,
+            nodes_to_exclude=_left_float(prepared),
+            per_channel=config.per_channel,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibration_cache_path=cache,
+            extra_options=options,
+        )
         return onnx.load(after)
 
 
-def _options(tensor: str, grid: InputGrid, config: QuantizeConfig) -> dict[str, Any]:
+def _options(tensor: str, grid: InputGrid) -> dict[str, Any]:
     step, zero_point = np.array(grid.step[0], dtype=np.float32), np.array(grid.zero_point, dtype=np.uint8)
     return {
         "ActivationSymmetric": False,
         "WeightSymmetric": True,
-        "CalibStridedMinMax": 1,
-        "CalibTensorRangeSymmetric": False,
-        "CalibPercentile": config.percentile,
         "TensorQuantOverrides": {tensor: [{"scale": step, "zero_point": zero_point}]},
     }
 

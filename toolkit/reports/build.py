@@ -186,7 +186,7 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
         activations="uint8 asymmetric" if quantized else "float32",
         calibration=quantized.calibration if quantized else None,
         calibration_images=quantized.calibration_images if quantized else 0,
-        input_range=[quantized.input_low, quantized.input_high] if quantized else None,
+        input_range=list(quantized.input_range) if quantized and quantized.input_range else None,
         clipped_share=evidence.examination.robustness.clipped_share,
         calibration_comparison=_calibrations(config.quantize.calibrate_adversarial, quantized, evidence.calibrations),
         integer_coverage=coverage.share,
