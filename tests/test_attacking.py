@@ -20,6 +20,7 @@ from tests import strangers, tiny
 from tests.tiny import World, entries
 from toolkit import cli
 from toolkit.evaluators import worst_case
+from toolkit.exporters.onnx import write_metadata
 from toolkit.reports.schema import AttackReport
 
 EPS = 0.12
@@ -360,6 +361,14 @@ def test_bad_input(
     before = entries(here)
     assert words in refused(capsys, *arguments)
     assert [name for name in entries(here) if name != "__pycache__"] == before
+
+
+def test_a_bundle_whose_graph_was_changed_is_attacked_with_a_warning(out: Path, capsys: Capture) -> None:
+    assert tiny.run("attack", out, *QUICK, *PGD, "-q") == cli.DONE
+    assert "manifest" not in capsys.readouterr().err
+    write_metadata(out / "model.onnx", {"added": "afterwards"})
+    assert tiny.run("attack", out, *QUICK, *PGD, "-q") == cli.DONE
+    assert "warning: model.onnx of " in capsys.readouterr().err
 
 
 def test_a_bundle_brings_its_own_targets(out: Path, capsys: Capture) -> None:

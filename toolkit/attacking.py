@@ -33,6 +33,9 @@ from toolkit.progress import warn
 from toolkit.reports.evidence import robust_accuracy, robustness_parts
 from toolkit.reports.schema import AttackReport, Share, Threat
 
+ATTACKED = (bundle.CHECKPOINT, bundle.FLOAT_TWIN, bundle.DEPLOYED)
+"""The files of a bundle that an attack loads."""
+
 
 @dataclass(frozen=True)
 class _Scene:
@@ -135,6 +138,12 @@ def _of_bundle(config: AttackRunConfig, target: Path | None) -> tuple[AttackRunC
         )
     report = bundle.read_report(folder)
     saved = bundle.read_config(folder)
+    changed = [found.file for found in bundle.verify_files(folder) if not found.passed and found.file in ATTACKED]
+    if changed:
+        warn(
+            f"{', '.join(changed)} of {folder} differs from the bundle's manifest: the report's claims are of another "
+            "file (`toolkit verify` checks them)"
+        )
     config = _with_bundle_settings(config, folder, saved)
     prepared = prepare(config)
     model, names = prepared.model, prepared.model.spec.class_names
