@@ -15,7 +15,7 @@ from toolkit import bundle
 from toolkit.artifacts import ModelSpec, Normalization, Splits, TorchModel
 from toolkit.attacks.ensemble import compose
 from toolkit.attacks.threat import PgdPlan, resolve_plan
-from toolkit.config import AttackRunConfig, HardenConfig, PrecisionChoice, QuantizeConfig, ThreatConfig, override_threat
+from toolkit.config import AttackRunConfig, HardenConfig, PrecisionChoice, ThreatConfig, override_threat
 from toolkit.data.sources import DataSource, check_fits, load_source
 from toolkit.data.splits import make_splits
 from toolkit.errors import ToolkitError
@@ -25,6 +25,7 @@ from toolkit.evaluators.image_files import Gallery
 from toolkit.evaluators.journal import default_folder
 from toolkit.exporters.interface import FIX, GraphInterface, read_interface
 from toolkit.exporters.onnx import read_metadata
+from toolkit.exporters.precision import float_weights
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.input_form import refuse_wrong_input
 from toolkit.lineup import Lineup
@@ -153,19 +154,18 @@ def _of_bundle(config: AttackRunConfig, target: Path | None) -> tuple[AttackRunC
     lineup = lineup.with_float_twin(folder / bundle.FLOAT_TWIN)
     lineup = lineup.with_deployed(folder / bundle.DEPLOYED, names, twin=integer)
     if integer:
-        lineup = _with_fake_quantised(lineup, model, prepared.splits, saved.quantize, plan)
+        lineup = lineup.with_fake_quantised(
+            model,
+            prepared.splits.calibration,
+            per_channel=saved.quantize.per_channel,
+            margin=plan.threat.margin(model.spec.normalization),
+            float_weights=float_weights(folder / bundle.FLOAT_TWIN, folder / bundle.DEPLOYED),
+        )
     precision = saved.finetune.precision
     scene = _Scene(
         lineup, prepared.splits, prepared.source, plan, model.spec.normalization, precision, prepared.threads
     )
     return config, scene
-
-
-def _with_fake_quantised(
-    lineup: Lineup, model: TorchModel, splits: Splits, how: QuantizeConfig, plan: PgdPlan
-) -> Lineup:
-    margin = plan.threat.margin(model.spec.normalization)
-    return lineup.with_fake_quantised(model, splits.calibration, per_channel=how.per_channel, margin=margin)
 
 
 def _of_file(config: AttackRunConfig, target: Path | None) -> _Scene:

@@ -130,6 +130,8 @@ class QuantizeConfig(StageConfig):
     calibrate: CalibrationName = "minmax"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     per_channel: bool = True
+    keep_float: tuple[str, ...] = ()
+    """Layers that are not quantised, by their nodes' names in the float twin; `*` stands for anything."""
     calibrate_adversarial: Share = 0.0
     """Share of the calibration images that is attacked first, by the run's PGD on the float network."""
 
@@ -138,7 +140,7 @@ class BenchmarkConfig(StageConfig):
     """Latency measurement with ONNX Runtime."""
 
     provider: Literal["cpu", "cuda"] = "cpu"
-    batches: tuple[Annotated[int, Field(ge=1)], ...] = (1, 64)
+    batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 64)
     threads: Annotated[int, Field(ge=1)] | None = None
     rounds: Annotated[int, Field(ge=3)] = 30
     """Number of interleaved rounds; each gives one sample per file."""

@@ -91,6 +91,7 @@ QUANTIZE = (
     Flag("--calibrate", "quantize.calibrate", "minmax, moving-average, percentile, entropy or mse."),
     Flag("--percentile", "quantize.percentile", "Percentile of --calibrate percentile.", float),
     Flag("--per-channel/--per-tensor", "quantize.per_channel", "Granularity of weight scales.", bool),
+    Flag("--keep-float", "quantize.keep_float", "Layers to leave float, e.g. node_conv2d,node_linear*."),
     Flag(
         "--calibrate-adversarial",
         "quantize.calibrate_adversarial",
@@ -112,7 +113,7 @@ MACHINE = (
     Flag("--seed", "seed", "Seed of everything random.", int),
     Flag("--threads", "threads", "CPU threads.", int),
 )
-LISTS = ("model.mean", "model.std", "benchmark.batches")
+LISTS = ("model.mean", "model.std", "benchmark.batches", "quantize.keep_float")
 """Fields whose flags take several values with commas between."""
 
 
@@ -183,7 +184,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
         inner = values
         for part in parts:
             inner = inner.setdefault(part, {})
-        inner[last] = [item.strip() for item in str(value).split(",")] if path in LISTS else value
+        inner[last] = [item.strip() for item in str(value).split(",") if item.strip()] if path in LISTS else value
     return values
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,20 @@ class Lineup:
             return found
         return replace(found.with_network("twin", twin_model(made, class_names)), twin=made)
 
-    def with_fake_quantised(self, model: TorchModel, calibration: Split, *, per_channel: bool, margin: float) -> Lineup:
+    def with_fake_quantised(
+        self,
+        model: TorchModel,
+        calibration: Split,
+        *,
+        per_channel: bool,
+        margin: float,
+        float_weights: Collection[str] = (),
+    ) -> Lineup:
         """Attacks are made on the fake-quantised form of `model` too, unless it has none."""
         try:
-            made = fake_quantise(model, calibration, per_channel=per_channel, margin=margin)
+            made = fake_quantise(
+                model, calibration, per_channel=per_channel, margin=margin, float_weights=float_weights
+            )
         except ToolkitError as error:
             warn(f"{error.problem}: {error.found}; attacks are made without the fake-quantised network")
             return self

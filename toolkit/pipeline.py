@@ -34,6 +34,7 @@ from toolkit.exporters.calibration import AdversarialShare
 from toolkit.exporters.end_to_end import EndToEndComparison, compare_end_to_end, export_end_to_end
 from toolkit.exporters.onnx import export_onnx, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
+from toolkit.exporters.precision import float_weights
 from toolkit.exporters.quantize import QuantizedModel, quantize_int8
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.lineup import Lineup
@@ -325,6 +326,7 @@ def _lineup(config: HardenConfig, prepared: PreparedAttack, model: TorchModel, g
             prepared.splits.calibration,
             per_channel=config.quantize.per_channel,
             margin=prepared.plan.threat.margin(model.spec.normalization),
+            float_weights=float_weights(graphs.fp32.path, graphs.deployed.path),
         )
     changed = config.prune.ratio > 0 or config.finetune.objective != "none"
     return lineup.with_network("original", prepared.model) if changed else lineup

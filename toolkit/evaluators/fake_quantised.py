@@ -7,7 +7,7 @@ rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -59,6 +59,7 @@ def fake_quantise(
     activation_bits: int = 8,
     per_channel: bool = True,
     margin: float = 0.0,
+    float_weights: Collection[str] = (),
 ) -> TorchModel:
     """A copy of `model` whose convolutions and linear layers multiply rounded weights by rounded inputs.
 
@@ -74,6 +75,8 @@ def fake_quantise(
         activation_bits: 1 to 16; asymmetric, see `activation_grid`.
         per_channel: weights have a scale per output channel.
         margin: pixels by which attacked images may leave [0, 1]; the images come a second time stretched over it.
+        float_weights: names of weights, as `state_dict` of the module with its normalisation has them; their layers
+            stay as they are.
 
     Raises:
         ToolkitError: bits out of range, no layers, no images, or a network whose activations are not finite.
@@ -83,13 +86,15 @@ def fake_quantise(
     copied = model.copy()
     network = copied.module.eval().requires_grad_(False).network
     layers = {name: module for name, module in network.named_modules() if isinstance(module, LAYERS)}
+    kept = {name for name in layers if f"network.{name}.weight" in float_weights}
     if not layers:
         raise ToolkitError(
             "the network has nothing to quantise",
             found=f"no convolution and no linear layer among {len(list(network.modules()))} modules",
             fix="give a network whose layers are modules: nn.Conv2d, nn.Linear",
         )
-    sites = _find_sites(copied)
+    layers = {name: module for name, module in layers.items() if name not in kept}
+    sites = _find_sites(copied, layers)
     ranges = _observe(copied, sites, CalibrationReader(calibration, "image", margin=margin))
     for name, layer in layers.items():
         _round_weights(layer, weight_bits, per_channel)
@@ -162,13 +167,13 @@ def _memory(tensor: Tensor) -> int:
     return int(tensor.untyped_storage().data_ptr())
 
 
-def _find_sites(model: TorchModel) -> dict[str, Site]:
-    """By module name, where the tensors that layers read are rounded."""
+def _find_sites(model: TorchModel, layers: Collection[str]) -> dict[str, Site]:
+    """By module name, where the tensors that the layers read are rounded."""
     tracer, handles = _Tracer(), []
     network = model.network
     handles.append(network.register_forward_pre_hook(lambda _, arguments: tracer.made("", arguments[0])))
     for name, module in network.named_modules():
-        if isinstance(module, LAYERS):
+        if name in layers:
             handles.append(
                 module.register_forward_pre_hook(lambda _, arguments, name=name: tracer.reads(name, arguments[0]))
             )

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
+
+from toolkit.errors import unknown_name
+from toolkit.exporters.onnx import load_onnx
 
 COMPUTE = ("Conv", "Gemm", "MatMul")
 """The layers: operators that multiply and accumulate."""
@@ -31,8 +37,74 @@ def layer_precision(model: ModelProto) -> tuple[LayerPrecision, ...]:
     )
 
 
-def precision_faults(model: ModelProto, *, per_channel: bool = True) -> tuple[str, ...]:
-    """What in a QDQ graph is not int8 symmetric weights (per output channel) and uint8 activations; empty: nothing."""
+def float_weights(fp32: Path, deployed: Path) -> tuple[str, ...]:
+    """Names, in the float twin, of the weights of layers that the deployed graph has in float."""
+    kept = {layer.name for layer in layer_precision(load_onnx(deployed)) if layer.precision == "float32"}
+    return tuple(node.input[1] for node in load_onnx(fp32).graph.node if node.op_type in COMPUTE and node.name in kept)
+
+
+def named_layers(model: ModelProto, patterns: Iterable[str]) -> tuple[str, ...]:
+    """The layers of a graph that patterns name, in the order of the graph.
+
+    Args:
+        model: a float graph.
+        patterns: names of nodes; `*` stands for anything.
+
+    Raises:
+        ToolkitError: a pattern that fits no layer.
+    """
+    layers = [node.name for node in model.graph.node if node.op_type in COMPUTE]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        fitting = fnmatch.filter(layers, pattern)
+        if not fitting:
+            raise unknown_name("layer to leave float", pattern, layers)
+        chosen.update(fitting)
+    return tuple(name for name in layers if name in chosen)
+
+
+def between_float(model: ModelProto, kept: Collection[str]) -> tuple[str, ...]:
+    """The nodes that are no layers and have no integer layer before them, or none behind them.
+
+    The nearest layers count. With nothing but the image before it, a node follows those behind; with nothing but the
+    logits behind it, those before.
+
+    Args:
+        model: a float graph.
+        kept: names of the layers that stay float.
+    """
+    if not kept:
+        return ()
+    before, behind = _nearest(model.graph.node), _nearest(reversed(model.graph.node), backwards=True)
+    found = []
+    for node in model.graph.node:
+        if node.op_type in COMPUTE:
+            continue
+        sides = [nearest[node.output[0]] for nearest in (before, behind)]
+        if any(side and side <= set(kept) for side in sides):
+            found.append(node.name)
+    return tuple(found)
+
+
+def _nearest(nodes: Iterable[NodeProto], *, backwards: bool = False) -> dict[str, frozenset[str]]:
+    """By a node's first output: the layers next to it on one side."""
+    at: dict[str, frozenset[str]] = {}  # by tensor: what is met on the way to it
+    found = {}
+    for node in nodes:
+        entries, exits = (node.output, node.input) if backwards else (node.input, node.output)
+        met = frozenset[str]().union(*(at.get(name, frozenset()) for name in entries))
+        found[node.output[0]] = met
+        passed = frozenset({node.name}) if node.op_type in COMPUTE else met
+        for name in exits:
+            at[name] = at.get(name, frozenset()) | passed
+    return found
+
+
+def precision_faults(model: ModelProto, *, per_channel: bool = True, kept: Collection[str] = ()) -> tuple[str, ...]:
+    """What in a QDQ graph is not int8 symmetric weights (per output channel) and uint8 activations; empty: nothing.
+
+    Of the layers `kept` it is a fault to have integer weights.
+    """
     constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     producers = {name: node for node in model.graph.node for name in node.output}
     faults = []
@@ -42,6 +114,10 @@ def precision_faults(model: ModelProto, *, per_channel: bool = True) -> tuple[st
         if node.op_type not in COMPUTE:
             continue
         source = producers.get(node.input[1])
+        if node.name in kept:
+            if source is not None and source.op_type == "DequantizeLinear":
+                faults.append(f"{node.name}: its weights are integers")
+            continue
         if source is None or source.op_type != "DequantizeLinear":
             faults.append(f"{node.name}: its weights are float")
         elif source.input[0] in constants:

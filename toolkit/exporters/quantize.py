@@ -7,7 +7,7 @@ import io
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,14 @@ from toolkit.exporters.input_folding import fold_normalization, move_quantiser_t
 from toolkit.exporters.input_range import InputGrid, covering_grid, input_range, pixel_map
 from toolkit.exporters.observer import activation_bytes, observe
 from toolkit.exporters.onnx import load_onnx, save_onnx
-from toolkit.exporters.precision import COMPUTE, LayerPrecision, layer_precision, precision_faults
+from toolkit.exporters.precision import (
+    COMPUTE,
+    LayerPrecision,
+    between_float,
+    layer_precision,
+    named_layers,
+    precision_faults,
+)
 from toolkit.exporters.ranges import Interval, choose_range, needs_histogram
 from toolkit.exporters.rewrites import remove_unused_initializers, rewrite, strip_metadata
 from toolkit.exporters.session import hide_log
@@ -107,6 +114,13 @@ class Quantizer:
         rewritten = rewrite(self._source)
         read_shape_from_image(rewritten, pixel_map(rewritten))
         self._plain = _preprocess(rewritten)
+        self._kept = named_layers(self._plain, config.keep_float)
+        if len(self._kept) == len(self.layers):
+            raise ToolkitError(
+                "no layer is left to quantise",
+                found=f"{model.path}: --keep-float names all of {len(self._kept)} layers, or there is none",
+                fix="name fewer layers, or ship the float graph (`toolkit harden --allow-float` without --int8)",
+            )
         tensors = _tensors(self._plain)
         self._reader = CalibrationReader(
             calibration,
@@ -126,11 +140,12 @@ class Quantizer:
         """The names of the layers, in the order of the graph."""
         return tuple(node.name for node in self._plain.graph.node if node.op_type in COMPUTE)
 
-    def write(self, output: Path) -> QuantizedModel:
-        """Write the integer graph."""
+    def write(self, output: Path, *, keep_float: Collection[str] = ()) -> QuantizedModel:
+        """Write the integer graph, with further layers left float."""
         config = self._config
-        quantised = self._build(config)
-        faults = precision_faults(quantised, per_channel=config.per_channel)
+        kept = {*self._kept, *keep_float}
+        quantised = self._build(kept)
+        faults = precision_faults(quantised, per_channel=config.per_channel, kept=kept)
         if faults:
             raise RuntimeError(f"onnxruntime made another graph than was asked for: {'; '.join(faults)}")
         save_onnx(quantised, output)
@@ -144,11 +159,12 @@ class Quantizer:
             self._reader.adversarial_images,
         )
 
-    def _build(self, config: QuantizeConfig) -> ModelProto:
-        prepared = ModelProto()
+    def _build(self, kept: Collection[str]) -> ModelProto:
+        config, prepared = self._config, ModelProto()
         prepared.CopyFrom(self._plain)
         mapping = pixel_map(prepared)
-        folded = fold_normalization(prepared, mapping, self._margin)
+        readers = {node.name for node in prepared.graph.node if mapping.tensor in node.input}
+        folded = None if readers & set(kept) else fold_normalization(prepared, mapping, self._margin)
         grid = covering_grid(float(mapping.of(-self._margin).min()), float(mapping.of(1 + self._margin).max()))
         if folded is not None:
             grid = InputGrid(np.ones(1), folded.quantiser.zero_point + folded.mean_steps)
@@ -156,10 +172,12 @@ class Quantizer:
             name: choose_range(observed, config.calibrate, config.percentile)
             for name, observed in self._observed.items()
         }
-        quantised = _run_onnxruntime(prepared, ranges, _options(mapping.tensor, grid), config)
+        left_float = {*kept, *between_float(prepared, kept), *(node.name for node in pixel_map(prepared).nodes)}
+        quantised = _run_onnxruntime(prepared, ranges, _options(mapping.tensor, grid), config, left_float)
         if folded is not None:
             move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
         _keep_logits_float(quantised)
+        _keep_islands_float(quantised, kept)
         _finish(quantised, self._source)
         return quantised
 
@@ -189,7 +207,11 @@ def _tensors(model: ModelProto) -> tuple[str, ...]:
 
 
 def _run_onnxruntime(
-    prepared: ModelProto, ranges: Mapping[str, Interval], options: dict[str, Any], config: QuantizeConfig
+    prepared: ModelProto,
+    ranges: Mapping[str, Interval],
+    options: dict[str, Any],
+    config: QuantizeConfig,
+    left_float: Collection[str],
 ) -> ModelProto:
     known = {name: tuple(np.float32(end) for end in ends) for name, ends in ranges.items()}
     with tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as folder, _silence():
@@ -202,7 +224,7 @@ def _run_onnxruntime(
             None,
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=QUANTISED_OPERATORS,
-            nodes_to_exclude=_left_float(prepared),
+            nodes_to_exclude=[*_left_float(prepared), *left_float],
             per_channel=config.per_channel,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -337,6 +359,22 @@ def _keep_logits_float(model: ModelProto) -> None:
     kept = [node for node in model.graph.node if not (node.output[0] in removed and node.op_type.endswith("Linear"))]
     del model.graph.node[:]
     model.graph.node.extend(kept)
+
+
+def _keep_islands_float(model: ModelProto, kept: Collection[str]) -> None:
+    """Put an identity that is not recognised as one behind float layers between two quantisers, in place.
+
+    ONNX Runtime quantises the weights of such a layer itself, with one scale for all (its WeightBiasQuantization, found
+    in 1.31). A LeakyRelu of slope 1 behind the layer keeps it from that, and is fused into the layer's float kernel.
+    """
+    dequantised = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    for index in range(len(model.graph.node) - 1, -1, -1):
+        node = model.graph.node[index]
+        if node.name in kept and node.input[0] in dequantised:
+            result = node.output[0]
+            node.output[0] = f"{result}_float"
+            same = helper.make_node("LeakyRelu", [node.output[0]], [result], name=f"{node.name}_float", alpha=1.0)
+            model.graph.node.insert(index + 1, same)
 
 
 def _rename(model: ModelProto, old: str, new: str) -> None:
