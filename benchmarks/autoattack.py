@@ -54,7 +54,7 @@ def ours(model: TorchModel, split: Split, plan: PgdPlan, name: str) -> Proportio
     if name == "evaluation":
         return evaluate_robustness({"float": model}, {"torch": model}, split, conditions).worst_case["torch"]
     judges = Judges({"torch": model}, plan.threat, conditions.normalization)
-    ledger = Ledger(clean_flags(judges, split, lambda _: None), judges, files=False)
+    ledger = Ledger(clean_flags(judges, split, lambda _: None), judges, files=False, keep_near=conditions.keep_near)
     pursue(arm({"float": model}, conditions), {}, Evaluation(judges, ledger, split, conditions, Journal(), Clock()))
     return ledger.proportions()["torch"]
 

@@ -22,7 +22,7 @@ from toolkit.attacks.mim import mim
 from toolkit.attacks.minimum_norm import MinimumNorm
 from toolkit.attacks.pgd import largest_violation, rounding
 from toolkit.attacks.projections import NORM
-from toolkit.attacks.square import square
+from toolkit.attacks.square import FIRST_LOOK, square
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.survivors import Settle
 from toolkit.attacks.threat import ThreatModel
@@ -205,7 +205,13 @@ class Calls:
 
 
 def run_square(
-    problem: Problem, threat: ThreatModel, *, queries: int = 40, seed: int = 0, settle: Settle | None = None
+    problem: Problem,
+    threat: ThreatModel,
+    *,
+    queries: int = 40,
+    seed: int = 0,
+    start: Tensor | None = None,
+    settle: Settle | None = None,
 ) -> tuple[Tensor, int]:
     target = Calls(problem.model)
     attacked = square(
@@ -216,6 +222,7 @@ def run_square(
         problem.model.spec.normalization,
         queries=queries,
         generator=seeded(seed),
+        start=start,
         settle=settle,
     )
     return attacked, target.images
@@ -270,3 +277,35 @@ def test_square_works_on_two_classes_and_one_image(norm: Norm) -> None:
     problem = a_problem(1, classes=2)
     attacked, _ = run_square(problem, a_threat(norm))
     assert largest_violation(attacked, problem.images, a_threat(norm), problem.model.spec.normalization) <= 1e-4
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_square_goes_on_from_where_another_attack_ended(norm: Norm) -> None:
+    """Never behind its start, within the ball."""
+    problem, threat = a_problem(), a_threat(norm)
+    start = problem.images.clone()
+    attacked, _ = run_square(problem, threat, start=start, settle=never())
+    before, after = (margin(problem.model.predict(images), problem.labels) for images in (start, attacked))
+    assert bool((after >= before).all()) and bool((after > before).any())
+    assert torch.equal(start, problem.images), "the start is left as it was"
+    assert largest_violation(attacked, problem.images, threat, problem.model.spec.normalization) <= 1e-4
+    unmoved, _ = run_square(problem, threat, start=start, queries=1, settle=never())
+    assert torch.equal(unmoved, start)
+
+
+def test_square_gives_up_where_nothing_is_to_be_gained_on_and_goes_on_where_something_is() -> None:
+    """At the corner of the ball that is the worst of a linear network nothing rises; from the image itself it does."""
+    plane = a_hyperplane(8)
+    problem, threat = Problem(plane.model, plane.images, plane.labels), a_threat("linf", eps=1e-3)
+    slope = problem.surrogate().gradient(problem.images, problem.labels)
+    corner = (problem.images + threat.eps * slope.sign()).clamp(0, 1)
+    stands = ~problem.fooled(corner)
+    problem, corner = Problem(plane.model, problem.images[stands], problem.labels[stands]), corner[stands]
+    assert len(corner) >= 5
+    _, asked = run_square(problem, threat, start=corner, queries=400)
+    assert asked == FIRST_LOOK * len(problem.labels)
+    _, asked = run_square(problem, threat, start=corner, queries=FIRST_LOOK - 1)
+    assert asked == (FIRST_LOOK - 1) * len(problem.labels)
+    wide = a_threat("linf", eps=EVERYTHING["linf"])
+    attacked, _ = run_square(problem, wide, start=problem.images, queries=2000)
+    assert bool(problem.fooled(attacked).all())

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from toolkit.attacks.projections import NORM
-from toolkit.attacks.square_moves import MOVES, STARTS, bumps, side_of_square, windows
+from toolkit.attacks.square_moves import MOVES, STARTS, bumps, side_near_boundary, side_of_square, windows
 
 POWERS = {"l2": 2, "l1": 1}
 seeds = st.integers(0, 10_000)
@@ -112,3 +112,10 @@ def test_moves_from_nothing_give_bumps_alone(norm: str) -> None:
     expected = bumps(3, POWERS[norm]).abs().flatten().sort().values
     for image, scale in zip(moved, size, strict=True):
         assert torch.allclose((image / scale).abs().flatten().sort().values[-9:], expected, atol=1e-5)
+
+
+def test_near_the_boundary_squares_are_small_from_the_start() -> None:
+    sides = [side_near_boundary(query, 1000, torch.Size((1, 1, 28, 28))) for query in (1, 299, 300, 599, 600, 999)]
+    assert sides == [3, 3, 2, 2, 1, 1]
+    assert side_near_boundary(1, 10, torch.Size((1, 3, 224, 224))) == 25
+    assert side_near_boundary(1, 10, torch.Size((1, 3, 2, 2))) == 1

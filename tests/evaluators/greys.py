@@ -101,7 +101,7 @@ def an_evaluation(
     how = how or conditions()
     judges = Judges(targets, how.plan.threat, how.normalization, Gallery(gallery))
     clean = clean_flags(judges, split, lambda _: None)
-    ledger = Ledger(clean, judges, files=split.images.shape[0] in WRITABLE_CHANNELS)
+    ledger = Ledger(clean, judges, files=split.images.shape[0] in WRITABLE_CHANNELS, keep_near=how.keep_near)
     return Evaluation(judges, ledger, split, how, journal or Journal(), clock or Clock())
 
 

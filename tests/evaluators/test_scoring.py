@@ -15,7 +15,7 @@ from toolkit.artifacts import Predictor, Proportion, Split, TorchModel
 from toolkit.attacks.threat import ThreatModel
 from toolkit.evaluators import scoring
 from toolkit.evaluators.image_files import Gallery, decode
-from toolkit.evaluators.scoring import FILE, MARGIN, Judges, Ledger, TargetName, clean_flags, primary_of
+from toolkit.evaluators.scoring import FILE, MARGIN, POINTS, ROWS, Judges, Ledger, TargetName, clean_flags, primary_of
 
 THREAT = ThreatModel("linf", EPS, "pixels", clip=True)
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -191,11 +191,50 @@ def test_an_image_may_stand_more_than_once_in_an_update() -> None:
         ledger.update(flags, np.array([1, 1, 1]))
         assert all(worst.tolist() == [True, False] for worst in ledger.worst.values())
         assert ledger.margins["fp32"][1] == pytest.approx(0.05)
-        kept = {name: torch.from_numpy(values) for name, values in ledger.state(np.array([1])).items()}
+        kept = ledger.state(np.array([1]))
         other = Ledger(clean_flags(found, flat_images([200, 200]), lambda _: None), found, files=True)
-        other.update(kept, np.array([1]))
+        other.restore(kept, np.array([1]))
         assert all(torch.equal(other.worst[name], worst) for name, worst in ledger.worst.items())
         assert all(torch.equal(other.margins[name], values) for name, values in ledger.margins.items())
+
+
+def test_the_ledger_keeps_the_nearest_attacked_image_of_what_stands_near_a_boundary() -> None:
+    """Graph by graph; of several copies the nearest; nothing that is far, and nothing of an image that has fallen."""
+    found = judges({"fp32": threshold(0.5), "deployed": threshold(0.5)})
+    split = flat_images([200, 200, 200])
+    clean = clean_flags(found, split, lambda _: None)
+    everything = np.arange(3)
+
+    def a_ledger() -> Ledger:
+        return Ledger(clean, found, files=False, keep_near=0.5)
+
+    def greys(values: Tensor) -> Tensor:
+        return values.view(-1, 1, 1, 1).expand(-1, 1, SIDE, SIDE)
+
+    def tried(ledger: Ledger, shares: dict[str, list[float]], indices: list[int], values: list[float]) -> None:
+        flags: dict[str, Tensor] = {}
+        for name, taken in shares.items():
+            margins = clean[MARGIN + name][indices] * (1 - torch.tensor(taken))
+            flags |= {name: margins < 0, MARGIN + name: margins}
+        ledger.update(flags, np.array(indices), greys(torch.tensor(values)))
+
+    ledger = a_ledger()
+    shares = {"fp32": [0.6, 0.9, 0.7, 0.4], "deployed": [0.6, 0.5, 0.7, 0.8]}
+    tried(ledger, shares, [0, 0, 0, 1], [0.1, 0.2, 0.3, 0.4])
+    tried(ledger, {"fp32": [0.55, 0.45], "deployed": [0.6, 0.9]}, [0, 2], [0.5, 0.6])
+    otherwise = greys(torch.tensor([0.7, 0.8, 0.9]))
+    other = a_ledger()
+    other.restore(ledger.state(everything), everything)
+    for kept in (ledger, other):
+        fp32, deployed = (kept.nearest(name, everything, otherwise) for name in kept.graphs)
+        assert fp32.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0.2, 0.8, 0.9])
+        assert deployed.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0.3, 0.4, 0.6])
+    tried(ledger, {"fp32": [0.95, 1.5], "deployed": [1.5, 0.1]}, [0, 0], [0.15, 0.25])
+    assert ledger.state(everything).keys() == {
+        "fp32", "deployed", MARGIN + "fp32", MARGIN + "deployed", ROWS + "deployed", POINTS + "deployed"
+    }  # fmt: skip
+    assert ledger.state(everything)[ROWS + "deployed"].tolist() == [1, 2]
+    assert ROWS + "deployed" not in Ledger(clean, found, files=False).state(everything)
 
 
 def test_images_without_a_margin_are_not_given_up() -> None:

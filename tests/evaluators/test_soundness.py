@@ -282,6 +282,9 @@ def test_queries_count_what_they_add_of_all_images() -> None:
     assert check.value == pytest.approx(0.006) and check.alarming
     (check,) = query_beats_gradient(passes[:2], 1000)
     assert not check.alarming
+    onward = PassRecord("square", 1500, (), None, ("deployed",), 100, 50, onward=True)
+    assert query_beats_gradient([passes[0], onward], 1000) == (), "it owes the gradients most of the way"
+    assert query_beats_gradient([*passes, onward], 1000)[0].value == pytest.approx(0.006)
     other = PassRecord("square", 500, (), None, ("fp32",), 400, 5)
     (check,) = query_beats_gradient([*passes[:2], other], 1000)
     assert check.value == pytest.approx(0.005) and "float twin" in check.message, "graph by graph, the worse one"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -26,12 +27,13 @@ from tests.evaluators.greys import (
 )
 from tests.toys import linear_model
 from toolkit.artifacts import Normalization, Predictor, Proportion, Split, TorchModel
-from toolkit.attacks.ensemble import Pass
+from toolkit.attacks.ensemble import SQUARE, Pass
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.survivors import Settle
 from toolkit.attacks.threat import ThreatModel
 from toolkit.evaluators import evaluation, worst_case
 from toolkit.evaluators.evaluation import Clock, Evaluation
+from toolkit.evaluators.journal import Journal
 from toolkit.evaluators.robustness import arm
 from toolkit.evaluators.scoring import FILE, SurrogateName, TargetName
 from toolkit.evaluators.worst_case import PassRecord, pursue
@@ -262,6 +264,29 @@ def test_a_search_by_queries_asks_the_graph_that_it_is_made_for(monkeypatch: pyt
     run = an_evaluation(targets, flat_images([140]), conditions(a_plan(), QUERIES))
     run_passes(run)
     assert asked[0] is targets["deployed"] and asked[1] is targets["fp32"] and len(asked) == 2
+
+
+def test_a_search_goes_on_from_what_came_nearest_and_from_there_again_when_resumed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Moved down by 0.09, grey 160 has 0.037 left of 0.127; grey 230 is far away still."""
+    starts: list[Tensor] = []
+    monkeypatch.setattr(worst_case, "square", lambda *_, start, **__: starts.append(start))
+    passes = (*moves(-90), Moves("moves", -50), Pass(SQUARE, 9, near=0.5, onward=True))
+    for resume in (False, True):
+        journal = Journal(tmp_path / "j", "run", resume=resume)
+        run = an_evaluation(
+            {"deployed": threshold()}, flat_images([160, 230]), conditions(a_plan(), *passes), journal=journal
+        )
+        records, _ = run_passes(run)
+        journal.close()
+        if not resume:
+            with sqlite3.connect(tmp_path / "j") as database:
+                database.execute("DELETE FROM entry WHERE key LIKE '%square%'")
+    assert (records[-1].attempted, records[-1].onward) == (1, True)
+    for start in starts:
+        torch.testing.assert_close(start, torch.full((1, 1, SIDE, SIDE), 160 / 255 - 0.09))
+    assert len(starts) == 2
 
 
 def test_long_attacks_go_by_the_margin_of_the_graph_that_they_are_made_for() -> None:

@@ -82,11 +82,13 @@ def test_a_pass_is_told_with_the_graph_that_it_was_made_for(report: Report) -> N
         PassRecord(attack="apgd-t", steps=20, ranks=[2, 3], surrogate="float", graphs=["fp32"], attempted=7, fooled=1),
         PassRecord(attack="square", steps=200, ranks=[], surrogate=None, graphs=["deployed"], attempted=6, fooled=0),
     ]
+    passes.append(passes[-1].model_copy(update={"steps": 900, "onward": True, "attempted": 3}))
     told = report.model_copy(update={"worst_case": report.worst_case.model_copy(update={"passes": passes})})
     assert pass_rows(told) == [
         ("apgd-t-20", "float network", "deployed", "1", "9", "2"),
         ("apgd-t-20", "float network", "float twin", "2 to 3", "7", "1"),
         ("square-200", "the graph, by queries", "deployed", "any", "6", "0"),
+        ("square-900 onward", "the graph, by queries", "deployed", "any", "3", "0"),
     ]
 
 

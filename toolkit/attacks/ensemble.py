@@ -49,6 +49,8 @@ STEPS = 100
 QUERIES = 5000
 SHORT_SEARCH = 100
 """Queries that show, on every image that is left, whether gradients are masked."""
+ONWARD_SEARCH = 1500
+"""Queries that go on where attacks by gradients are stuck."""
 TARGETS = 9
 """Other classes that a targeted attack of AutoAttack tries."""
 
@@ -81,6 +83,8 @@ class Pass:
     """Made on images only that earlier attacks brought so near the boundary, of their clean margin (0: on all)."""
     exact: bool = False
     """In float32: beside the boundary gradients in bfloat16 mislead."""
+    onward: bool = False
+    """By queries, from the nearest point to the boundary that earlier attacks came to."""
 
     @property
     def by_queries(self) -> bool:
@@ -117,7 +121,7 @@ class Pass:
 
     def __str__(self) -> str:
         target = f" to class {', '.join(map(str, self.ranks))}" if self.ranks else ""
-        return f"{self.attack}-{self.steps}{target}"
+        return f"{self.attack}-{self.steps}{target}{' from there' if self.onward else ''}"
 
 
 HALFWAY, NEAR, BESIDE = 0.5, 0.75, 0.9
@@ -131,6 +135,7 @@ FAST = (
     Pass("apgd-t", STEPS, ALL_RANKS, near=BESIDE, exact=True),
     Pass("fab-t", STEPS, ALL_RANKS[:1], near=NEAR),
     Pass(SQUARE, SHORT_SEARCH),
+    Pass(SQUARE, ONWARD_SEARCH, near=NEAR, onward=True),
 )
 ENSEMBLE = (
     *_SHORT,
@@ -140,6 +145,7 @@ ENSEMBLE = (
     Pass("apgd-t", STEPS, ALL_RANKS, near=BESIDE, exact=True),  # from another random start
     Pass("fab-t", STEPS, ALL_RANKS[1:], near=BESIDE),
     Pass(SQUARE, SHORT_SEARCH),
+    Pass(SQUARE, ONWARD_SEARCH, near=NEAR, onward=True),
     Pass(SQUARE, QUERIES, near=BESIDE),
 )
 """AutoAttack's standard composition (Croce & Hein 2020) behind short forms of its parts, which spare it most images."""

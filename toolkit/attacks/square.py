@@ -1,6 +1,7 @@
 """Square attack (Andriushchenko et al. 2020): random search with squares; it needs logits alone.
 
-It runs on anything that predicts, an integer ONNX Runtime session included, so masked gradients do not hinder it.
+It runs on anything that predicts, an integer ONNX Runtime session included, so masked gradients do not hinder it. Begun
+at what attacks by gradients came to, it goes on where they are stuck.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ from torch import Tensor
 from toolkit.artifacts import Normalization, Predictor
 from toolkit.attacks.losses import margin
 from toolkit.attacks.pgd import constrain
-from toolkit.attacks.square_moves import MOVES, STARTS, side_of_square
+from toolkit.attacks.square_moves import MOVES, STARTS, side_near_boundary, side_of_square
 from toolkit.attacks.survivors import Settle, Survivors, narrowed
 from toolkit.attacks.threat import ThreatModel
+
+FIRST_LOOK, PATIENCE = 100, 8
+"""After so many queries a search that goes on from other attacks gives up the images whose margin, rising on as it did,
+would not reach the boundary in so many times as many queries more."""
 
 
 @dataclass
@@ -28,6 +33,8 @@ class _State:
     best: Tensor
     margin: Tensor
     """Of `best`; positive where the target is fooled, 0 where only a judge can tell: integer logits tie."""
+    begun: Tensor
+    """The margin at the start."""
 
 
 def square(
@@ -39,6 +46,7 @@ def square(
     *,
     queries: int,
     generator: torch.Generator,
+    start: Tensor | None = None,
     settle: Settle | None = None,
 ) -> Tensor:
     """Attacked images, float32 [n, C, H, W] on the CPU: those of the largest margin that was found.
@@ -51,21 +59,32 @@ def square(
         normalization: of the network, for a ball that lies behind it.
         queries: calls per image at most, the start included.
         generator: of the search.
+        start: float32 [n, C, H, W] within the ball, from which the search goes on with small squares, as other attacks
+            left them, and gives up images early (`FIRST_LOOK`); None: random stripes, and large squares first.
         settle: ends the attack on images that are fooled; None: fooling `target` does.
     """
     images, labels = images.cpu(), labels.cpu()
     scale = threat.pixel_scale(normalization)
     survivors = Survivors(images, settle or partial(_fooled, target, labels))
-    best = constrain(images + scale * STARTS[threat.norm](images, threat.eps, generator), images, threat, scale)
-    state = _State(images, labels, best, margin(target.predict(best).cpu(), labels))
+    if start is None:
+        best = constrain(images + scale * STARTS[threat.norm](images, threat.eps, generator), images, threat, scale)
+        side_at = side_of_square
+    else:
+        best, side_at = start.cpu().clone(), side_near_boundary
+    begun = margin(target.predict(best).cpu(), labels)
+    state = _State(images, labels, best, begun, begun)
     judged = state.margin >= 0
     for query in range(1, queries):
         keep = survivors.submit(state.best, judged)
         if keep is not None:
             state = narrowed(state, keep)
+        if start is not None and query == FIRST_LOOK:
+            keep = survivors.leave(state.best, PATIENCE * (state.margin - state.begun) < -state.margin)
+            if keep is not None:
+                state = narrowed(state, keep)
         if not len(survivors):
             break
-        side = side_of_square(query, queries, images.shape)
+        side = side_at(query, queries, images.shape)
         moved = MOVES[threat.norm]((state.best - state.images) / scale, side, threat.eps, generator)
         trial = constrain(state.images + scale * moved, state.images, threat, scale)
         found = margin(target.predict(trial).cpu(), state.labels)

@@ -23,6 +23,17 @@ def side_of_square(query: int, queries: int, shape: torch.Size) -> int:
     return max(1, min(side, height - 1, width - 1))
 
 
+SMALL = ((0.0, 0.0125), (0.3, 0.00625), (0.6, 0.0015))
+"""Shares of all queries, and of the image that a square covers from there on, in a search near the boundary."""
+
+
+def side_near_boundary(query: int, queries: int, shape: torch.Size) -> int:
+    """The same for a search that goes on from images which an attack has brought near the boundary: 3 to 1 of 28."""
+    height, width = shape[-2:]
+    covered = next(share for begin, share in reversed(SMALL) if query >= begin * queries)
+    return max(1, min(round(math.sqrt(covered * height * width)), height - 1, width - 1))
+
+
 def signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """-1 or 1, evenly, float32."""
     return torch.randint(0, 2, shape, generator=generator).float().mul_(2).sub_(1)

@@ -45,6 +45,11 @@ class Conditions:
     input_range: tuple[float, float] | None = None
     """Pixels that the deployed graph's input quantiser represents."""
 
+    @property
+    def keep_near(self) -> float | None:
+        """From which progress on attacked images are kept for passes that go on from them; None: none does."""
+        return min((how.near for how in self.passes if how.onward), default=None)
+
 
 @dataclass(frozen=True)
 class Evaluation:

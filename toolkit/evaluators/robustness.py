@@ -73,7 +73,7 @@ def evaluate_robustness(
     with task("clean accuracy", len(split)) as bar:
         clean = clean_flags(judges, split, bar.advance)
     gallery.leave_out((~clean[judges.primary]).nonzero()[:, 0].tolist())
-    ledger = Ledger(clean, judges, files=split.images.shape[0] in WRITABLE_CHANNELS)
+    ledger = Ledger(clean, judges, files=split.images.shape[0] in WRITABLE_CHANNELS, keep_near=conditions.keep_near)
     run = Evaluation(judges, ledger, split, conditions, journal or Journal(), clock or Clock())
     armed = arm(surrogates, conditions)
     matrix = transfer_matrix(surrogates, armed, run)

@@ -27,6 +27,8 @@ FILE = "file"
 """The judge's name of the graph that counts behind a PNG file of the attacked image."""
 MARGIN = "margin of "
 """Beside the flags, under this and a compared graph's name: its margin, float32 [n], positive where it is fooled."""
+POINTS, ROWS = "points of ", "rows of points of "
+"""Before a compared graph's name in the ledger's state: attacked images, and the rows that they belong to."""
 
 
 def primary_of(targets: Mapping[TargetName, Predictor]) -> TargetName:
@@ -112,37 +114,88 @@ class Judges:
 
 
 class Ledger:
-    """Which evaluation images every judge still classifies rightly: clean, and under everything tried so far."""
+    """Which evaluation images every judge still classifies rightly: clean, and under everything tried so far.
 
-    def __init__(self, clean: Mapping[str, Tensor], judges: Judges, *, files: bool) -> None:
+    Args:
+        clean: what the judges say of the images themselves.
+        judges: the graphs.
+        files: whether attacked images are judged behind an image file as well.
+        keep_near: keep the best attacked image of each that stands, from this progress on; None: keep none.
+    """
+
+    def __init__(
+        self, clean: Mapping[str, Tensor], judges: Judges, *, files: bool, keep_near: float | None = None
+    ) -> None:
         self.clean: Flags = dict(clean)
         self.graphs: tuple[TargetName, ...] = judges.compared
-        self.margins: Flags = {name: clean[MARGIN + name].clone() for name in self.graphs}
+        self.margins: dict[TargetName, Tensor] = {name: clean[MARGIN + name].clone() for name in self.graphs}
         """The largest margin of every compared graph so far; see `progress`."""
         self.worst: Flags = {name: clean[name].clone() for name in self.graphs}
+        self._keep_near = keep_near
+        self._points: dict[TargetName, dict[int, Tensor]] = {name: {} for name in self.graphs}
         self._by_graph: dict[TargetName, tuple[str, ...]] = {name: (name,) for name in self.graphs}
         """The judges that answer for a graph: the one that counts has its files too."""
         if files:
             self.worst[FILE] = clean[judges.primary].clone()
             self._by_graph[judges.primary] = (judges.primary, FILE)
 
-    def update(self, flags: Mapping[str, Tensor], indices: Int64Array) -> None:
+    def update(self, flags: Mapping[str, Tensor], indices: Int64Array, attacked: Tensor | None = None) -> None:
         """Count one more attack on the images at `indices`, where an image may stand more than once."""
         for name, worst in self.worst.items():
             worst[indices[~flags[name].numpy()]] = False
-        for name, largest in self.margins.items():
+        for name in self.graphs:
+            found, largest = flags[MARGIN + name], self.margins[name]
+            if attacked is not None:
+                self._keep(name, found, indices, attacked)
             with np.errstate(invalid="ignore"):  # logits that are not finite
-                np.maximum.at(largest.numpy(), indices, flags[MARGIN + name].numpy())
+                np.maximum.at(largest.numpy(), indices, found.numpy())
+
+    def _keep(self, graph: TargetName, margins: Tensor, indices: Int64Array, attacked: Tensor) -> None:
+        """Keep what came nearer to the graph's boundary than anything before."""
+        if self._keep_near is None:
+            return
+        points, standing = self._points[graph], self.standing(graph)[indices]
+        for index in indices[~standing.numpy()].tolist():
+            points.pop(index, None)
+        nearer = standing & (margins > self.margins[graph][indices])
+        nearer &= self._share(graph, margins, indices) >= self._keep_near
+        rows = nearer.nonzero()[:, 0]
+        for row in rows[margins[rows].argsort()].tolist():  # of several copies the nearest comes last, and stays
+            points[int(indices[row])] = attacked[row].detach().cpu().clone()
+
+    def nearest(self, graph: TargetName, indices: Int64Array, otherwise: Tensor) -> Tensor:
+        """The kept attacked images nearest to the graph's boundary, float32 [n, C, H, W]; else rows of `otherwise`."""
+        points = self._points[graph]
+        return torch.stack([points.get(int(index), image) for index, image in zip(indices, otherwise, strict=True)])
+
+    def restore(self, known: Mapping[str, npt.NDArray[Any]], indices: Int64Array) -> None:
+        """Take over what `state` gave for the images at `indices`."""
+        self.update(
+            {name: torch.from_numpy(known[name]) for name in (*self.worst, *map(_margin, self.graphs))}, indices
+        )
+        for graph in self.graphs:
+            rows = known.get(ROWS + graph, np.zeros(0, np.int64))
+            for row, image in zip(rows, known.get(POINTS + graph, ()), strict=True):
+                self._points[graph][int(indices[row])] = torch.from_numpy(image)
 
     def state(self, indices: Int64Array) -> dict[str, npt.NDArray[Any]]:
-        """What is known of the images at `indices`, for `update`."""
+        """What is known of the images at `indices`, for `restore`."""
         known = {name: worst[indices].numpy() for name, worst in self.worst.items()}
-        return known | {MARGIN + name: largest[indices].numpy() for name, largest in self.margins.items()}
+        known |= {_margin(name): largest[indices].numpy() for name, largest in self.margins.items()}
+        for graph, points in self._points.items():
+            rows = [row for row, index in enumerate(indices.tolist()) if index in points]
+            if rows:
+                known[ROWS + graph] = np.array(rows)
+                known[POINTS + graph] = torch.stack([points[int(index)] for index in indices[rows]]).numpy()
+        return known
 
     def progress(self, graph: TargetName) -> Tensor:
         """How far attacks brought each image from its clean margin (0) to the graph's boundary (1), float32."""
-        start = self.clean[MARGIN + graph].clamp(max=-torch.finfo(torch.float32).tiny)
-        return 1 - self.margins[graph] / start
+        return self._share(graph, self.margins[graph], np.arange(len(self.margins[graph])))
+
+    def _share(self, graph: TargetName, margins: Tensor, indices: Int64Array) -> Tensor:
+        start = self.clean[MARGIN + graph][indices].clamp(max=-torch.finfo(torch.float32).tiny)
+        return 1 - margins / start
 
     def standing(self, graph: TargetName) -> Tensor:
         """Which images the graph, or a judge that answers for it, still classifies rightly, bool [images]."""
@@ -161,6 +214,10 @@ class Ledger:
 
     def proportions(self) -> dict[str, Proportion]:
         return {name: Proportion.of(flags) for name, flags in self.worst.items()}
+
+
+def _margin(graph: TargetName) -> str:
+    return MARGIN + graph
 
 
 def clean_flags(judges: Judges, split: Split, advance: Callable[[int], None]) -> Flags:

@@ -162,13 +162,15 @@ def _rise(name: str, points: Sequence[Point]) -> Check:
 def query_beats_gradient(passes: Sequence[PassRecord], images: int) -> tuple[Check, ...]:
     """What a random search still finds after all gradient attacks, these should have found.
 
+    A search that goes on where they are stuck owes them most of the way, and does not count.
+
     Args:
         passes: of the worst case, in their order; nothing is checked if none of them searched by queries.
         images: number of evaluation images.
     """
     fooled: dict[TargetName, int] = {}
     for how in passes:
-        if how.surrogate is None:
+        if how.surrogate is None and not how.onward:
             graph = how.graphs[0]
             fooled[graph] = fooled.get(graph, 0) + how.fooled
     if not fooled:

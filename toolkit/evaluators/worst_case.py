@@ -36,6 +36,8 @@ class PassRecord:
     """Images that one of these still classified rightly before it."""
     fooled: int
     """Of these, those that fool the first of the graphs now, and did not before."""
+    onward: bool = False
+    """By queries, from where the attacks before it were stuck."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def pursue(
                 bar.advance(len(indices), f"{ledger.worst[graph].float().mean():.1%} robust so far")
         if done:
             fooled = int((before & ~ledger.worst[graph]).sum())
-            records.append(PassRecord(how.attack, how.steps, how.ranks, attempt.name, attempt.graphs, done, fooled))
+            records.append(
+                PassRecord(how.attack, how.steps, how.ranks, attempt.name, attempt.graphs, done, fooled, how.onward)
+            )
     return tuple(records), tuple(not_run)
 
 
@@ -114,7 +118,7 @@ def _one_chunk(
     key = f"pass/{attempt.number}/{attempt}/{chunk}"
     known = run.journal.get(key)
     if known is not None:
-        run.ledger.update({judge: torch.from_numpy(flags) for judge, flags in known.items()}, indices)
+        run.ledger.restore(known, indices)
         return True
     if run.clock.expired:
         return False
@@ -134,21 +138,26 @@ def _attack(
     if attempt.name is not None:
         attempt.how.run(armed[attempt.name], images, labels, threat, generator, settle)
         return
+    graph = attempt.graphs[0]
     square(
-        _searched(attempt.graphs[0], armed, run),
+        _searched(attempt, armed, run),
         images,
         labels,
         threat,
         conditions.normalization,
         queries=attempt.how.steps,
         generator=generator,
+        start=run.ledger.nearest(graph, indices, batch.images) if attempt.how.onward else None,
         settle=settle,
     )
 
 
-def _searched(graph: TargetName, armed: Mapping[SurrogateName, Surrogate], run: Evaluation) -> Predictor:
+def _searched(attempt: _Attempt, armed: Mapping[SurrogateName, Surrogate], run: Evaluation) -> Predictor:
     """What a search by queries asks: the graph, or the fast form of the same torch network."""
-    return armed["float"] if graph == "torch" and "float" in armed else run.judges.targets[graph]
+    graph = attempt.graphs[0]
+    if graph != "torch" or "float" not in armed:
+        return run.judges.targets[graph]
+    return armed["float"].exact() if attempt.how.onward else armed["float"]
 
 
 def _settle(attempt: _Attempt, batch: Batch, indices: Int64Array, run: Evaluation) -> Settle:
@@ -158,7 +167,7 @@ def _settle(attempt: _Attempt, batch: Batch, indices: Int64Array, run: Evaluatio
         rows = positions.cpu()
         chosen = indices[rows.numpy()]
         flags = run.judges.score(attacked, batch.images[rows], batch.labels[rows], indices=chosen, every=False)
-        run.ledger.update(flags, chosen)
+        run.ledger.update(flags, chosen, attacked)
         return ~run.ledger.undecided(chosen, attempt.graphs)
 
     return settle

@@ -96,6 +96,7 @@ def _worst_case(found: Examination, attacks: str) -> schema.WorstCase:
                 graphs=list(how.graphs),
                 attempted=how.attempted,
                 fooled=how.fooled,
+                onward=how.onward,
             )
             for how in found.robustness.passes
         ],

@@ -196,6 +196,8 @@ class PassRecord(Part):
     """Images that one of these still classified rightly before it."""
     fooled: int
     """Of these, images that fool the first of the graphs now, and did not before."""
+    onward: bool = False
+    """By queries, from where the attacks before it were stuck."""
 
 
 class WorstCase(Part):
