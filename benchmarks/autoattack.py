@@ -53,7 +53,7 @@ def ours(model: TorchModel, split: Split, plan: PgdPlan, name: str) -> Proportio
     conditions = Conditions(plan, model.spec.normalization, seed=0, passes=passes)
     if name == "evaluation":
         return evaluate_robustness({"float": model}, {"torch": model}, split, conditions).worst_case["torch"]
-    judges = Judges({"torch": model}, plan.threat, conditions.normalization)
+    judges = Judges({"torch": model}, plan.threat, conditions.normalization, files=False)
     ledger = Ledger(clean_flags(judges, split, lambda _: None), judges, files=False, keep_near=conditions.keep_near)
     pursue(arm({"float": model}, conditions), {}, Evaluation(judges, ledger, split, conditions, Journal(), Clock()))
     return ledger.proportions()["torch"]

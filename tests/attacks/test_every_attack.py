@@ -22,7 +22,7 @@ from toolkit.attacks.mim import mim
 from toolkit.attacks.minimum_norm import MinimumNorm
 from toolkit.attacks.pgd import largest_violation, rounding
 from toolkit.attacks.projections import NORM
-from toolkit.attacks.square import FIRST_LOOK, square
+from toolkit.attacks.square import PATIENCE, square
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.survivors import Settle
 from toolkit.attacks.threat import ThreatModel
@@ -303,9 +303,9 @@ def test_square_gives_up_where_nothing_is_to_be_gained_on_and_goes_on_where_some
     problem, corner = Problem(plane.model, problem.images[stands], problem.labels[stands]), corner[stands]
     assert len(corner) >= 5
     _, asked = run_square(problem, threat, start=corner, queries=400)
-    assert asked == FIRST_LOOK * len(problem.labels)
-    _, asked = run_square(problem, threat, start=corner, queries=FIRST_LOOK - 1)
-    assert asked == (FIRST_LOOK - 1) * len(problem.labels)
+    assert asked == min(PATIENCE) * len(problem.labels)
+    _, asked = run_square(problem, threat, start=corner, queries=min(PATIENCE) - 1)
+    assert asked == (min(PATIENCE) - 1) * len(problem.labels)
     wide = a_threat("linf", eps=EVERYTHING["linf"])
     attacked, _ = run_square(problem, wide, start=problem.images, queries=2000)
     assert bool(problem.fooled(attacked).all())

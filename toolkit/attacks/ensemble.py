@@ -46,10 +46,12 @@ class Recipe:
 
 
 STEPS = 100
+LONG = 50
+"""Gradients after which those who are in a hurry go on with another attack."""
 QUERIES = 5000
 SHORT_SEARCH = 100
 """Queries that show, on every image that is left, whether gradients are masked."""
-ONWARD_SEARCH = 1500
+ONWARD_SEARCH = 3000
 """Queries that go on where attacks by gradients are stuck."""
 TARGETS = 9
 """Other classes that a targeted attack of AutoAttack tries."""
@@ -131,7 +133,7 @@ ALL_RANKS = tuple(range(1, TARGETS + 1))
 _SHORT = (Pass("apgd-ce", 20), Pass("apgd-t", 20, (1,)), Pass("apgd-t", 20, (2, 3), near=HALFWAY))
 FAST = (
     *_SHORT,
-    Pass("apgd-ce", STEPS, near=NEAR),
+    Pass("apgd-ce", LONG, near=NEAR),
     Pass("apgd-t", STEPS, ALL_RANKS, near=BESIDE, exact=True),
     Pass("fab-t", STEPS, ALL_RANKS[:1], near=NEAR),
     Pass(SQUARE, SHORT_SEARCH),

@@ -19,9 +19,10 @@ from toolkit.attacks.square_moves import MOVES, STARTS, side_near_boundary, side
 from toolkit.attacks.survivors import Settle, Survivors, narrowed
 from toolkit.attacks.threat import ThreatModel
 
-FIRST_LOOK, PATIENCE = 100, 8
+PATIENCE = {100: 30, 200: 8}
 """After so many queries a search that goes on from other attacks gives up the images whose margin, rising on as it did,
-would not reach the boundary in so many times as many queries more."""
+would not reach the boundary in so many times as many queries more. Of 306 images near the boundary of three networks it
+gave up 86 %; of the 27 that 3,000 queries fooled, one."""
 
 
 @dataclass
@@ -60,7 +61,7 @@ def square(
         queries: calls per image at most, the start included.
         generator: of the search.
         start: float32 [n, C, H, W] within the ball, from which the search goes on with small squares, as other attacks
-            left them, and gives up images early (`FIRST_LOOK`); None: random stripes, and large squares first.
+            left them, and gives up images early (`PATIENCE`); None: random stripes, and large squares first.
         settle: ends the attack on images that are fooled; None: fooling `target` does.
     """
     images, labels = images.cpu(), labels.cpu()
@@ -78,8 +79,8 @@ def square(
         keep = survivors.submit(state.best, judged)
         if keep is not None:
             state = narrowed(state, keep)
-        if start is not None and query == FIRST_LOOK:
-            keep = survivors.leave(state.best, PATIENCE * (state.margin - state.begun) < -state.margin)
+        if start is not None and query in PATIENCE:
+            keep = survivors.leave(state.best, PATIENCE[query] * (state.margin - state.begun) < -state.margin)
             if keep is not None:
                 state = narrowed(state, keep)
         if not len(survivors):

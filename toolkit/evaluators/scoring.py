@@ -54,6 +54,7 @@ class Judges:
         threat: what an attacker may do; every image that is handed in is measured against it.
         normalization: of the network, for a ball that lies behind it.
         gallery: keeps the files that fool the graph that counts.
+        files: whether attacked images are also written to image files and read back.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class Judges:
         threat: ThreatModel,
         normalization: Normalization,
         gallery: Gallery | None = None,
+        *,
+        files: bool = True,
     ) -> None:
         self.targets: dict[TargetName, Predictor] = {name: placed(target) for name, target in targets.items()}
         self.primary: TargetName = primary_of(targets)
@@ -70,6 +73,7 @@ class Judges:
         self.compared: tuple[TargetName, ...] = told if self.primary in told else (self.primary, *told)
         """The graphs whose worst cases are told: an image is attacked for each of them until that one is fooled."""
         self._threat, self._normalization, self._gallery = threat, normalization, gallery or Gallery(None)
+        self._files = files
 
     def score(self, attacked: Tensor, clean: Tensor, labels: Tensor, *, indices: Int64Array, every: bool) -> Flags:
         """Which attacked images are still classified rightly, by judge, the image file among them, and the margins.
@@ -92,7 +96,7 @@ class Judges:
         logits = {name: self.targets[name].predict(attacked).cpu() for name in names}
         flags: Flags = {name: right(found, labels) for name, found in logits.items()}
         flags |= {MARGIN + name: margin(logits[name], labels) for name in self.compared}
-        if attacked.shape[1] in WRITABLE_CHANNELS:
+        if self._files and attacked.shape[1] in WRITABLE_CHANNELS:
             flags[FILE] = self._score_files(attacked, clean, labels, indices, fooled=~flags[self.primary])
         return flags
 
