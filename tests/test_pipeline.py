@@ -22,6 +22,8 @@ from tests.tiny import World, repeatable
 from toolkit import cli, pipeline, planning
 from toolkit.config import HardenConfig, build, read_settings
 from toolkit.evaluators import worst_case
+from toolkit.evaluators.assignment import Assignment, Drop, find_assignment
+from toolkit.evaluators.timing import Interval
 from toolkit.training.run import Run
 
 FILES = {
@@ -364,6 +366,61 @@ def test_a_float_bundle_says_so(here: Path, capsys: pytest.CaptureFixture[str]) 
     assert tiny.run("attack", "out", "--attacks", "pgd", "--n", "20", "--threads", "1", "-q") == cli.DONE
     page = capsys.readouterr().out
     assert "float network" in page and "fake-quantised" not in page and "twin of the deployed" not in page
+
+
+def test_a_search_for_the_integer_layers_is_told_and_not_repeated(here: Path) -> None:
+    command = tiny.harden_arguments(epochs=0, precision="auto")
+    assert tiny.run(*command, "--threads", "1", "-q") == cli.DONE
+    first = report_of(here / "out")["quantization"]
+    found = first["assignment"]
+    settings = yaml.safe_load(Path("out/config.yaml").read_text())["quantize"]
+    assert settings["precision"] == "int8" and settings["keep_float"] == found["keep_float"]
+    integer = {row["layer"] for row in first["layers"] if row["integer"]}
+    assert integer and not integer & set(found["keep_float"]), "what was chosen is what ships"
+    assert found["images"] == 30 and found["tried"] >= 1
+    assert "## Which layers are integer" in Path("out/report.md").read_text()
+    assert tiny.run("harden", "--config", "out/config.yaml", "--output", "again", "-q") == cli.DONE
+    assert report_of(here / "again")["quantization"]["assignment"] is None
+    assert Path("again/model.onnx").read_bytes() == Path("out/model.onnx").read_bytes()
+
+
+def test_where_integers_do_not_pay_the_float_graph_ships_if_that_is_allowed(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Interval(1.2, 1.1, 1.3)
+    searched = []
+
+    def find(*_: object, **__: object) -> Assignment:
+        searched.append(1)
+        return Assignment((), slow, slow, Drop(0, 0), Drop(0, 0), 60, 1)
+
+    monkeypatch.setattr(pipeline, "find_assignment", find)
+    command = tiny.harden_arguments(epochs=0, precision="auto")
+    assert tiny.run(*command, "--allow-float", "--threads", "1", "-q") == cli.DONE
+    found = report_of(here / "out")["quantization"]
+    assert found["engine"] == "none" and "int8 does not pay on this machine" in found["verdict"]
+    assert found["assignment"]["pays"] is False and found["assignment"]["shipped"]["ratio"] == 1.2
+    assert yaml.safe_load(Path("out/config.yaml").read_text())["quantize"]["int8"] is False
+    assert tiny.run("verify", "out", "-q") == cli.DONE
+    assert tiny.run(*command, "--force", "--threads", "1", "-q") == cli.DONE
+    assert report_of(here / "out")["quantization"]["engine"] == "onnxruntime" and len(searched) == 2
+
+
+def test_a_resumed_run_searches_no_second_time(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[int] = []
+
+    def find(*arguments: Any, **how: Any) -> Assignment:
+        searched.append(1)
+        return find_assignment(*arguments, **how)
+
+    monkeypatch.setattr(pipeline, "find_assignment", find)
+    command = [*tiny.harden_arguments(epochs=1, precision="auto"), "--threads", "1", "-q"]
+    with monkeypatch.context() as broken:
+        broken.setattr(pipeline, "build_report", lambda *_: 1 / 0)
+        assert tiny.run(*command) != cli.DONE
+    assert (here / ".out.partial" / "assignment.json").exists()
+    assert tiny.run(*command, "--resume") == cli.DONE
+    assert len(searched) == 1 and report_of(here / "out")["quantization"]["assignment"]["tried"] >= 1
 
 
 def test_a_dry_run_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

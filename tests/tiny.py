@@ -76,11 +76,24 @@ def run(*arguments: str | Path) -> int:
 
 
 def harden_arguments(
-    output: str | Path = "out", *, model: str = "model.pt", epochs: int = 2, attacks: str = "pgd"
+    output: str | Path = "out",
+    *,
+    model: str = "model.pt",
+    epochs: int = 2,
+    attacks: str = "pgd",
+    precision: str = "int8",
 ) -> list[str]:
-    """The command of a whole run; `attacks` beyond the transfer matrix cost time, so only evidence's own tests ask."""
+    """The command of a whole run.
+
+    Args:
+        output: the bundle.
+        model: what is hardened.
+        epochs: of the fine-tuning.
+        attacks: beyond the transfer matrix they cost time, so only evidence's own tests ask for more.
+        precision: a search by time ends elsewhere from run to run.
+    """
     command = ["harden", model, "--prune", "0.5", "--int8", "--epochs", str(epochs), "--attacks", attacks]
-    return [*command, *QUICK, "--output", str(output)]
+    return [*command, "--precision", precision, *QUICK, "--output", str(output)]
 
 
 def make_world(folder: Path) -> World:

@@ -53,9 +53,14 @@ class Workspace:
         return self.root / "journals"
 
     @property
+    def assignment(self) -> Path:
+        """Which layers a search left float: another search might end elsewhere, and the journals tell of this one."""
+        return self.root / "assignment.json"
+
+    @property
     def kept(self) -> tuple[Path, ...]:
         """What a run that is cut short leaves for the next one."""
-        return (self.training_checkpoint, self.journals)
+        return (self.training_checkpoint, self.journals, self.assignment)
 
     @property
     def resumable(self) -> bool:

@@ -75,10 +75,16 @@ HARDEN_FLAGS = (
     *flags.THREAT,
     *flags.ATTACKS,
     *flags.EXPORT,
+    *flags.PRECISION,
     *flags.QUANTIZE,
     *flags.BENCHMARK,
     *flags.GATES,
-    flags.Flag("--allow-float", "allow_float", "Ship a float model.onnx where --int8 is not given.", bool),
+    flags.Flag(
+        "--allow-float",
+        "allow_float",
+        "Ship a float model.onnx where --int8 is not given, or where integers do not pay on this machine.",
+        bool,
+    ),
     *flags.MACHINE,
 )
 

@@ -80,7 +80,7 @@ TRAINING = (
     Flag("--teacher", "teacher", "Robust checkpoint whose soft labels distill learns.", Path),
     Flag("--temperature", "temperature", "By which distill divides logits.", float),
     Flag("--ema", "ema", "Decay of the moving average of the weights, e.g. 0.999; 0: none.", float),
-    Flag("--precision", "precision", "auto, float32 or bfloat16."),
+    Flag("--train-precision", "precision", "Of the arithmetic in training: auto, float32 or bfloat16."),
     Flag("--augment/--no-augment", "augment", "Random flips and shifts.", bool),
 )
 EXPORT = (
@@ -98,6 +98,10 @@ QUANTIZE = (
         "Share of the calibration images to attack first; harden alone can, and measures whether it helps.",
         float,
     ),
+)
+PRECISION = (
+    Flag("--precision", "quantize.precision", "auto: the fastest layers in integers, by measuring; int8: all layers."),
+    Flag("--max-drop", "quantize.max_drop", "Clean and robust accuracy that auto may lose, as a fraction.", float),
 )
 BENCHMARK = (
     Flag("--provider", "benchmark.provider", "cpu or cuda."),

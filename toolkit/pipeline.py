@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,15 +20,16 @@ from toolkit.artifacts import OnnxModel, Split, TorchModel
 from toolkit.attacks.ensemble import Pass, compose
 from toolkit.attacks.planned import PlannedAttack
 from toolkit.attacks.surrogate import resolve_precision
-from toolkit.config import HardenConfig, write_settings
+from toolkit.config import BenchmarkConfig, HardenConfig, write_settings
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import measure_accuracy
+from toolkit.evaluators.assignment import Assignment, Judge, find_assignment
 from toolkit.evaluators.calibration import CalibrationComparison, compare_calibrations
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage, layer_macs
 from toolkit.evaluators.environment import environment_record
 from toolkit.evaluators.evaluation import Conditions
 from toolkit.evaluators.examination import Examination
-from toolkit.evaluators.latency import LatencyRow, benchmark
+from toolkit.evaluators.latency import ImageArray, LatencyRow, Stopclock, benchmark
 from toolkit.evaluators.robustness import evaluate_robustness
 from toolkit.evaluators.soundness import Check, alarms, end_to_end_differs
 from toolkit.exporters.calibration import AdversarialShare
@@ -35,7 +37,7 @@ from toolkit.exporters.end_to_end import EndToEndComparison, compare_end_to_end,
 from toolkit.exporters.onnx import export_onnx, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
 from toolkit.exporters.precision import float_weights
-from toolkit.exporters.quantize import QuantizedModel, quantize_int8
+from toolkit.exporters.quantize import QuantizedModel, Quantizer
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.lineup import Lineup
 from toolkit.models.checkpoint import save_checkpoint
@@ -116,6 +118,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
         with watch.stage("finetune"):
             tuned = _finetune(config, prepared, pruned.model, teacher, workspace, resume=resume)
         graphs = _write_graphs(config, prepared, tuned.model, original, workspace, watch)
+        config = assigned(config, graphs.assignment)
         evidence = _gather(config, prepared, pruned, tuned, graphs, workspace, watch, resume=resume)
         report = build_report(config, evidence)
         _write_documents(config, prepared, report, workspace)
@@ -161,6 +164,18 @@ def resolve(config: HardenConfig, prepared: PreparedAttack) -> HardenConfig:
     )
 
 
+def assigned(config: HardenConfig, found: Assignment | None) -> HardenConfig:
+    """`config` with the layers that a search left float, so that a repeat measures nothing again."""
+    if found is None:
+        return config
+    how = config.quantize
+    if not found.pays and config.allow_float:
+        how = how.model_copy(update={"int8": False})
+    else:
+        how = how.model_copy(update={"precision": "int8", "keep_float": (*how.keep_float, *found.keep_float)})
+    return config.model_copy(update={"quantize": how})
+
+
 @dataclass(frozen=True)
 class Graphs:
     """The ONNX files of a run, and how faithful they are."""
@@ -170,6 +185,8 @@ class Graphs:
     deployed: OnnxModel
     quantized: QuantizedModel | None
     calibrations: CalibrationComparison | None
+    assignment: Assignment | None
+    """Where `--precision auto` searched."""
     parity_fp32: Parity
     parity_deployed: Parity
     end_to_end: EndToEndComparison | None
@@ -190,37 +207,81 @@ def _write_graphs(
         fp32 = export_onnx(model, files / bundle.FLOAT_TWIN, config.export, metadata=metadata)
         parity_fp32 = measure_parity(model, OnnxPredictor(fp32.path, provider=provider), evaluation)
         check_parity(parity_fp32)
-    quantized = calibrations = None
+    quantized = calibrations = assignment = None
     deployed_path = files / bundle.DEPLOYED
     with watch.stage("quantize"):
         if config.quantize.int8:
-            quantized, calibrations = _quantize(config, prepared, model, fp32, workspace)
+            quantized, calibrations, assignment = _quantize(config, prepared, model, fp32, workspace)
             write_metadata(deployed_path, metadata)
-        else:
+        if quantized is None or (assignment and not assignment.pays and config.allow_float):
+            quantized = calibrations = None
             deployed_path.write_bytes(fp32.path.read_bytes())
         parity_deployed = measure_parity(model, OnnxPredictor(deployed_path, provider=provider), evaluation)
         _check_finite(parity_deployed)
     with watch.stage("end_to_end"):
         end_to_end = _end_to_end(config, model, deployed_path, evaluation, workspace)
     deployed = OnnxModel(deployed_path, "deployed")
-    return Graphs(original, fp32, deployed, quantized, calibrations, parity_fp32, parity_deployed, end_to_end)
+    return Graphs(
+        original, fp32, deployed, quantized, calibrations, assignment, parity_fp32, parity_deployed, end_to_end
+    )
 
 
 def _quantize(
     config: HardenConfig, prepared: PreparedAttack, model: TorchModel, fp32: OnnxModel, workspace: bundle.Workspace
-) -> tuple[QuantizedModel, CalibrationComparison | None]:
-    """The integer graph; with attacked calibration images also how it fares against one without."""
+) -> tuple[QuantizedModel, CalibrationComparison | None, Assignment | None]:
+    """The integer graph, what was searched for it, and with attacked calibration images how it fares without."""
     splits, how, plan = prepared.splits, config.quantize, prepared.plan
     path, margin = workspace.files / bundle.DEPLOYED, plan.threat.margin(model.spec.normalization)
-    if not how.calibrate_adversarial:
-        return quantize_int8(fp32, path, splits.calibration, how, input_margin=margin), None
     attack = PlannedAttack(model, plan, seed=config.seed, precision=resolve_precision(config.finetune.precision))
-    share = AdversarialShare(attack, how.calibrate_adversarial)
-    made = quantize_int8(fp32, path, splits.calibration, how, input_margin=margin, adversarial=share)
+    share = AdversarialShare(attack, how.calibrate_adversarial) if how.calibrate_adversarial else None
+    quantizer = Quantizer(fp32, splits.calibration, how, input_margin=margin, adversarial=share)
+    assignment = _assign(config, prepared, quantizer, attack, fp32, workspace) if how.precision == "auto" else None
+    further = assignment.keep_float if assignment else ()
+    made = quantizer.write(path, keep_float=further)
+    if not how.calibrate_adversarial:
+        return made, None, assignment
     without = how.model_copy(update={"calibrate_adversarial": 0.0})
-    plain = quantize_int8(fp32, workspace.scratch("plain.onnx"), splits.calibration, without, input_margin=margin)
+    other = Quantizer(fp32, splits.calibration, without, input_margin=margin)
+    plain = other.write(workspace.scratch("plain.onnx"), keep_float=further)
     provider = config.benchmark.provider
-    return made, compare_calibrations(made, plain, attack, splits.validation, provider=provider)
+    return made, compare_calibrations(made, plain, attack, splits.validation, provider=provider), assignment
+
+
+def _assign(
+    config: HardenConfig,
+    prepared: PreparedAttack,
+    quantizer: Quantizer,
+    attack: PlannedAttack,
+    fp32: OnnxModel,
+    workspace: bundle.Workspace,
+) -> Assignment:
+    """Search which layers should be integer, on validation images and this machine."""
+    known = Assignment.read(workspace.assignment, fp32.path)
+    if known is not None:
+        return known
+    provider, validation = config.benchmark.provider, prepared.splits.validation
+    with tempfile.TemporaryDirectory(prefix="toolkit-assignment-") as folder:
+        found = find_assignment(
+            quantizer,
+            fp32.path,
+            Path(folder),
+            Judge(fp32.path, validation, attack, provider),
+            Stopclock(_timed(config), _pixels(config, validation), seed=config.seed),
+            max_drop=config.quantize.max_drop,
+            seed=config.seed,
+        )
+    found.write(workspace.assignment, fp32.path)
+    return found
+
+
+def _timed(config: HardenConfig) -> BenchmarkConfig:
+    return config.benchmark.model_copy(update={"threads": config.benchmark.threads or config.threads})
+
+
+def _pixels(config: HardenConfig, split: Split) -> ImageArray:
+    """As many images as the largest batch takes, if there are so many."""
+    images = split.first(max(config.benchmark.batches))
+    return images.take(np.arange(len(images))).images.numpy()
 
 
 def _end_to_end(
@@ -298,6 +359,7 @@ def _gather(
         end_to_end=graphs.end_to_end,
         quantized=graphs.quantized,
         calibrations=graphs.calibrations,
+        assignment=graphs.assignment,
         coverage=coverage,
         latency=latency,
         environment=environment_record(prepared.threads),
@@ -334,11 +396,8 @@ def _lineup(config: HardenConfig, prepared: PreparedAttack, model: TorchModel, g
 
 def _latency(config: HardenConfig, prepared: PreparedAttack, graphs: Graphs) -> tuple[LatencyRow, ...]:
     files = {"fp32": graphs.fp32.path, "deployed": graphs.deployed.path, "original": graphs.original.path}
-    images = prepared.splits.evaluation.first(max(config.benchmark.batches))
-    pixels = images.take(np.arange(len(images))).images.numpy()
-    shape = prepared.model.spec.input_shape
-    how = config.benchmark.model_copy(update={"threads": config.benchmark.threads or config.threads})
-    return benchmark(files, how, shape, baseline="fp32", seed=config.seed, images=pixels)
+    pixels, shape = _pixels(config, prepared.splits.evaluation), prepared.model.spec.input_shape
+    return benchmark(files, _timed(config), shape, baseline="fp32", seed=config.seed, images=pixels)
 
 
 def _write_documents(

@@ -102,8 +102,9 @@ def hyperplanes(count: int = 9) -> tuple[Hyperplane, torch.Tensor]:
 def test_a_long_targeted_attack_gives_up_what_it_will_not_reach(
     steps: int, asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a hyperplane the loss no longer rises after a few steps: what the ball takes less than 0.4 or half of the way to
-    the boundary is left after a twentieth or a tenth of the steps, what lies beyond the radius and the slack halfway."""
+    """On a hyperplane the loss no longer rises after a few steps: what the ball takes less than 0.4 or half of the
+    way to the boundary is left after a twentieth or a tenth of the steps, what lies beyond the radius and the slack
+    halfway."""
     problem, distances = hyperplanes()
     threat = ThreatModel("linf", float(distances.sort().values[3]) * 1.01, "pixels", clip=False)
     seen: list[int] = []

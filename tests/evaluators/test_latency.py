@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper, parser
 from toolkit.config import BenchmarkConfig
 from toolkit.errors import ToolkitError
 from toolkit.evaluators import latency
-from toolkit.evaluators.latency import benchmark, convert_float16
+from toolkit.evaluators.latency import Stopclock, benchmark, convert_float16
 
 
 def write_network(path: Path, *, batch: str | int = "N", layers: int = 1) -> Path:
@@ -211,3 +211,14 @@ def test_two_inputs_are_refused(tmp_path: Path) -> None:
     onnx.save(parser.parse_model(text), tmp_path / "two.onnx")
     with pytest.raises(ToolkitError, match="takes other inputs"):
         benchmark({"two": tmp_path / "two.onnx"}, BenchmarkConfig(threads=1), (4, 8, 8), baseline="two")
+
+
+def test_a_stopclock_gives_the_mean_over_batch_sizes_round_by_round(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter(range(1, 100))
+    monkeypatch.setattr(latency, "time_block", lambda _call: np.full(3, float(next(seconds))))
+    clock = Stopclock(BenchmarkConfig(batches=(1, 4), threads=1), np.zeros((2, 4, 8, 8), np.float32))
+    found = clock.rounds({"a": files["fp32"]}, 2)
+    assert found["a"] == pytest.approx([np.sqrt(1 * 2), np.sqrt(3 * 4)])
+    assert set(clock.rounds(files, 1)) == set(files)

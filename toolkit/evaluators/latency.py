@@ -119,8 +119,8 @@ def benchmark(
             named.setdefault(FP16, convert_float16(files[baseline], Path(folder) / "fp16.onnx"))
         pixels = images if images is not None else _noise(input_shape, seed)
         feeds = {batch: _fill(pixels, batch, input_shape) for batch in dict.fromkeys(config.batches)}
-        with foreign_load() as load:
-            samples = _measure(named, config, threads, feeds, seed)
+        with foreign_load() as load, task("benchmark", config.rounds * len(named)) as shown:
+            samples = _measure(named, config, threads, feeds, seed, shown.advance)
     if load() > BUSY:
         notice(f"benchmark: other processes took {load():.0%} of the CPU time; times and ratios are not to be trusted")
     measured = _Measured(samples, baseline, config.provider, threads, load(), seed)
@@ -158,13 +158,14 @@ def _measure(
     threads: int,
     feeds: Mapping[int, ImageArray],
     seed: int,
+    advance: Callable[[], object] = lambda: None,
 ) -> Samples:
     """Run the rounds; a batch size whose time is spent takes no part in later ones, for all files alike."""
     generator = np.random.default_rng(seed)
     samples: Samples = {(name, batch): [] for batch in feeds for name in files}
     spent = dict.fromkeys(feeds, 0.0)
     shape = next(iter(feeds.values())).shape[1:]
-    with task("benchmark", config.rounds * len(files)) as shown, collector_off():
+    with collector_off():
         for index in range(config.rounds):
             due = [batch for batch in feeds if index < MIN_ROUNDS or spent[batch] < CELL_S * len(files)]
             for name in generator.permutation(list(files)) if due else ():
@@ -175,8 +176,37 @@ def _measure(
                     samples[str(name), batch].append(time_block(runner.caller(feeds[batch])))
                     spent[batch] += time.perf_counter() - start
                 del runner
-                shown.advance()
+                advance()
     return samples
+
+
+class Stopclock:
+    """Times files side by side again and again, for a search: one time per round and file.
+
+    Args:
+        config: provider, batch sizes, threads.
+        images: float32 [n, C, H, W] in [0, 1], repeated to fill a batch.
+        seed: of the order of the files.
+    """
+
+    def __init__(self, config: BenchmarkConfig, images: ImageArray, *, seed: int = 0) -> None:
+        self._config, self._threads, self._seed = config, usable_threads(config.threads), seed
+        shape = images.shape[1:]
+        self._feeds = {batch: _fill(images, batch, shape) for batch in dict.fromkeys(config.batches)}
+
+    def rounds(self, files: Mapping[str, Path], count: int) -> dict[str, FloatArray]:
+        """Seconds per call, geometric mean over the batch sizes of the median in each block, [rounds].
+
+        Rounds are fewer where a batch size takes long, as in `benchmark`.
+        """
+        config = self._config.model_copy(update={"rounds": count})
+        samples = _measure(files, config, self._threads, self._feeds, self._seed)
+        blocks = {key: np.array([np.median(block) for block in found]) for key, found in samples.items()}
+        made = min(map(len, blocks.values()))
+        return {
+            name: np.exp(np.mean([np.log(blocks[name, batch][:made]) for batch in self._feeds], axis=0))
+            for name in files
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,11 @@ class Quantizer:
             self._observed = observe(self._plain, tensors, self._reader, histograms=histograms)
 
     @property
+    def kept(self) -> tuple[str, ...]:
+        """The layers that the configuration leaves float."""
+        return self._kept
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """The names of the layers, in the order of the graph."""
         return tuple(node.name for node in self._plain.graph.node if node.op_type in COMPUTE)

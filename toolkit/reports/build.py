@@ -10,11 +10,13 @@ from toolkit import __version__
 from toolkit.artifacts import Proportion, Splits, TorchModel
 from toolkit.attacks.threat import PgdPlan
 from toolkit.config import DataConfig, GateConfig, HardenConfig
+from toolkit.evaluators.assignment import Assignment, Drop
 from toolkit.evaluators.calibration import CalibrationComparison, CalibrationScore
 from toolkit.evaluators.cost import IntegerCoverage
 from toolkit.evaluators.examination import Examination
 from toolkit.evaluators.latency import LatencyRow
 from toolkit.evaluators.soundness import Check
+from toolkit.evaluators.timing import Interval
 from toolkit.exporters.end_to_end import EndToEndComparison
 from toolkit.exporters.parity import Parity
 from toolkit.exporters.quantize import QuantizedModel
@@ -48,6 +50,7 @@ class Evidence:
     end_to_end: EndToEndComparison | None
     quantized: QuantizedModel | None
     calibrations: CalibrationComparison | None
+    assignment: Assignment | None
     coverage: IntegerCoverage
     latency: tuple[LatencyRow, ...]
     environment: Mapping[str, Any]
@@ -189,6 +192,7 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
         input_range=list(quantized.input_range) if quantized and quantized.input_range else None,
         clipped_share=evidence.examination.robustness.clipped_share,
         calibration_comparison=_calibrations(config.quantize.calibrate_adversarial, quantized, evidence.calibrations),
+        assignment=_assignment(config, evidence.assignment),
         integer_coverage=coverage.share,
         macs_integer=coverage.macs_integer,
         macs_total=coverage.macs_total,
@@ -205,7 +209,27 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
                 for island in coverage.islands
             ],
         ),
-        verdict=verdict(quantized is not None, coverage, evidence.latency),
+        verdict=verdict(quantized is not None, coverage, evidence.latency, evidence.assignment),
+    )
+
+
+def _assignment(config: HardenConfig, found: Assignment | None) -> schema.Assignment | None:
+    if found is None:
+        return None
+
+    def one(ratio: Interval, drop: Drop) -> schema.Assigned:
+        times = {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
+        return schema.Assigned(**times, accuracy_drop=drop.clean, robust_drop=drop.robust)
+
+    return schema.Assignment(
+        keep_float=list(found.keep_float),
+        for_accuracy=list(found.for_accuracy),
+        max_drop=config.quantize.max_drop,
+        images=found.images,
+        tried=found.tried,
+        shipped=one(found.ratio, found.drop),
+        all_integer=one(found.all_integer, found.drop_all_integer),
+        pays=found.pays,
     )
 
 
@@ -235,12 +259,16 @@ def _calibration_side(score: CalibrationScore) -> schema.CalibrationSide:
     )
 
 
-def verdict(int8: bool, coverage: IntegerCoverage, latency: tuple[LatencyRow, ...]) -> str:
+def verdict(
+    int8: bool, coverage: IntegerCoverage, latency: tuple[LatencyRow, ...], assignment: Assignment | None = None
+) -> str:
     """In one sentence: does the deployed graph run in integers, and does that pay on this machine.
 
     It holds no measured time, so that equal runs say the same.
     """
     if not int8:
+        if assignment is not None:
+            return "float: int8 does not pay on this machine, and --allow-float allowed to ship what is faster."
         return "float: --int8 was not given, and --allow-float allowed it."
     rows = [row for row in latency if row.file == "deployed"]
     faster = [str(row.batch) for row in rows if row.ratio_high < 1]

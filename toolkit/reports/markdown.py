@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from toolkit.evaluators.timing import BUSY
 from toolkit.reports.robustness import JUDGES, marked, robust_text, robustness_section
-from toolkit.reports.schema import CalibrationComparison, Latency, Report, Share
+from toolkit.reports.schema import Assignment, CalibrationComparison, Latency, Report, Share
 from toolkit.reports.words import percent, table, threat_text
 
 
@@ -20,6 +20,7 @@ def render_markdown(report: Report) -> str:
         _size(report),
         _speed(report),
         _integers(report),
+        _assignment(report.quantization.assignment),
         _calibrations(report.quantization.calibration_comparison),
         _parity(report),
         _training(report),
@@ -158,6 +159,33 @@ CALIBRATION_VERDICTS = {
     "trades": "They help in one and hurt in the other: choose by what counts more.",
     "no_difference": "No difference can be told: `--calibrate-adversarial` is not worth its time here.",
 }
+
+
+def _assignment(found: Assignment | None) -> str:
+    if found is None:
+        return ""
+    rows = [
+        (
+            name,
+            f"{side.ratio:.2f} [{side.ratio_low:.2f}, {side.ratio_high:.2f}]",
+            f"{100 * side.accuracy_drop:+.2f}",
+            "not measured" if side.robust_drop is None else f"{100 * side.robust_drop:+.2f}",
+        )
+        for name, side in (("all", found.all_integer), ("those chosen", found.shipped))
+    ]
+    header = ("integer layers", "time over float twin", "points of accuracy lost", "of robust accuracy")
+    faster = [name for name in found.keep_float if name not in found.for_accuracy]
+    kept = [
+        f"left float, {why}: {', '.join(f'`{name}`' for name in names)}"
+        for why, names in (("because that is faster", faster), ("for accuracy", found.for_accuracy))
+        if names
+    ]
+    return (
+        f"## Which layers are integer\n\n{found.tried} graphs were written and timed on this machine; "
+        f"{'; '.join(kept) or 'none is faster with a layer left float'}. Time: geometric mean over the batch sizes; "
+        f"accuracy: {found.images} validation images, allowed to lose {100 * found.max_drop:g} points.\n\n"
+        f"{table(header, rows)}"
+    )
 
 
 def _calibrations(found: CalibrationComparison | None) -> str:

@@ -368,6 +368,37 @@ class CalibrationComparison(Part):
     """Of both tests at the 5 % level; `trades`: better in one and worse in the other."""
 
 
+class Assigned(Part):
+    """One choice of the layers that are integer, against the float twin."""
+
+    ratio: float
+    """Time over that of the float twin, geometric mean over the batch sizes."""
+    ratio_low: float
+    ratio_high: float
+    accuracy_drop: float
+    """Clean accuracy lost on validation images; negative: gained."""
+    robust_drop: float | None
+    """The same under the run's PGD made on the float network."""
+
+
+class Assignment(Part):
+    """Which layers are integer, found by timing whole graphs on this machine; differs from run to run."""
+
+    keep_float: list[str]
+    """Names, in model.fp32.onnx, of the layers that the search left float."""
+    for_accuracy: list[str]
+    """Of these, those that accuracy asked for; the others are faster in float."""
+    max_drop: float
+    images: int
+    """Validation images on which accuracy was compared."""
+    tried: int
+    """Graphs that were written and timed."""
+    shipped: Assigned
+    all_integer: Assigned
+    pays: bool
+    """Whether the choice is faster than the float twin beyond doubt."""
+
+
 class Quantization(Part):
     """What of the deployed graph runs in integers, and how it came about."""
 
@@ -382,6 +413,8 @@ class Quantization(Part):
     """Share of attacked pixels outside that range."""
     calibration_comparison: CalibrationComparison | None = None
     """Where attacked calibration images were asked for."""
+    assignment: Assignment | None = None
+    """Where `--precision auto` searched."""
     integer_coverage: float = Field(ge=0, le=1)
     macs_integer: int
     macs_total: int

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.evaluators.greys import a_plan, flat_images, threshold
+from toolkit.attacks.planned import PlannedAttack
+from toolkit.config import ExportConfig
+from toolkit.evaluators import assignment
+from toolkit.evaluators.assignment import Assignment, Drop, Judge, find_assignment
+from toolkit.evaluators.latency import Stopclock
+from toolkit.evaluators.timing import FloatArray
+from toolkit.exporters.onnx import export_onnx
+from toolkit.exporters.quantize import Quantizer
+
+Cost = Callable[[frozenset[str]], float]
+FLOAT_TWIN = 10.0
+
+
+class Writer:
+    """Stands for a quantiser: its graphs are lists of the layers that are float."""
+
+    def __init__(self, *layers: str, kept: tuple[str, ...] = ()) -> None:
+        self.layers, self.kept, self.written = layers, kept, list[frozenset[str]]()
+
+    def write(self, path: Path, *, keep_float: Collection[str] = ()) -> None:
+        self.written.append(frozenset(keep_float))
+        path.write_text(" ".join(keep_float))
+
+
+class Clock:
+    """Times as a function of the layers that are float; noise that all files of a round share."""
+
+    def __init__(self, cost: Cost, noise: float = 0.3) -> None:
+        self._cost, self._random, self._noise = cost, np.random.default_rng(0), noise
+        self.files = 0
+
+    def rounds(self, files: Mapping[str, Path], count: int) -> dict[str, FloatArray]:
+        drift = np.exp(self._noise * self._random.standard_normal(count))
+        self.files += len(files)
+        own = {name: np.exp(0.001 * self._random.standard_normal(count)) for name in files}
+        return {name: drift * own[name] * self._time(path) for name, path in files.items()}
+
+    def _time(self, path: Path) -> float:
+        return FLOAT_TWIN if path.name == "fp32" else self._cost(frozenset(path.read_text().split()))
+
+
+class Losses:
+    """What is lost by layers that are integer, which adds up."""
+
+    images = 100
+
+    def __init__(self, lost: Mapping[str, float]) -> None:
+        self._lost = lost
+
+    def drop(self, path: Path) -> Drop:
+        return Drop(0.0, self.disturbance(path))
+
+    def disturbance(self, path: Path) -> float:
+        return sum(lost for name, lost in self._lost.items() if name not in path.read_text().split())
+
+
+def search(
+    folder: Path, writer: Writer, cost: Cost, lost: Mapping[str, float] | None = None, **how: Any
+) -> tuple[Assignment, Clock]:
+    (folder / "fp32").write_text("")
+    clock = Clock(cost)
+    judge = cast("Judge", Losses(lost or {}))
+    how = {"max_drop": 0.01, **how}
+    found = find_assignment(cast("Quantizer", writer), folder / "fp32", folder, judge, cast("Stopclock", clock), **how)
+    return found, clock
+
+
+def test_layers_that_are_faster_in_float_are_left_float(tmp_path: Path) -> None:
+    gain = {"a": 3.0, "b": -1.0, "c": 0.5, "d": -2.0}
+    writer = Writer("a", "b", "c", "d")
+    found, _ = search(tmp_path, writer, lambda kept: 8.0 - sum(gain[name] for name in kept))
+    assert found.keep_float == ("a", "c") and found.for_accuracy == () and found.pays
+    assert found.ratio.value == pytest.approx(0.45, rel=0.01)
+    assert found.all_integer.value == pytest.approx(0.8, rel=0.01)
+    assert len(set(writer.written)) == len(writer.written) == found.tried, "nothing is written twice"
+
+
+def test_a_layer_may_become_an_integer_again(tmp_path: Path) -> None:
+    """In float, b pays alone, but not beside a and c."""
+    times = {"": 8.0, "b": 6.0, "a": 7.0, "c": 7.5, "a b": 5.5, "a b c": 5.0, "a c": 4.0, "b c": 7.0}
+    found, _ = search(tmp_path, Writer("a", "b", "c", "d"), lambda kept: times.get(" ".join(sorted(kept)), 9.0))
+    assert found.keep_float == ("a", "c")
+
+
+def test_what_does_not_pay_is_said(tmp_path: Path) -> None:
+    def outcome(seconds: float) -> tuple[tuple[str, ...], bool]:
+        found, _ = search(tmp_path, Writer("a", "b"), lambda kept: seconds + len(kept))
+        return found.keep_float, found.pays
+
+    assert [outcome(seconds) for seconds in (9.0, 10.0, 12.0)] == [((), True), ((), False), ((), False)]
+
+
+def test_layers_that_the_user_keeps_float_are_left_alone_and_one_stays_integer(tmp_path: Path) -> None:
+    writer = Writer("a", "b", "c", kept=("b",))
+    found, _ = search(tmp_path, writer, lambda kept: 8.0 - len(kept))
+    assert len(found.keep_float) == 1 and not any("b" in kept for kept in writer.written)
+    alone, _ = search(tmp_path, Writer("a"), lambda kept: 8.0 - len(kept))
+    assert alone.keep_float == () and alone.tried == 1
+
+
+def test_accuracy_is_bought_with_the_layers_that_disturb_most(tmp_path: Path) -> None:
+    lost = {"a": 0.004, "b": 0.03, "c": 0.006, "d": 0.02}
+    found, _ = search(tmp_path, Writer(*lost), lambda kept: 5.0 + len(kept), lost)
+    assert found.for_accuracy == ("b", "d") and found.keep_float == ("b", "d")
+    assert found.drop.robust == pytest.approx(0.01) and found.drop_all_integer.robust == pytest.approx(0.06)
+    strict, _ = search(tmp_path, Writer(*lost), lambda kept: 5.0 + len(kept), lost, max_drop=0.0)
+    assert len(strict.keep_float) == 3 and strict.drop.worst == pytest.approx(0.004), "one stays integer"
+
+
+def test_a_search_whose_time_is_up_keeps_what_it_has(tmp_path: Path) -> None:
+    writer = Writer(*"abcdefgh")
+    found, clock = search(tmp_path, writer, lambda kept: 8.0 - len(kept), seconds=0.0)
+    assert found.keep_float == () and found.tried == 1 and clock.files <= 4
+
+
+def test_of_a_deep_network_the_ends_are_tried_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time for two candidates besides the present one."""
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: 2.0 * next(ticks))  # two files: a second each
+    writer = Writer(*"abcdefgh")
+    search(tmp_path, writer, lambda kept: 8.0 + len(kept), seconds=3.0 * assignment.SCREENING_ROUNDS)
+    assert set(writer.written) == {frozenset(), frozenset("a"), frozenset("h")}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-2, 2), min_size=2, max_size=5))
+def test_with_times_that_add_up_the_fastest_of_all_assignments_is_found(
+    tmp_path_factory: pytest.TempPathFactory, gains: list[float]
+) -> None:
+    names = "abcde"[: len(gains)]
+    gain = dict(zip(names, (round(value, 1) for value in gains), strict=True))
+
+    def cost(kept: frozenset[str]) -> float:
+        return 20.0 - sum(gain[name] for name in kept)
+
+    every = [frozenset(some) for size in range(len(names)) for some in itertools.combinations(names, size)]
+    found, _ = search(tmp_path_factory.mktemp("search"), Writer(*names), cost)
+    assert cost(frozenset(found.keep_float)) <= min(map(cost, every)) + 0.1 * len(names)
+
+
+def test_what_was_found_is_kept_for_its_float_twin_alone(tmp_path: Path) -> None:
+    found, _ = search(tmp_path, Writer("a", "b"), lambda kept: 8.0 - ("a" in kept), {"a": 0.1})
+    path, other = tmp_path / "kept.json", tmp_path / "other"
+    other.write_text("another network")
+    assert Assignment.read(path, tmp_path / "fp32") is None
+    found.write(path, tmp_path / "fp32")
+    assert Assignment.read(path, tmp_path / "fp32") == found
+    assert Assignment.read(path, other) is None
+    path.write_text("{cut sh")
+    assert Assignment.read(path, tmp_path / "fp32") is None
+
+
+def test_the_worst_drop_is_of_clean_and_attacked_images() -> None:
+    assert Drop(0.02, None).worst == Drop(0.02, 0.01).worst == Drop(-0.1, 0.02).worst == 0.02
+
+
+def test_a_judge_compares_right_answers_on_the_same_images(tmp_path: Path) -> None:
+    """Thresholds on the mean pixel: of greys above one and below the other, the stricter file loses those."""
+    split = flat_images([40, 110, 140, 150, 160, 200, 250, 90])
+    files = {at: export_onnx(threshold(at), tmp_path / f"{at}.onnx", ExportConfig()).path for at in (0.5, 0.6)}
+    judge = Judge(files[0.5], split, None)
+    assert judge.images == 8 and judge.drop(files[0.5]) == Drop(0.0, None)
+    assert judge.drop(files[0.6]) == Drop(2 / 8, None), "140 and 150 lie below 0.6"
+    assert judge.disturbance(files[0.5]) == 0
+    assert judge.disturbance(files[0.6]) == pytest.approx(0.01, rel=1e-4)
+    attack = PlannedAttack(threshold(0.5), a_plan(eps=0.05), seed=0, precision="float32")
+    both = Judge(files[0.5], split, attack).drop(files[0.6])
+    assert both.robust == pytest.approx(2 / 8), "150 and 160: attacked, 140 falls for both"
+    assert both.clean == 2 / 8 and Judge(files[0.5], split, attack).drop(files[0.5]) == Drop(0.0, 0.0)

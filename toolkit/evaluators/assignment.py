@@ -1,0 +1,255 @@
+"""Which layers are integer: the assignment that is fastest on this machine, found by measuring whole graphs.
+
+Times of single layers do not add up: fusions and changes of layout between integer and float layers decide, and a
+first layer of few channels is faster in float. So every candidate is written and timed as the file that would ship,
+side by side with the others in every round. The search begins with all layers in integers and leaves one more layer
+float, or one fewer, as long as that is faster beyond doubt. Then accuracy is looked after: as long as the integer graph
+loses more than is allowed, the layer whose rounding disturbs the logits most becomes float as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from toolkit.artifacts import Split
+from toolkit.attacks.planned import PlannedAttack
+from toolkit.evaluators.accuracy import right
+from toolkit.evaluators.latency import Stopclock
+from toolkit.evaluators.timing import Interval, ratio_interval
+from toolkit.exporters.quantize import Quantizer
+from toolkit.exporters.session import OnnxPredictor, Provider
+from toolkit.progress import task
+
+Kept = frozenset[str]
+"""Names of the layers that an assignment leaves float."""
+SCREENING_ROUNDS, DECIDING_ROUNDS = 5, 12
+"""Rounds in which all neighbours of an assignment are timed, and those in which the best of them is confirmed."""
+IMAGES = 1000
+"""Validation images on which accuracy is compared."""
+SEARCH_S = 300.0
+"""Seconds for the search of the fastest."""
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """What an integer graph loses against its float twin, as shares of the same images; negative: it gains."""
+
+    clean: float
+    robust: float | None
+    """Under the run's PGD made on the float network; None: there was no network to make it on."""
+
+    @property
+    def worst(self) -> float:
+        return self.clean if self.robust is None else max(self.clean, self.robust)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which layers stay float, and what that is worth."""
+
+    keep_float: tuple[str, ...]
+    """In the order of the graph."""
+    ratio: Interval
+    """Time of the graph over that of its float twin, geometric mean over the batch sizes; below 1: faster."""
+    all_integer: Interval
+    """The same of the graph with all layers in integers."""
+    drop: Drop
+    drop_all_integer: Drop
+    images: int
+    tried: int
+    """Assignments that were written and timed."""
+    for_accuracy: tuple[str, ...] = ()
+    """Of `keep_float` those that accuracy asked for, in the order in which they were chosen."""
+
+    @property
+    def pays(self) -> bool:
+        """Whether the integer graph is faster than the float twin beyond doubt."""
+        return self.ratio.high < 1
+
+    def write(self, path: Path, fp32: Path) -> None:
+        """Keep it in a JSON file, for this float twin alone."""
+        path.write_text(json.dumps({"fp32": _digest(fp32), "found": asdict(self)}), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path, fp32: Path) -> Assignment | None:
+        """What was kept for this float twin; None: nothing."""
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if kept["fp32"] != _digest(fp32):
+            return None
+        found = kept["found"]
+        intervals = {name: Interval(**found[name]) for name in ("ratio", "all_integer")}
+        drops = {name: Drop(**found[name]) for name in ("drop", "drop_all_integer")}
+        layers = {name: tuple(found[name]) for name in ("keep_float", "for_accuracy")}
+        return cls(**{**found, **intervals, **drops, **layers})
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Judge:
+    """Clean and attacked validation images, and how the float twin answers them.
+
+    Args:
+        fp32: the float twin.
+        split: validation images, of which at most the first 1,000 are taken.
+        attack: of the run's plan; None: clean images alone.
+        provider: what runs the graphs.
+    """
+
+    def __init__(self, fp32: Path, split: Split, attack: PlannedAttack | None, provider: Provider = "cpu") -> None:
+        self._provider = provider
+        chosen = split.first(IMAGES)
+        self.images = len(chosen)
+        batches = list(chosen.batches())
+        self._labels = torch.cat([batch.labels for batch in batches])
+        self._clean = [batch.images for batch in batches]
+        self._attacked = [attack.attack(batch, number, 0) for number, batch in enumerate(batches)] if attack else None
+        self._logits = self._answers(fp32, self._clean)
+        self._float = self._flags(fp32)
+
+    def drop(self, path: Path) -> Drop:
+        """What the graph in a file loses against the float twin."""
+        shares = [
+            None if theirs is None or ours is None else float(theirs.float().mean() - ours.float().mean())
+            for theirs, ours in zip(self._float, self._flags(path), strict=True)
+        ]
+        return Drop(shares[0] or 0.0, shares[1])
+
+    def disturbance(self, path: Path) -> float:
+        """Mean squared difference of the clean logits from the float twin's."""
+        return float((self._answers(path, self._clean) - self._logits).square().mean())
+
+    def _flags(self, path: Path) -> tuple[Tensor, Tensor | None]:
+        """Which images are right: clean; clean and attacked."""
+        clean = right(self._answers(path, self._clean), self._labels)
+        return clean, clean & right(self._answers(path, self._attacked), self._labels) if self._attacked else None
+
+    def _answers(self, path: Path, batches: Iterable[Tensor]) -> Tensor:
+        predictor = OnnxPredictor(path, provider=self._provider)
+        return torch.cat([predictor.predict(images) for images in batches])
+
+
+def find_assignment(
+    quantizer: Quantizer,
+    fp32: Path,
+    folder: Path,
+    judge: Judge,
+    clock: Stopclock,
+    *,
+    max_drop: float,
+    seconds: float = SEARCH_S,
+    seed: int = 0,
+) -> Assignment:
+    """Search the fastest assignment that loses no more than `max_drop`.
+
+    Args:
+        quantizer: writes the graphs; layers that its configuration leaves float stay so.
+        fp32: the float twin.
+        folder: where candidates are written; the caller's to remove.
+        judge: of accuracy.
+        clock: times the files.
+        max_drop: the largest loss of clean and of robust accuracy against the float twin, as a share.
+        seconds: for the search of the fastest, about; what is found by then counts.
+        seed: of the bootstrap.
+    """
+    search = _Search(quantizer, fp32, folder, clock, seed)
+    with task("which layers are integer", len(quantizer.layers)) as bar:
+        fastest = search.fastest(seconds, bar.advance)
+        chosen, added = search.accurate(fastest, judge, max_drop, bar.advance)
+    everything: Kept = frozenset()
+    speeds = search.ratios(dict.fromkeys((everything, chosen)), DECIDING_ROUNDS, to=None)
+    return Assignment(
+        keep_float=search.ordered(chosen),
+        ratio=speeds[chosen],
+        all_integer=speeds[everything],
+        drop=judge.drop(search.file(chosen)),
+        drop_all_integer=judge.drop(search.file(everything)),
+        images=judge.images,
+        tried=len(search.files),
+        for_accuracy=added,
+    )
+
+
+class _Search:
+    """Assignments are named by the layers that they leave float beyond those of the configuration."""
+
+    def __init__(self, quantizer: Quantizer, fp32: Path, folder: Path, clock: Stopclock, seed: int) -> None:
+        self._quantizer, self._fp32, self._folder, self._clock, self._seed = quantizer, fp32, folder, clock, seed
+        self._layers = tuple(name for name in quantizer.layers if name not in quantizer.kept)
+        self._cost = 0.0
+        """Seconds that one file takes in one round."""
+        self.files: dict[Kept, Path] = {}
+
+    def ordered(self, kept: Collection[str]) -> tuple[str, ...]:
+        return tuple(name for name in self._layers if name in kept)
+
+    def file(self, kept: Kept) -> Path:
+        """The graph with these layers float, written once."""
+        if kept not in self.files:
+            path = self._folder / f"assignment-{len(self.files)}.onnx"
+            self._quantizer.write(path, keep_float=kept)
+            self.files[kept] = path
+        return self.files[kept]
+
+    def ratios(self, candidates: Iterable[Kept], rounds: int, *, to: Kept | None) -> dict[Kept, Interval]:
+        """Times over that of the assignment `to`, or (None) of the float twin."""
+        files = {str(number): (kept, self.file(kept)) for number, kept in enumerate(candidates)}
+        reference = self._fp32 if to is None else self.file(to)
+        start = time.perf_counter()
+        times = self._clock.rounds({**{name: path for name, (_, path) in files.items()}, REFERENCE: reference}, rounds)
+        self._cost = (time.perf_counter() - start) / (len(times) * rounds)
+        return {kept: ratio_interval(times[name], times[REFERENCE], self._seed) for name, (kept, _) in files.items()}
+
+    def fastest(self, seconds: float, advance: Callable[[], object]) -> Kept:
+        """From all integers on, layer after layer, as long as it is faster beyond doubt and the time suffices."""
+        end = time.monotonic() + seconds
+        best: Kept = frozenset()
+        self.ratios([best], 1, to=best)  # what a round costs
+        while True:
+            affordable = int((end - time.monotonic()) / (self._cost * SCREENING_ROUNDS)) - 1
+            neighbours = self._neighbours(best, affordable)
+            if not neighbours:
+                return best
+            screened = self.ratios(neighbours, SCREENING_ROUNDS, to=best)
+            promising = min(neighbours, key=lambda kept: screened[kept].value)
+            if screened[promising].value >= 1:
+                return best
+            if self.ratios([promising], DECIDING_ROUNDS, to=best)[promising].high >= 1:
+                return best
+            best = promising
+            advance()
+
+    def _neighbours(self, kept: Kept, count: int) -> list[Kept]:
+        """With one layer more in float, or one of those fewer; at most `count`, first those next to the ends."""
+        inwards = sorted(range(len(self._layers)), key=lambda at: min(at, len(self._layers) - 1 - at))
+        changed = [kept ^ {self._layers[at]} for at in inwards[: max(0, count)]]
+        return [one for one in changed if len(one) < len(self._layers)]
+
+    def accurate(
+        self, kept: Kept, judge: Judge, max_drop: float, advance: Callable[[], object]
+    ) -> tuple[Kept, tuple[str, ...]]:
+        """With as many more layers float as accuracy needs, those first whose rounding disturbs the logits most."""
+        added: list[str] = []
+        while judge.drop(self.file(kept)).worst > max_drop:
+            integer = [name for name in self._layers if name not in kept]
+            if len(integer) <= 1:
+                break
+            disturbed = {name: judge.disturbance(self.file(kept | {name})) for name in integer}
+            name = min(integer, key=lambda name: disturbed[name])
+            kept = kept | {name}
+            added.append(name)
+            advance()
+        return kept, tuple(added)
