@@ -19,7 +19,7 @@ from torch import nn
 
 from tests import tiny
 from tests.tiny import World, repeatable
-from toolkit import cli, pipeline, planning
+from toolkit import cli, graphs, pipeline, planning
 from toolkit.config import HardenConfig, build, read_settings
 from toolkit.evaluators import worst_case
 from toolkit.evaluators.assignment import Assignment, Drop, find_assignment
@@ -369,12 +369,14 @@ def test_a_float_bundle_says_so(here: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_search_for_the_integer_layers_is_told_and_not_repeated(here: Path) -> None:
-    command = tiny.harden_arguments(epochs=0, precision="auto")
+    command = [*tiny.harden_arguments(epochs=0, precision="auto"), "--calibrate", "auto"]
     assert tiny.run(*command, "--threads", "1", "-q") == cli.DONE
     first = report_of(here / "out")["quantization"]
     found = first["assignment"]
     settings = yaml.safe_load(Path("out/config.yaml").read_text())["quantize"]
     assert settings["precision"] == "int8" and settings["keep_float"] == found["keep_float"]
+    assert settings["calibrate"] == first["calibration"] != "auto"
+    assert len(first["calibration_methods"]) == 5 and "## Calibration methods" in Path("out/report.md").read_text()
     integer = {row["layer"] for row in first["layers"] if row["integer"]}
     assert integer and not integer & set(found["keep_float"]), "what was chosen is what ships"
     assert found["images"] == 30 and found["tried"] >= 1
@@ -394,7 +396,7 @@ def test_where_integers_do_not_pay_the_float_graph_ships_if_that_is_allowed(
         searched.append(1)
         return Assignment((), slow, slow, Drop(0, 0), Drop(0, 0), 60, 1)
 
-    monkeypatch.setattr(pipeline, "find_assignment", find)
+    monkeypatch.setattr(graphs, "find_assignment", find)
     command = tiny.harden_arguments(epochs=0, precision="auto")
     assert tiny.run(*command, "--allow-float", "--threads", "1", "-q") == cli.DONE
     found = report_of(here / "out")["quantization"]
@@ -413,7 +415,7 @@ def test_a_resumed_run_searches_no_second_time(here: Path, monkeypatch: pytest.M
         searched.append(1)
         return find_assignment(*arguments, **how)
 
-    monkeypatch.setattr(pipeline, "find_assignment", find)
+    monkeypatch.setattr(graphs, "find_assignment", find)
     command = [*tiny.harden_arguments(epochs=1, precision="auto"), "--threads", "1", "-q"]
     with monkeypatch.context() as broken:
         broken.setattr(pipeline, "build_report", lambda *_: 1 / 0)

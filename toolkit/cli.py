@@ -267,11 +267,12 @@ def quantize(
     if as_json:
         layers = [{"layer": row.layer, "kernel": row.kernel, "macs": row.macs} for row in coverage.layers]
         found = {"integer_coverage": coverage.share, "layers": layers, "parity": made.parity.as_dict()}
-        print(json.dumps({"output": str(output), **found}))
+        print(json.dumps({"output": str(output), "calibration": made.quantized.calibration, **found}))
         return
     rows = [(row.layer, row.kernel, f"{row.macs:,}", "yes" if row.integer else "no") for row in coverage.layers]
     _table(("layer", "kernel after optimisation", "MACs", "integer"), rows)
     print(f"integer coverage {coverage.share:.2%} of MACs, {coverage.kernel_time_share_integer:.1%} of kernel time")
+    print(f"calibration: {made.quantized.calibration}, {made.quantized.calibration_images} images")
     print(f"same label as the float file: {made.parity.agreement}")
     print(f"\nwritten: {output}\nnext:    toolkit benchmark {file} {output}")
 

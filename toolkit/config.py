@@ -48,6 +48,7 @@ def parse_fraction(value: object) -> object:
 Fraction = Annotated[float, BeforeValidator(parse_fraction)]
 PrecisionChoice = Literal["auto", "float32", "bfloat16"]
 CalibrationName = Literal["minmax", "moving-average", "percentile", "entropy", "mse"]
+CalibrationSetting = Literal["minmax", "moving-average", "percentile", "entropy", "mse", "auto"]
 Epsilon = Annotated[Fraction, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -132,7 +133,8 @@ class QuantizeConfig(StageConfig):
     measuring."""
     max_drop: Share = 0.005
     """What `auto` may lose in clean and in robust accuracy against the float twin, on validation images."""
-    calibrate: CalibrationName = "minmax"
+    calibrate: CalibrationSetting = "minmax"
+    """`auto`: the method that loses least on validation images."""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     per_channel: bool = True
     keep_float: tuple[str, ...] = ()

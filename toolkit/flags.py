@@ -88,7 +88,11 @@ EXPORT = (
     Flag("--end-to-end/--no-end-to-end", "export.end_to_end", "Write model.e2e.onnx as well.", bool),
 )
 QUANTIZE = (
-    Flag("--calibrate", "quantize.calibrate", "minmax, moving-average, percentile, entropy or mse."),
+    Flag(
+        "--calibrate",
+        "quantize.calibrate",
+        "minmax, moving-average, percentile, entropy, mse, or auto: the best of them.",
+    ),
     Flag("--percentile", "quantize.percentile", "Percentile of --calibrate percentile.", float),
     Flag("--per-channel/--per-tensor", "quantize.per_channel", "Granularity of weight scales.", bool),
     Flag("--keep-float", "quantize.keep_float", "Layers to leave float, e.g. node_conv2d,node_linear*."),

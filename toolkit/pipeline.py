@@ -2,56 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import math
-import tempfile
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from toolkit import bundle
-from toolkit.artifacts import OnnxModel, Split, TorchModel
+from toolkit.artifacts import TorchModel
 from toolkit.attacks.ensemble import Pass, compose
-from toolkit.attacks.planned import PlannedAttack
-from toolkit.attacks.surrogate import resolve_precision
-from toolkit.config import BenchmarkConfig, HardenConfig, write_settings
+from toolkit.config import HardenConfig, write_settings
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import measure_accuracy
-from toolkit.evaluators.assignment import Assignment, Judge, find_assignment
-from toolkit.evaluators.calibration import CalibrationComparison, compare_calibrations
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage, layer_macs
 from toolkit.evaluators.environment import environment_record
 from toolkit.evaluators.evaluation import Conditions
 from toolkit.evaluators.examination import Examination
-from toolkit.evaluators.latency import ImageArray, LatencyRow, Stopclock, benchmark
+from toolkit.evaluators.latency import LatencyRow, benchmark
 from toolkit.evaluators.robustness import evaluate_robustness
 from toolkit.evaluators.soundness import Check, alarms, end_to_end_differs
-from toolkit.exporters.calibration import AdversarialShare
-from toolkit.exporters.end_to_end import EndToEndComparison, compare_end_to_end, export_end_to_end
 from toolkit.exporters.onnx import export_onnx, write_metadata
-from toolkit.exporters.parity import Parity, check_parity, measure_parity
 from toolkit.exporters.precision import float_weights
-from toolkit.exporters.quantize import QuantizedModel, Quantizer
 from toolkit.exporters.session import OnnxPredictor
+from toolkit.graphs import Graphs, settled, some_pixels, timed, write_graphs
 from toolkit.lineup import Lineup
-from toolkit.models.checkpoint import save_checkpoint
-from toolkit.prepare import PreparedAttack, describe, load_teacher, prepare_attack, resolved_data, resolved_threat
+from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack, resolved_data, resolved_threat
 from toolkit.pruning import PruningResult, prune
 from toolkit.reports.build import Evidence, build_report
 from toolkit.reports.markdown import render_markdown
 from toolkit.reports.schema import Report
 from toolkit.training.loop import train
 from toolkit.training.records import TrainingResult
+from toolkit.watch import Stopwatch
 
 BASELINE_IMAGES = 1000
 """So many evaluation images show how robust the network was that came in."""
-END_TO_END_IMAGES = 100
 
 
 @dataclass(frozen=True)
@@ -64,20 +47,6 @@ class HardenResult:
     @property
     def gates_met(self) -> bool:
         return all(gate.met for gate in self.report.gates)
-
-
-class Stopwatch:
-    """Seconds by stage, in the order in which the stages ran."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a block."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def check_settings(config: HardenConfig) -> None:
@@ -117,8 +86,8 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
             OnnxPredictor(original.path, provider=config.benchmark.provider)
         with watch.stage("finetune"):
             tuned = _finetune(config, prepared, pruned.model, teacher, workspace, resume=resume)
-        graphs = _write_graphs(config, prepared, tuned.model, original, workspace, watch)
-        config = assigned(config, graphs.assignment)
+        graphs = write_graphs(config, prepared, tuned.model, original, workspace, watch)
+        config = settled(config, graphs)
         evidence = _gather(config, prepared, pruned, tuned, graphs, workspace, watch, resume=resume)
         report = build_report(config, evidence)
         _write_documents(config, prepared, report, workspace)
@@ -162,154 +131,6 @@ def resolve(config: HardenConfig, prepared: PreparedAttack) -> HardenConfig:
             "threads": prepared.threads,
         }
     )
-
-
-def assigned(config: HardenConfig, found: Assignment | None) -> HardenConfig:
-    """`config` with the layers that a search left float, so that a repeat measures nothing again."""
-    if found is None:
-        return config
-    how = config.quantize
-    if not found.pays and config.allow_float:
-        how = how.model_copy(update={"int8": False})
-    else:
-        how = how.model_copy(update={"precision": "int8", "keep_float": (*how.keep_float, *found.keep_float)})
-    return config.model_copy(update={"quantize": how})
-
-
-@dataclass(frozen=True)
-class Graphs:
-    """The ONNX files of a run, and how faithful they are."""
-
-    original: OnnxModel
-    fp32: OnnxModel
-    deployed: OnnxModel
-    quantized: QuantizedModel | None
-    calibrations: CalibrationComparison | None
-    assignment: Assignment | None
-    """Where `--precision auto` searched."""
-    parity_fp32: Parity
-    parity_deployed: Parity
-    end_to_end: EndToEndComparison | None
-
-
-def _write_graphs(
-    config: HardenConfig,
-    prepared: PreparedAttack,
-    model: TorchModel,
-    original: OnnxModel,
-    workspace: bundle.Workspace,
-    watch: Stopwatch,
-) -> Graphs:
-    files, evaluation = workspace.files, prepared.splits.evaluation
-    metadata, provider = describe(model, prepared.plan), config.benchmark.provider
-    save_checkpoint(model, files / bundle.CHECKPOINT, home=workspace.output)
-    with watch.stage("export"):
-        fp32 = export_onnx(model, files / bundle.FLOAT_TWIN, config.export, metadata=metadata)
-        parity_fp32 = measure_parity(model, OnnxPredictor(fp32.path, provider=provider), evaluation)
-        check_parity(parity_fp32)
-    quantized = calibrations = assignment = None
-    deployed_path = files / bundle.DEPLOYED
-    with watch.stage("quantize"):
-        if config.quantize.int8:
-            quantized, calibrations, assignment = _quantize(config, prepared, model, fp32, workspace)
-            write_metadata(deployed_path, metadata)
-        if quantized is None or (assignment and not assignment.pays and config.allow_float):
-            quantized = calibrations = None
-            deployed_path.write_bytes(fp32.path.read_bytes())
-        parity_deployed = measure_parity(model, OnnxPredictor(deployed_path, provider=provider), evaluation)
-        _check_finite(parity_deployed)
-    with watch.stage("end_to_end"):
-        end_to_end = _end_to_end(config, model, deployed_path, evaluation, workspace)
-    deployed = OnnxModel(deployed_path, "deployed")
-    return Graphs(
-        original, fp32, deployed, quantized, calibrations, assignment, parity_fp32, parity_deployed, end_to_end
-    )
-
-
-def _quantize(
-    config: HardenConfig, prepared: PreparedAttack, model: TorchModel, fp32: OnnxModel, workspace: bundle.Workspace
-) -> tuple[QuantizedModel, CalibrationComparison | None, Assignment | None]:
-    """The integer graph, what was searched for it, and with attacked calibration images how it fares without."""
-    splits, how, plan = prepared.splits, config.quantize, prepared.plan
-    path, margin = workspace.files / bundle.DEPLOYED, plan.threat.margin(model.spec.normalization)
-    attack = PlannedAttack(model, plan, seed=config.seed, precision=resolve_precision(config.finetune.precision))
-    share = AdversarialShare(attack, how.calibrate_adversarial) if how.calibrate_adversarial else None
-    quantizer = Quantizer(fp32, splits.calibration, how, input_margin=margin, adversarial=share)
-    assignment = _assign(config, prepared, quantizer, attack, fp32, workspace) if how.precision == "auto" else None
-    further = assignment.keep_float if assignment else ()
-    made = quantizer.write(path, keep_float=further)
-    if not how.calibrate_adversarial:
-        return made, None, assignment
-    without = how.model_copy(update={"calibrate_adversarial": 0.0})
-    other = Quantizer(fp32, splits.calibration, without, input_margin=margin)
-    plain = other.write(workspace.scratch("plain.onnx"), keep_float=further)
-    provider = config.benchmark.provider
-    return made, compare_calibrations(made, plain, attack, splits.validation, provider=provider), assignment
-
-
-def _assign(
-    config: HardenConfig,
-    prepared: PreparedAttack,
-    quantizer: Quantizer,
-    attack: PlannedAttack,
-    fp32: OnnxModel,
-    workspace: bundle.Workspace,
-) -> Assignment:
-    """Search which layers should be integer, on validation images and this machine."""
-    known = Assignment.read(workspace.assignment, fp32.path)
-    if known is not None:
-        return known
-    provider, validation = config.benchmark.provider, prepared.splits.validation
-    with tempfile.TemporaryDirectory(prefix="toolkit-assignment-") as folder:
-        found = find_assignment(
-            quantizer,
-            fp32.path,
-            Path(folder),
-            Judge(fp32.path, validation, attack, provider),
-            Stopclock(_timed(config), _pixels(config, validation), seed=config.seed),
-            max_drop=config.quantize.max_drop,
-            seed=config.seed,
-        )
-    found.write(workspace.assignment, fp32.path)
-    return found
-
-
-def _timed(config: HardenConfig) -> BenchmarkConfig:
-    return config.benchmark.model_copy(update={"threads": config.benchmark.threads or config.threads})
-
-
-def _pixels(config: HardenConfig, split: Split) -> ImageArray:
-    """As many images as the largest batch takes, if there are so many."""
-    images = split.first(max(config.benchmark.batches))
-    return images.take(np.arange(len(images))).images.numpy()
-
-
-def _end_to_end(
-    config: HardenConfig, model: TorchModel, deployed: Path, evaluation: Split, workspace: bundle.Workspace
-) -> EndToEndComparison | None:
-    if not config.export.end_to_end or model.spec.input_shape[0] not in (1, 3):
-        return None
-    path = workspace.files / bundle.END_TO_END
-    export_end_to_end(deployed, path, input_shape=model.spec.input_shape, class_names=model.spec.class_names)
-    folder = workspace.scratch("images")
-    folder.mkdir()
-    encoded = write_images(evaluation.first(END_TO_END_IMAGES), folder)
-    return compare_end_to_end(path, encoded, OnnxPredictor(deployed))
-
-
-def write_images(split: Split, folder: Path) -> tuple[Path, ...]:
-    """Write the images of `split` as files: in turn PNG and JPEG (quality 95), every second pair enlarged unevenly."""
-    paths = []
-    for number, pixels in enumerate(split.images.pixels(split.indices)):
-        image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0).squeeze()))
-        if number % 4 >= 2:  # so that resizing and cropping have something to do
-            image = image.resize((image.width * 3 // 2, image.height * 2), Image.Resampling.BICUBIC)
-        path = folder / f"{number:04d}.{'jpg' if number % 2 else 'png'}"
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG" if number % 2 else "PNG", **({"quality": 95} if number % 2 else {}))
-        path.write_bytes(buffer.getvalue())
-        paths.append(path)
-    return tuple(paths)
 
 
 def _gather(
@@ -359,6 +180,7 @@ def _gather(
         end_to_end=graphs.end_to_end,
         quantized=graphs.quantized,
         calibrations=graphs.calibrations,
+        methods=graphs.methods,
         assignment=graphs.assignment,
         coverage=coverage,
         latency=latency,
@@ -396,8 +218,8 @@ def _lineup(config: HardenConfig, prepared: PreparedAttack, model: TorchModel, g
 
 def _latency(config: HardenConfig, prepared: PreparedAttack, graphs: Graphs) -> tuple[LatencyRow, ...]:
     files = {"fp32": graphs.fp32.path, "deployed": graphs.deployed.path, "original": graphs.original.path}
-    pixels, shape = _pixels(config, prepared.splits.evaluation), prepared.model.spec.input_shape
-    return benchmark(files, _timed(config), shape, baseline="fp32", seed=config.seed, images=pixels)
+    pixels, shape = some_pixels(config, prepared.splits.evaluation), prepared.model.spec.input_shape
+    return benchmark(files, timed(config), shape, baseline="fp32", seed=config.seed, images=pixels)
 
 
 def _write_documents(
@@ -432,12 +254,3 @@ def _write_headlines(graphs: Graphs, found: Examination, coverage: IntegerCovera
         }
         if (folder / name).exists():
             write_metadata(folder / name, {"results": json.dumps(results)})
-
-
-def _check_finite(parity: Parity) -> None:
-    if not math.isfinite(parity.relative):
-        raise ToolkitError(
-            "the integer graph gives logits that are no numbers",
-            found=f"label agreement with the float network {parity.agreement}",
-            fix="calibrate with --calibrate percentile, or on more images with --calibration",
-        )

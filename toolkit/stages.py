@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,13 @@ from toolkit.config import (
 from toolkit.data.sources import load_source
 from toolkit.data.splits import make_splits
 from toolkit.errors import ToolkitError
+from toolkit.evaluators.assignment import Judge
+from toolkit.evaluators.calibration_choice import choose_calibration
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
 from toolkit.evaluators.latency import LatencyRow, benchmark
 from toolkit.exporters.onnx import export_onnx, read_metadata, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
-from toolkit.exporters.quantize import QuantizedModel, quantize_int8
+from toolkit.exporters.quantize import QuantizedModel, Quantizer
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import check_outputs
@@ -172,7 +175,12 @@ def quantize_file(
     with bundle.disk_errors(output), bundle.folders_above(output):
         try:
             margin = _margin(read_metadata(path))
-            quantized = quantize_int8(OnnxModel(path, "fp32"), partial, splits.calibration, how, input_margin=margin)
+            quantizer = Quantizer(OnnxModel(path, "fp32"), splits.calibration, how, input_margin=margin)
+            if how.calibrate == "auto":
+                with tempfile.TemporaryDirectory(prefix="toolkit-calibration-") as folder:
+                    methods = choose_calibration(quantizer, Path(folder), Judge(path, splits.validation, None))
+                quantizer = quantizer.with_calibration(methods.chosen)
+            quantized = quantizer.write(partial)
             write_metadata(partial, read_metadata(path))
             coverage = integer_coverage(partial)
             parity = measure_parity(reference, OnnxPredictor(partial), splits.evaluation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import tempfile
@@ -130,7 +131,9 @@ class Quantizer:
             whole_batches=fixed is not None,
             adversarial=adversarial,
         )
-        histograms = needs_histogram(config.calibrate)
+        self._method: CalibrationName | None = None if config.calibrate == "auto" else config.calibrate
+        self._ranges: dict[CalibrationName, dict[str, Interval]] = {}
+        histograms = self._method is None or needs_histogram(self._method)
         with progress.task("calibrate", len(self._reader) * (2 if histograms else 1)) as task:
             self._reader.report_to(task)
             self._observed = observe(self._plain, tensors, self._reader, histograms=histograms)
@@ -145,9 +148,23 @@ class Quantizer:
         """The names of the layers, in the order of the graph."""
         return tuple(node.name for node in self._plain.graph.node if node.op_type in COMPUTE)
 
+    def with_calibration(self, method: CalibrationName) -> Quantizer:
+        """One that writes graphs with another method; of a configuration with `auto`, which holds for all of them."""
+        if self._config.calibrate not in ("auto", method):
+            raise ValueError(f"statistics were gathered for {self._config.calibrate} alone")
+        other = copy.copy(self)
+        other._method = method
+        return other
+
     def write(self, output: Path, *, keep_float: Collection[str] = ()) -> QuantizedModel:
-        """Write the integer graph, with further layers left float."""
+        """Write the integer graph, with further layers left float.
+
+        Raises:
+            ValueError: the configuration leaves the calibration method open; see `with_calibration`.
+        """
         config = self._config
+        if self._method is None:
+            raise ValueError("no calibration method is chosen")
         kept = {*self._kept, *keep_float}
         quantised = self._build(kept)
         faults = precision_faults(quantised, per_channel=config.per_channel, kept=kept)
@@ -157,12 +174,22 @@ class Quantizer:
         return QuantizedModel(
             OnnxModel(output, "deployed"),
             layer_precision(quantised),
-            config.calibrate,
+            self._method,
             self._reader.images,
             config.per_channel,
             input_range(output),
             self._reader.adversarial_images,
         )
+
+    def _chosen_ranges(self) -> dict[str, Interval]:
+        method = self._method
+        assert method is not None
+        if method not in self._ranges:
+            self._ranges[method] = {
+                name: choose_range(observed, method, self._config.percentile)
+                for name, observed in self._observed.items()
+            }
+        return self._ranges[method]
 
     def _build(self, kept: Collection[str]) -> ModelProto:
         config, prepared = self._config, ModelProto()
@@ -173,12 +200,10 @@ class Quantizer:
         grid = covering_grid(float(mapping.of(-self._margin).min()), float(mapping.of(1 + self._margin).max()))
         if folded is not None:
             grid = InputGrid(np.ones(1), folded.quantiser.zero_point + folded.mean_steps)
-        ranges = {
-            name: choose_range(observed, config.calibrate, config.percentile)
-            for name, observed in self._observed.items()
-        }
         left_float = {*kept, *between_float(prepared, kept), *(node.name for node in pixel_map(prepared).nodes)}
-        quantised = _run_onnxruntime(prepared, ranges, _options(mapping.tensor, grid), config, left_float)
+        quantised = _run_onnxruntime(
+            prepared, self._chosen_ranges(), _options(mapping.tensor, grid), config, left_float
+        )
         if folded is not None:
             move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
         _keep_logits_float(quantised)

@@ -12,6 +12,7 @@ from toolkit.attacks.threat import PgdPlan
 from toolkit.config import DataConfig, GateConfig, HardenConfig
 from toolkit.evaluators.assignment import Assignment, Drop
 from toolkit.evaluators.calibration import CalibrationComparison, CalibrationScore
+from toolkit.evaluators.calibration_choice import CalibrationChoice
 from toolkit.evaluators.cost import IntegerCoverage
 from toolkit.evaluators.examination import Examination
 from toolkit.evaluators.latency import LatencyRow
@@ -50,6 +51,7 @@ class Evidence:
     end_to_end: EndToEndComparison | None
     quantized: QuantizedModel | None
     calibrations: CalibrationComparison | None
+    methods: CalibrationChoice | None
     assignment: Assignment | None
     coverage: IntegerCoverage
     latency: tuple[LatencyRow, ...]
@@ -192,6 +194,7 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
         input_range=list(quantized.input_range) if quantized and quantized.input_range else None,
         clipped_share=evidence.examination.robustness.clipped_share,
         calibration_comparison=_calibrations(config.quantize.calibrate_adversarial, quantized, evidence.calibrations),
+        calibration_methods=_methods(evidence.methods),
         assignment=_assignment(config, evidence.assignment),
         integer_coverage=coverage.share,
         macs_integer=coverage.macs_integer,
@@ -211,6 +214,21 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
         ),
         verdict=verdict(quantized is not None, coverage, evidence.latency, evidence.assignment),
     )
+
+
+def _methods(found: CalibrationChoice | None) -> list[schema.CalibrationMethod]:
+    if found is None:
+        return []
+    return [
+        schema.CalibrationMethod(
+            method=score.method,
+            accuracy_drop=score.drop.clean,
+            robust_drop=score.drop.robust,
+            logit_error=score.disturbance,
+            images=found.images,
+        )
+        for score in found.scores
+    ]
 
 
 def _assignment(config: HardenConfig, found: Assignment | None) -> schema.Assignment | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from toolkit.evaluators.timing import BUSY
 from toolkit.reports.robustness import JUDGES, marked, robust_text, robustness_section
-from toolkit.reports.schema import Assignment, CalibrationComparison, Latency, Report, Share
+from toolkit.reports.schema import Assignment, CalibrationComparison, Latency, Quantization, Report, Share
 from toolkit.reports.words import percent, table, threat_text
 
 
@@ -20,6 +20,7 @@ def render_markdown(report: Report) -> str:
         _size(report),
         _speed(report),
         _integers(report),
+        _methods(report.quantization),
         _assignment(report.quantization.assignment),
         _calibrations(report.quantization.calibration_comparison),
         _parity(report),
@@ -159,6 +160,26 @@ CALIBRATION_VERDICTS = {
     "trades": "They help in one and hurt in the other: choose by what counts more.",
     "no_difference": "No difference can be told: `--calibrate-adversarial` is not worth its time here.",
 }
+
+
+def _methods(found: Quantization) -> str:
+    if not found.calibration_methods:
+        return ""
+    rows = [
+        (
+            f"**{row.method}**" if row.method == found.calibration else row.method,
+            f"{100 * row.accuracy_drop:+.2f}",
+            "not measured" if row.robust_drop is None else f"{100 * row.robust_drop:+.2f}",
+            f"{row.logit_error:.2e}",
+        )
+        for row in found.calibration_methods
+    ]
+    header = ("method", "points of accuracy lost", "of robust accuracy", "mean squared logit error")
+    images = found.calibration_methods[0].images
+    return (
+        f"## Calibration methods\n\nAll layers integer, {images} validation images; the one "
+        f"in bold was taken.\n\n{table(header, rows)}"
+    )
 
 
 def _assignment(found: Assignment | None) -> str:

@@ -368,6 +368,19 @@ class CalibrationComparison(Part):
     """Of both tests at the 5 % level; `trades`: better in one and worse in the other."""
 
 
+class CalibrationMethod(Part):
+    """One calibration method that `--calibrate auto` tried, all layers integer, against the float twin."""
+
+    method: str
+    accuracy_drop: float
+    """Clean accuracy lost on validation images; negative: gained."""
+    robust_drop: float | None
+    """The same under the run's PGD made on the float network."""
+    logit_error: float
+    """Mean squared difference of the clean logits."""
+    images: int
+
+
 class Assigned(Part):
     """One choice of the layers that are integer, against the float twin."""
 
@@ -413,6 +426,8 @@ class Quantization(Part):
     """Share of attacked pixels outside that range."""
     calibration_comparison: CalibrationComparison | None = None
     """Where attacked calibration images were asked for."""
+    calibration_methods: list[CalibrationMethod] = []
+    """Where `--calibrate auto` searched; `calibration` is the one taken."""
     assignment: Assignment | None = None
     """Where `--precision auto` searched."""
     integer_coverage: float = Field(ge=0, le=1)
