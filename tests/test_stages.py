@@ -118,6 +118,21 @@ def test_export_quantize_and_benchmark(capsys: pytest.CaptureFixture[str]) -> No
     assert session.get_inputs()[0].name == "image"
 
 
+@pytest.mark.usefixtures("here")
+def test_quantize_explains_itself_and_chooses_its_calibration(capsys: pytest.CaptureFixture[str]) -> None:
+    result(capsys, "export", "model.pt", "--output", "float.onnx")
+    how = ("quantize", "float.onnx", *DATA, "--calibrate", "auto", "--explain", "--threads", "1")
+    found = result(capsys, *how, "--output", "int8.onnx")
+    assert found["calibration"] in ("minmax", "moving-average", "percentile", "entropy", "mse")
+    layers = found["explanation"]["layers"]
+    assert {row["layer"] for row in layers} == {row["layer"] for row in found["layers"]}
+    assert found["explanation"]["logit_error"] < 0.01 and len(found["explanation"]["tensors"]) >= 2
+    assert tiny.run(*how, "--force", "--output", "int8.onnx", "-q") == cli.DONE
+    page = capsys.readouterr().out
+    assert f"calibration: {found['calibration']}, 30 images" in page and "error of the logits" in page
+    assert all(row["layer"] in page for row in layers)
+
+
 DISTILL = ("train", "net.py:net", "--objective", "distill", "--eps", "0.1", *DATA, "--output", "new.pt")
 
 

@@ -33,6 +33,7 @@ from toolkit.config import (
 from toolkit.errors import ToolkitError
 
 if TYPE_CHECKING:
+    from toolkit.evaluators.debugger import Explanation
     from toolkit.reports.schema import Report
 
 DONE, DEFECT, BAD_INPUT, GATE_UNMET, INTERRUPTED = 0, 1, 2, 3, 130
@@ -249,6 +250,9 @@ def quantize(
     settings: Settings,
     file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="A float ONNX classifier.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")] = Path("model.onnx"),
+    explained: Annotated[
+        bool, typer.Option("--explain", help="Say which layers lose accuracy, and what to try.")
+    ] = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -262,11 +266,15 @@ def quantize(
     machine = build(MachineConfig, values, flags.names_by_path(flags.MACHINE))
     from toolkit import stages
 
-    made = stages.quantize_file(file, data, how, output, seed=machine.seed, threads=machine.threads, force=force)
+    made = stages.quantize_file(
+        file, data, how, output, seed=machine.seed, threads=machine.threads, force=force, explained=explained
+    )
     coverage = made.coverage
     if as_json:
         layers = [{"layer": row.layer, "kernel": row.kernel, "macs": row.macs} for row in coverage.layers]
         found = {"integer_coverage": coverage.share, "layers": layers, "parity": made.parity.as_dict()}
+        if made.explanation:
+            found["explanation"] = made.explanation.as_dict()
         print(json.dumps({"output": str(output), "calibration": made.quantized.calibration, **found}))
         return
     rows = [(row.layer, row.kernel, f"{row.macs:,}", "yes" if row.integer else "no") for row in coverage.layers]
@@ -274,7 +282,24 @@ def quantize(
     print(f"integer coverage {coverage.share:.2%} of MACs, {coverage.kernel_time_share_integer:.1%} of kernel time")
     print(f"calibration: {made.quantized.calibration}, {made.quantized.calibration_images} images")
     print(f"same label as the float file: {made.parity.agreement}")
+    if made.explanation:
+        _print_explanation(made.explanation)
     print(f"\nwritten: {output}\nnext:    toolkit benchmark {file} {output}")
+
+
+def _print_explanation(found: Explanation) -> None:
+    print(
+        f"\nerror of the logits: {found.logit_error:.2e} of their variance, {found.images} images; what is gone of it"
+    )
+    print("with one layer left float, and noise of what it reads (signal to noise, dB: so far, its own rounding):\n")
+    rows = []
+    for blame in found.layers:
+        noise = blame.source
+        numbers = (f"{noise.snr:.1f}", f"{noise.own_snr:.1f}", f"{noise.clipped:.2%}") if noise else ("", "", "")
+        rows.append((blame.layer, f"{blame.relief:.0%}", *numbers, blame.advice))
+    _table(("layer", "error gone", "so far", "own", "clipped", "try"), rows)
+    if not any(blame.advice for blame in found.layers):
+        print("no layer's part in the error is worth a remedy")
 
 
 ATTACK_FLAGS = (

@@ -28,6 +28,7 @@ from toolkit.errors import ToolkitError
 from toolkit.evaluators.assignment import Judge
 from toolkit.evaluators.calibration_choice import choose_calibration
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
+from toolkit.evaluators.debugger import Explanation, explain
 from toolkit.evaluators.latency import LatencyRow, benchmark
 from toolkit.exporters.onnx import export_onnx, read_metadata, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
@@ -41,6 +42,8 @@ from toolkit.pruning import PruningResult, prune
 from toolkit.training.loop import train
 from toolkit.training.losses import ATTACKED
 from toolkit.training.records import TrainingResult
+
+EXPLAINED_IMAGES = 512
 
 
 def training_checkpoint(output: Path) -> Path:
@@ -151,12 +154,22 @@ class QuantizedFile:
     quantized: QuantizedModel
     coverage: IntegerCoverage
     parity: Parity
+    explanation: Explanation | None
+    """Where it was asked for."""
 
 
 def quantize_file(
-    path: Path, data: DataConfig, how: QuantizeConfig, output: Path, *, seed: int, threads: int | None, force: bool
+    path: Path,
+    data: DataConfig,
+    how: QuantizeConfig,
+    output: Path,
+    *,
+    seed: int,
+    threads: int | None,
+    force: bool,
+    explained: bool = False,
 ) -> QuantizedFile:
-    """Quantise a float ONNX classifier with calibration images of `data`."""
+    """Quantise a float ONNX classifier with calibration images of `data`; `explained`: say where accuracy is lost."""
     _refuse_existing(output, force=force)
     set_threads(threads)
     reference = OnnxPredictor(path)
@@ -181,13 +194,17 @@ def quantize_file(
                     methods = choose_calibration(quantizer, Path(folder), Judge(path, splits.validation, None))
                 quantizer = quantizer.with_calibration(methods.chosen)
             quantized = quantizer.write(partial)
+            explanation = None
+            if explained:
+                shown = splits.validation.first(EXPLAINED_IMAGES)
+                explanation = explain(quantizer, path, partial, shown, Judge(path, shown, None))
             write_metadata(partial, read_metadata(path))
             coverage = integer_coverage(partial)
             parity = measure_parity(reference, OnnxPredictor(partial), splits.evaluation)
             partial.replace(output)
         finally:
             partial.unlink(missing_ok=True)
-    return QuantizedFile(quantized, coverage, parity)
+    return QuantizedFile(quantized, coverage, parity, explanation)
 
 
 def _margin(metadata: Mapping[str, str]) -> float:

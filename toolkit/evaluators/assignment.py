@@ -120,6 +120,11 @@ class Judge:
         self._logits = self._answers(fp32, self._clean)
         self._float = self._flags(fp32)
 
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the float twin's clean logits."""
+        return float(self._logits.std())
+
     def drop(self, path: Path) -> Drop:
         """What the graph in a file loses against the float twin."""
         shares = [

@@ -64,7 +64,7 @@ def observe(
     """
     names = list(dict.fromkeys(tensors))
     with tempfile.TemporaryDirectory(prefix="toolkit-calibrate-") as folder:
-        session = _session(model, names, Path(folder))
+        session = exposed_session(model, names, Path(folder) / "observed.onnx")
         ends = _Ends()
         for batch in _run(session, names, reader):
             ends.add(batch)
@@ -86,7 +86,8 @@ def activation_bytes(model: ModelProto, tensors: Iterable[str]) -> int:
     return total
 
 
-def _session(model: ModelProto, names: list[str], folder: Path) -> Any:
+def exposed_session(model: ModelProto, names: Iterable[str], path: Path, *, optimized: bool = True) -> Any:
+    """A session on a copy of the graph, written to `path`, that gives float tensors of it as outputs too."""
     augmented = ModelProto()
     augmented.CopyFrom(model)
     shown = {value.name for value in augmented.graph.output}
@@ -94,9 +95,8 @@ def _session(model: ModelProto, names: list[str], folder: Path) -> Any:
     for name in names:
         if name not in shown | inputs:
             augmented.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    path = folder / "observed.onnx"
     onnx.save(augmented, path)
-    return make_session(path)
+    return make_session(path, optimized=optimized)
 
 
 def _run(session: Any, names: list[str], reader: CalibrationReader) -> Iterator[dict[str, Tensor]]:
