@@ -94,8 +94,8 @@ def test_it_works_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     assert Path(where.strip()).is_relative_to(installed), "the installed copy, not the checkout"
     assert "harden" in call([toolkit, "--help"], tmp_path).stdout
     assert "data set sample: embedded" in call([toolkit, "doctor"], tmp_path).stdout
-    command = "harden shipped:cnn8 --data sample --int8 --epochs 0 --n 40 --attacks pgd --steps 2 --rounds 3 --batch 1"
-    command += " --threads 1 --json"
+    command = "harden shipped:cnn8 --data sample --int8 --precision int8 --epochs 0 --n 40 --attacks pgd --steps 2"
+    command += " --rounds 3 --batch 1 --threads 1 --json"
     report = json.loads(call([toolkit, *command.split()], tmp_path).stdout)
     assert report["accuracy"]["deployed"]["total"] == 40
     assert report["quantization"]["integer_coverage"] >= 0.99
