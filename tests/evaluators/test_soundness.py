@@ -311,8 +311,8 @@ def probes(curve: Sequence[int], ladder: Sequence[int], flat: int = 0, fell: int
 @pytest.mark.parametrize(
     ("found", "names"),
     [
-        (probes([90, 60, 61, 5], [60, 61], 2, 5), []),
-        (probes([90, 60, 62, 5], [60, 61]), ["larger_radius_weaker"]),
+        (probes([90, 60, 62, 5], [60, 61], 2, 5), []),
+        (probes([90, 60, 63, 5], [60, 61]), ["larger_radius_weaker"]),
         (probes([90, 60, 50, 5], [70, 60, 62]), ["more_steps_weaker"]),
         (probes([90, 60, 50, 15], [60, 60]), []),
         (probes([90, 60, 50, 16], [60, 60]), ["large_radius_survived"]),
