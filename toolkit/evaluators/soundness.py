@@ -23,7 +23,7 @@ END_TO_END_PROBABILITY = 0.1
 LIMITS: Mapping[str, float] = {
     "integer_above_float": 0.003,
     "more_steps_weaker": 0.01,
-    "larger_radius_weaker": 0.02,  # the same number of steps, each of them longer: PGD-20 is coarser at twice the radius
+    "larger_radius_weaker": 0.02,  # of the same number of steps each is longer: PGD-20 is coarser at twice the radius
     "large_radius_survived": 0.05,
     "query_beats_gradient": 0.005,
     "zero_gradients": 0.02,
