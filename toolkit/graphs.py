@@ -23,9 +23,10 @@ from toolkit.evaluators.calibration_choice import CalibrationChoice, choose_cali
 from toolkit.evaluators.latency import ImageArray, Stopclock
 from toolkit.exporters.calibration import AdversarialShare
 from toolkit.exporters.end_to_end import EndToEndComparison, compare_end_to_end, export_end_to_end
+from toolkit.exporters.engine import QuantizedModel
 from toolkit.exporters.onnx import export_onnx, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
-from toolkit.exporters.quantize import QuantizedModel, Quantizer
+from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.prepare import PreparedAttack, describe

@@ -16,8 +16,9 @@ from toolkit.evaluators import calibration
 from toolkit.evaluators.calibration import compare_calibrations, judge
 from toolkit.evaluators.surrogate import UnconvertibleGraph
 from toolkit.exporters.calibration import AdversarialShare
+from toolkit.exporters.engine import QuantizedModel
 from toolkit.exporters.onnx import export_onnx
-from toolkit.exporters.quantize import QuantizedModel, quantize_int8
+from toolkit.exporters.quantize import quantize_int8
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.statistics import Mcnemar, mcnemar
 

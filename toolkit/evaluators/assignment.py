@@ -24,7 +24,7 @@ from toolkit.attacks.planned import PlannedAttack
 from toolkit.evaluators.accuracy import right
 from toolkit.evaluators.latency import Stopclock
 from toolkit.evaluators.timing import Interval, ratio_interval
-from toolkit.exporters.quantize import Quantizer
+from toolkit.exporters.engine import Writer
 from toolkit.exporters.session import OnnxPredictor, Provider
 from toolkit.progress import task
 
@@ -148,7 +148,7 @@ class Judge:
 
 
 def find_assignment(
-    quantizer: Quantizer,
+    quantizer: Writer,
     fp32: Path,
     folder: Path,
     judge: Judge,
@@ -191,7 +191,7 @@ def find_assignment(
 class _Search:
     """Assignments are named by the layers that they leave float beyond those of the configuration."""
 
-    def __init__(self, quantizer: Quantizer, fp32: Path, folder: Path, clock: Stopclock, seed: int) -> None:
+    def __init__(self, quantizer: Writer, fp32: Path, folder: Path, clock: Stopclock, seed: int) -> None:
         self._quantizer, self._fp32, self._folder, self._clock, self._seed = quantizer, fp32, folder, clock, seed
         self._layers = tuple(name for name in quantizer.layers if name not in quantizer.kept)
         self._cost = 0.0

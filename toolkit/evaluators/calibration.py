@@ -12,7 +12,7 @@ from toolkit.artifacts import Batch, Predictor, Proportion, Split
 from toolkit.attacks.planned import PlannedAttack
 from toolkit.evaluators.accuracy import correct
 from toolkit.evaluators.surrogate import Twin, UnconvertibleGraph, build_twin, saturation
-from toolkit.exporters.quantize import QuantizedModel
+from toolkit.exporters.engine import QuantizedModel
 from toolkit.exporters.session import OnnxPredictor, Provider
 from toolkit.progress import task
 from toolkit.statistics import Mcnemar, mcnemar

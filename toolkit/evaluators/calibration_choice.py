@@ -7,8 +7,7 @@ from pathlib import Path
 
 from toolkit.config import CalibrationName
 from toolkit.evaluators.assignment import Drop, Judge
-from toolkit.exporters.quantize import Quantizer
-from toolkit.exporters.ranges import METHODS
+from toolkit.exporters.engine import Writer
 from toolkit.progress import task
 
 TIE = 0.002
@@ -40,7 +39,7 @@ class CalibrationChoice:
     images: int
 
 
-def choose_calibration(quantizer: Quantizer, folder: Path, judge: Judge) -> CalibrationChoice:
+def choose_calibration(quantizer: Writer, folder: Path, judge: Judge) -> CalibrationChoice:
     """Write and judge one graph for every method; the calibration images are not read again.
 
     Args:
@@ -49,8 +48,8 @@ def choose_calibration(quantizer: Quantizer, folder: Path, judge: Judge) -> Cali
         judge: of accuracy.
     """
     scores = []
-    with task("calibration methods", len(METHODS)) as bar:
-        for method in METHODS:
+    with task("calibration methods", len(quantizer.methods)) as bar:
+        for method in quantizer.methods:
             path = folder / f"{method}.onnx"
             quantizer.with_calibration(method).write(path)
             scores.append(MethodScore(method, judge.drop(path), judge.disturbance(path)))

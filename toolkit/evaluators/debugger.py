@@ -19,10 +19,10 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from toolkit.artifacts import Split
 from toolkit.evaluators.assignment import Judge
+from toolkit.exporters.engine import Writer
 from toolkit.exporters.observer import exposed_session
 from toolkit.exporters.onnx import load_onnx
 from toolkit.exporters.precision import COMPUTE
-from toolkit.exporters.quantize import Quantizer
 from toolkit.progress import task
 
 DEQUANTISED = "_DequantizeLinear_Output"
@@ -108,7 +108,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in values.items()}
 
 
-def explain(quantizer: Quantizer, fp32: Path, deployed: Path, split: Split, judge: Judge) -> Explanation:
+def explain(quantizer: Writer, fp32: Path, deployed: Path, split: Split, judge: Judge) -> Explanation:
     """Find out which layers and tensors an integer graph loses accuracy in.
 
     Args:

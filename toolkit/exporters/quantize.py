@@ -7,15 +7,13 @@ import copy
 import io
 import logging
 import tempfile
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.calibrate import TensorsData
 from onnxruntime.quantization.quantize import save_tensors_data
@@ -24,22 +22,17 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from toolkit import progress
 from toolkit.artifacts import OnnxModel, Split
 from toolkit.config import CalibrationName, QuantizeConfig
-from toolkit.errors import ToolkitError
+from toolkit.exporters.admission import fixed_batch, refuse_bad_weights, refuse_missing_attack, refuse_quantised
 from toolkit.exporters.calibration import AdversarialShare, CalibrationReader, calibration_batch
+from toolkit.exporters.engine import QuantizedModel, float_layers, save_integer_graph
 from toolkit.exporters.input_folding import fold_normalization, move_quantiser_to_pixels, read_shape_from_image
-from toolkit.exporters.input_range import InputGrid, covering_grid, input_range, pixel_map
+from toolkit.exporters.input_range import InputGrid, covering_grid, pixel_map
 from toolkit.exporters.observer import activation_bytes, observe
-from toolkit.exporters.onnx import load_onnx, save_onnx
-from toolkit.exporters.precision import (
-    COMPUTE,
-    LayerPrecision,
-    between_float,
-    layer_precision,
-    named_layers,
-    precision_faults,
-)
-from toolkit.exporters.ranges import Interval, choose_range, needs_histogram
-from toolkit.exporters.rewrites import remove_unused_initializers, rewrite, strip_metadata
+from toolkit.exporters.onnx import load_onnx
+from toolkit.exporters.precision import COMPUTE, between_float
+from toolkit.exporters.qdq import finish, keep_islands_float, keep_logits_float
+from toolkit.exporters.ranges import METHODS, Interval, choose_range, needs_histogram
+from toolkit.exporters.rewrites import rewrite
 from toolkit.exporters.session import hide_log
 
 QUANTISED_OPERATORS = [
@@ -47,21 +40,6 @@ QUANTISED_OPERATORS = [
     "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Pad", "Split",
 ]  # fmt: skip
 """Operators with integer kernels in ONNX Runtime; LayerNormalization, Softmax and Gelu have none."""
-
-
-@dataclass(frozen=True)
-class QuantizedModel:
-    """An integer graph and how it was made."""
-
-    model: OnnxModel
-    layers: tuple[LayerPrecision, ...]
-    calibration: CalibrationName
-    calibration_images: int
-    per_channel: bool
-    input_range: tuple[float, float] | None
-    """The pixels that the input quantiser represents; None: the first layer is float."""
-    adversarial_images: int = 0
-    """Of the calibration images, those that came attacked."""
 
 
 def quantize_int8(
@@ -106,22 +84,16 @@ class Quantizer:
         adversarial: AdversarialShare | None = None,
     ) -> None:
         self._config, self._path = config, model.path
-        _refuse_missing_attack(config, adversarial, model.path)
+        refuse_missing_attack(config, adversarial, model.path)
         self._source = load_onnx(model.path)
-        _refuse_quantised(self._source, model.path)
-        _refuse_bad_weights(self._source, model.path)
-        fixed = _fixed_batch(self._source, model.path, calibration)
+        refuse_quantised(self._source, model.path)
+        refuse_bad_weights(self._source, model.path)
+        fixed = fixed_batch(self._source, model.path, calibration)
         self._margin = float(np.max(np.atleast_1d(input_margin)))
         rewritten = rewrite(self._source)
         read_shape_from_image(rewritten, pixel_map(rewritten))
         self._plain = _preprocess(rewritten)
-        self._kept = named_layers(self._plain, config.keep_float)
-        if len(self._kept) == len(self.layers):
-            raise ToolkitError(
-                "no layer is left to quantise",
-                found=f"{model.path}: --keep-float names all of {len(self._kept)} layers, or there is none",
-                fix="name fewer layers, or ship the float graph (`toolkit harden --allow-float` without --int8)",
-            )
+        self._kept = float_layers(self._plain, config.keep_float, model.path)
         tensors = _tensors(self._plain)
         self._reader = CalibrationReader(
             calibration,
@@ -137,6 +109,11 @@ class Quantizer:
         with progress.task("calibrate", len(self._reader) * (2 if histograms else 1)) as task:
             self._reader.report_to(task)
             self._observed = observe(self._plain, tensors, self._reader, histograms=histograms)
+
+    @property
+    def methods(self) -> tuple[CalibrationName, ...]:
+        """The calibration methods that `with_calibration` takes."""
+        return METHODS
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -162,23 +139,17 @@ class Quantizer:
         Raises:
             ValueError: the configuration leaves the calibration method open; see `with_calibration`.
         """
-        config = self._config
         if self._method is None:
             raise ValueError("no calibration method is chosen")
         kept = {*self._kept, *keep_float}
-        quantised = self._build(kept)
-        faults = precision_faults(quantised, per_channel=config.per_channel, kept=kept)
-        if faults:
-            raise RuntimeError(f"onnxruntime made another graph than was asked for: {'; '.join(faults)}")
-        save_onnx(quantised, output)
-        return QuantizedModel(
-            OnnxModel(output, "deployed"),
-            layer_precision(quantised),
-            self._method,
-            self._reader.images,
-            config.per_channel,
-            input_range(output),
-            self._reader.adversarial_images,
+        return save_integer_graph(
+            self._build(kept),
+            output,
+            engine="onnxruntime",
+            calibration=self._method,
+            reader=self._reader,
+            per_channel=self._config.per_channel,
+            kept=kept,
         )
 
     def _chosen_ranges(self) -> dict[str, Interval]:
@@ -206,9 +177,9 @@ class Quantizer:
         )
         if folded is not None:
             move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
-        _keep_logits_float(quantised)
-        _keep_islands_float(quantised, kept)
-        _finish(quantised, self._source)
+        keep_logits_float(quantised)
+        keep_islands_float(quantised, kept)
+        finish(quantised, self._source)
         return quantised
 
 
@@ -285,58 +256,6 @@ def _silence() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _refuse_missing_attack(config: QuantizeConfig, adversarial: AdversarialShare | None, path: Path) -> None:
-    if config.calibrate_adversarial > 0 and adversarial is None:
-        raise ToolkitError(
-            "--calibrate-adversarial needs the torch network, which the attacked images are made on",
-            found=f"an ONNX file alone: {path}",
-            fix="run `toolkit harden MODEL --int8 --calibrate-adversarial SHARE` (with --prune 0 --finetune none to "
-            "leave the network as it is), or leave the flag away",
-        )
-
-
-def _refuse_quantised(model: ModelProto, path: Path) -> None:
-    counts = Counter(
-        node.op_type for node in model.graph.node
-        if node.op_type in {"QuantizeLinear", "DequantizeLinear", "QGemm"}
-        or node.op_type.startswith("QLinear")
-        or node.op_type.endswith("Integer")
-    )  # fmt: skip
-    if counts:
-        raise ToolkitError(
-            "the graph is quantised already",
-            found=f"{path}: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items())),
-            fix="give the float graph: model.fp32.onnx of a bundle, or `toolkit export` of the network",
-        )
-
-
-def _fixed_batch(model: ModelProto, path: Path, calibration: Split) -> int | None:
-    """The batch size that the graph insists on, if it does; refuses images that do not fit the graph."""
-    sizes = [axis.dim_value or None for axis in model.graph.input[0].type.tensor_type.shape.dim]
-    shape = calibration.images.shape
-    if len(sizes) != 4 or any(size not in (None, given) for size, given in zip(sizes[1:], shape, strict=True)):
-        raise ToolkitError(
-            "the calibration images do not fit the graph",
-            found=f"images {list(shape)}; {path} takes {[size or 'any' for size in sizes]}",
-            fix="name data of the right size and channels (--data, --size)",
-        )
-    return sizes[0]
-
-
-def _refuse_bad_weights(model: ModelProto, path: Path) -> None:
-    owners = {name: node.name for node in model.graph.node for name in node.input}
-    for item in model.graph.initializer:
-        values = numpy_helper.to_array(item)
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            bad = int(values.size - np.isfinite(values).sum())
-            raise ToolkitError(
-                "a layer has weights that are no numbers",
-                found=f"{path}: {bad} of {values.size} values of '{item.name}' (layer '{owners.get(item.name, '?')}') "
-                "are NaN or infinite",
-                fix="the training diverged: train again with a lower --learning-rate, or take an earlier checkpoint",
-            )
-
-
 def _left_float(model: ModelProto) -> list[str]:
     return [*_tail(model), *_residual_stream(model)]
 
@@ -368,59 +287,3 @@ def _tail(model: ModelProto) -> list[str]:
         if not fuses:
             tail.append(node.name)
     return tail
-
-
-def _keep_logits_float(model: ModelProto) -> None:
-    """Take the output quantiser off every Gemm and MatMul that no other layer follows, in place."""
-    reaches: set[str] = set()
-    last: set[str] = set()
-    for node in reversed(model.graph.node):
-        if node.op_type in COMPUTE or any(name in reaches for name in node.output):
-            if node.op_type in {"Gemm", "MatMul"} and node.output[0] not in reaches:
-                last.add(node.output[0])
-            reaches.update(node.input)
-    quantisers = {node.output[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    removed = set()
-    for node in list(model.graph.node):
-        quantiser = quantisers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
-        if quantiser is not None and quantiser.input[0] in last:
-            removed |= {node.output[0], quantiser.output[0]}
-            _rename(model, quantiser.input[0], node.output[0])
-    kept = [node for node in model.graph.node if not (node.output[0] in removed and node.op_type.endswith("Linear"))]
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
-
-
-def _keep_islands_float(model: ModelProto, kept: Collection[str]) -> None:
-    """Put an identity that is not recognised as one behind float layers between two quantisers, in place.
-
-    ONNX Runtime quantises the weights of such a layer itself, with one scale for all (its WeightBiasQuantization, found
-    in 1.31). A LeakyRelu of slope 1 behind the layer keeps it from that, and is fused into the layer's float kernel.
-    """
-    dequantised = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    for index in range(len(model.graph.node) - 1, -1, -1):
-        node = model.graph.node[index]
-        if node.name in kept and node.input[0] in dequantised:
-            result = node.output[0]
-            node.output[0] = f"{result}_float"
-            same = helper.make_node("LeakyRelu", [node.output[0]], [result], name=f"{node.name}_float", alpha=1.0)
-            model.graph.node.insert(index + 1, same)
-
-
-def _rename(model: ModelProto, old: str, new: str) -> None:
-    for node in model.graph.node:
-        for index, name in enumerate(node.output):
-            if name == old:
-                node.output[index] = new
-
-
-def _finish(model: ModelProto, source: ModelProto) -> None:
-    remove_unused_initializers(model.graph)
-    del model.graph.value_info[:]  # names of float tensors that are gone
-    strip_metadata(model)
-    used = {node.domain for node in model.graph.node}  # onnxruntime declares every domain that it knows
-    kept = [entry for entry in model.opset_import if entry.domain in used]
-    del model.opset_import[:]
-    model.opset_import.extend(kept)
-    model.producer_name, model.producer_version = source.producer_name, source.producer_version
-    helper.set_model_props(model, {entry.key: entry.value for entry in source.metadata_props})

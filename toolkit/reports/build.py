@@ -19,8 +19,8 @@ from toolkit.evaluators.latency import LatencyRow
 from toolkit.evaluators.soundness import Check
 from toolkit.evaluators.timing import Interval
 from toolkit.exporters.end_to_end import EndToEndComparison
+from toolkit.exporters.engine import QuantizedModel
 from toolkit.exporters.parity import Parity
-from toolkit.exporters.quantize import QuantizedModel
 from toolkit.paths import public_name
 from toolkit.pruning import PruningResult
 from toolkit.reports import schema

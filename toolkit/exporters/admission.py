@@ -1,0 +1,69 @@
+"""What cannot be quantised: refused before any work is done."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto, numpy_helper
+
+from toolkit.artifacts import Split
+from toolkit.config import QuantizeConfig
+from toolkit.errors import ToolkitError
+from toolkit.exporters.calibration import AdversarialShare
+
+
+def refuse_missing_attack(config: QuantizeConfig, adversarial: AdversarialShare | None, path: Path) -> None:
+    """Adversarial images need an attack that makes them."""
+    if config.calibrate_adversarial > 0 and adversarial is None:
+        raise ToolkitError(
+            "--calibrate-adversarial needs the torch network, which the attacked images are made on",
+            found=f"an ONNX file alone: {path}",
+            fix="run `toolkit harden MODEL --int8 --calibrate-adversarial SHARE` (with --prune 0 --finetune none to "
+            "leave the network as it is), or leave the flag away",
+        )
+
+
+def refuse_quantised(model: ModelProto, path: Path) -> None:
+    """A graph is quantised once."""
+    counts = Counter(
+        node.op_type for node in model.graph.node
+        if node.op_type in {"QuantizeLinear", "DequantizeLinear", "QGemm"}
+        or node.op_type.startswith("QLinear")
+        or node.op_type.endswith("Integer")
+    )  # fmt: skip
+    if counts:
+        raise ToolkitError(
+            "the graph is quantised already",
+            found=f"{path}: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items())),
+            fix="give the float graph: model.fp32.onnx of a bundle, or `toolkit export` of the network",
+        )
+
+
+def fixed_batch(model: ModelProto, path: Path, calibration: Split) -> int | None:
+    """The batch size that the graph insists on, if it does; refuses images that do not fit the graph."""
+    sizes = [axis.dim_value or None for axis in model.graph.input[0].type.tensor_type.shape.dim]
+    shape = calibration.images.shape
+    if len(sizes) != 4 or any(size not in (None, given) for size, given in zip(sizes[1:], shape, strict=True)):
+        raise ToolkitError(
+            "the calibration images do not fit the graph",
+            found=f"images {list(shape)}; {path} takes {[size or 'any' for size in sizes]}",
+            fix="name data of the right size and channels (--data, --size)",
+        )
+    return sizes[0]
+
+
+def refuse_bad_weights(model: ModelProto, path: Path) -> None:
+    """Weights must be numbers."""
+    owners = {name: node.name for node in model.graph.node for name in node.input}
+    for item in model.graph.initializer:
+        values = numpy_helper.to_array(item)
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            bad = int(values.size - np.isfinite(values).sum())
+            raise ToolkitError(
+                "a layer has weights that are no numbers",
+                found=f"{path}: {bad} of {values.size} values of '{item.name}' (layer '{owners.get(item.name, '?')}') "
+                "are NaN or infinite",
+                fix="the training diverged: train again with a lower --learning-rate, or take an earlier checkpoint",
+            )

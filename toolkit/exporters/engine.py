@@ -1,0 +1,109 @@
+"""What the engines of static quantisation share: the integer graph that they write, and how it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from onnx import ModelProto
+
+from toolkit.artifacts import OnnxModel
+from toolkit.config import CalibrationName
+from toolkit.errors import ToolkitError
+from toolkit.exporters.calibration import CalibrationReader
+from toolkit.exporters.input_range import input_range
+from toolkit.exporters.onnx import save_onnx
+from toolkit.exporters.precision import COMPUTE, LayerPrecision, layer_precision, named_layers, precision_faults
+
+EngineName = Literal["onnxruntime", "neural-compressor"]
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """An integer graph and how it was made."""
+
+    model: OnnxModel
+    layers: tuple[LayerPrecision, ...]
+    calibration: CalibrationName
+    calibration_images: int
+    per_channel: bool
+    input_range: tuple[float, float] | None
+    """The pixels that the input quantiser represents; None: the first layer is float."""
+    adversarial_images: int = 0
+    """Of the calibration images, those that came attacked."""
+    engine: EngineName = "onnxruntime"
+
+
+class Writer(Protocol):
+    """Writes integer graphs of one network, any of its layers left float."""
+
+    @property
+    def methods(self) -> tuple[CalibrationName, ...]:
+        """The calibration methods that `with_calibration` takes."""
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The layers that the configuration leaves float."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers, in the order of the float twin."""
+
+    def with_calibration(self, method: CalibrationName) -> Writer:
+        """One that calibrates by another method."""
+
+    def write(self, output: Path, *, keep_float: Collection[str] = ()) -> QuantizedModel:
+        """Write the integer graph, with further layers left float."""
+
+
+def float_layers(model: ModelProto, patterns: Collection[str], path: Path) -> tuple[str, ...]:
+    """The layers that patterns leave float.
+
+    Raises:
+        ToolkitError: a pattern fits no layer, or none would be left to quantise.
+    """
+    kept = named_layers(model, patterns)
+    if len(kept) == sum(node.op_type in COMPUTE for node in model.graph.node):
+        raise ToolkitError(
+            "no layer is left to quantise",
+            found=f"{path}: --keep-float names all of {len(kept)} layers, or there is none",
+            fix="name fewer layers, or ship the float graph (`toolkit harden --allow-float` without --int8)",
+        )
+    return kept
+
+
+def save_integer_graph(
+    quantised: ModelProto,
+    output: Path,
+    *,
+    engine: EngineName,
+    calibration: CalibrationName,
+    reader: CalibrationReader,
+    per_channel: bool,
+    kept: Collection[str],
+) -> QuantizedModel:
+    """Write a finished graph in QDQ form, once it is seen to be what was asked for.
+
+    Args:
+        quantised: the graph.
+        output: the file.
+        engine: which made it; calibration: by which method; reader: of which images.
+        per_channel: the granularity of weight scales that was asked for.
+        kept: the layers that must be float; all others must have integer weights.
+    """
+    faults = precision_faults(quantised, per_channel=per_channel, kept=kept)
+    if faults:
+        raise RuntimeError(f"{engine} made another graph than was asked for: {'; '.join(faults)}")
+    save_onnx(quantised, output)
+    return QuantizedModel(
+        OnnxModel(output, "deployed"),
+        layer_precision(quantised),
+        calibration,
+        reader.images,
+        per_channel,
+        input_range(output),
+        reader.adversarial_images,
+        engine,
+    )
