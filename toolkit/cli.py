@@ -24,6 +24,7 @@ from toolkit.config import (
     ModelRunConfig,
     PruneConfig,
     QuantizeConfig,
+    SimulateRunConfig,
     TrainRunConfig,
     build,
     merge,
@@ -300,6 +301,33 @@ def _print_explanation(found: Explanation) -> None:
     _table(("layer", "error gone", "so far", "own", "clipped", "try"), rows)
     if not any(blame.advice for blame in found.layers):
         print("no layer's part in the error is worth a remedy")
+
+
+SIMULATE_FLAGS = (*flags.SIMULATE, *flags.MODEL, *flags.DATA, *flags.EVALUATION, *flags.THREAT, *flags.MACHINE)
+
+
+@app.command()
+@flags.with_flags(SIMULATE_FLAGS, SimulateRunConfig)
+def simulate(
+    settings: Settings,
+    model: Model,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """SIMULATED int16, int8, int4, int2 and binary: accuracy of the rounded torch network, no graph is written."""
+    _start(quiet, verbose)
+    config = build(
+        SimulateRunConfig, flags.nested(settings | {"model.path": model}), flags.names_by_path(SIMULATE_FLAGS)
+    )
+    from toolkit import simulating
+
+    found = simulating.run_simulation(config)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+        return
+    print(f"{found.caption}\n")
+    _table(simulating.HEADER, found.cells)
 
 
 ATTACK_FLAGS = (

@@ -219,6 +219,14 @@ class AttackRunConfig(ModelRunConfig):
     """Seconds that the attacks may take; None: as long as they need."""
 
 
+class SimulateRunConfig(ModelRunConfig):
+    """Everything `toolkit simulate` needs."""
+
+    bits: tuple[str, ...] = ("16", "8", "4", "2", "1")
+    """`8`: weights and activations of 8 bits; `4/8`: weights of 4; 32 stays float."""
+    per_channel: bool = True
+
+
 class TrainRunConfig(MachineConfig):
     """Everything `toolkit train` needs."""
 

@@ -103,6 +103,14 @@ QUANTIZE = (
         float,
     ),
 )
+SIMULATE = (
+    Flag(
+        "--bits",
+        "bits",
+        "Bits, 1 to 16 (1: binary), of weights and activations; 4/8: of each apart; 32: left float.",
+    ),
+    Flag("--per-channel/--per-tensor", "per_channel", "Granularity of weight scales.", bool),
+)
 PRECISION = (
     Flag("--precision", "quantize.precision", "auto: the fastest layers in integers, by measuring; int8: all layers."),
     Flag("--max-drop", "quantize.max_drop", "Clean and robust accuracy that auto may lose, as a fraction.", float),
@@ -121,7 +129,7 @@ MACHINE = (
     Flag("--seed", "seed", "Seed of everything random.", int),
     Flag("--threads", "threads", "CPU threads.", int),
 )
-LISTS = ("model.mean", "model.std", "benchmark.batches", "quantize.keep_float")
+LISTS = ("model.mean", "model.std", "benchmark.batches", "quantize.keep_float", "bits")
 """Fields whose flags take several values with commas between."""
 
 
