@@ -266,25 +266,44 @@ def quantize(
     data = build(DataConfig, values.pop("data", {}), _tails(flags.DATA))
     machine = build(MachineConfig, values, flags.names_by_path(flags.MACHINE))
     from toolkit import stages
+    from toolkit.reports.targets import HEADER, target_cells, untested_words
+    from toolkit.targets import target_record
 
     made = stages.quantize_file(
         file, data, how, output, seed=machine.seed, threads=machine.threads, force=force, explained=explained
     )
-    coverage = made.coverage
+    coverage, targets = made.coverage, [target_record(target) for target in made.targets]
     if as_json:
         layers = [{"layer": row.layer, "kernel": row.kernel, "macs": row.macs} for row in coverage.layers]
-        found = {"integer_coverage": coverage.share, "layers": layers, "parity": made.parity.as_dict()}
+        found = {
+            "integer_coverage": coverage.share,
+            "layers": layers,
+            "parity": made.parity.as_dict(),
+            "accuracy": {name: share.as_dict() for name, share in made.accuracy.items()},
+            "bytes": dict(made.bytes),
+            "weights": made.quantized.weights,
+            "activations": f"uint{made.quantized.activation_bits} asymmetric",
+        }
         if made.explanation:
             found["explanation"] = made.explanation.as_dict()
+        if targets:
+            found["targets"] = [target.model_dump() for target in targets]
         print(json.dumps({"output": str(output), "calibration": made.quantized.calibration, **found}))
         return
     rows = [(row.layer, row.kernel, f"{row.macs:,}", "yes" if row.integer else "no") for row in coverage.layers]
     _table(("layer", "kernel after optimisation", "MACs", "integer"), rows)
     print(f"integer coverage {coverage.share:.2%} of MACs, {coverage.kernel_time_share_integer:.1%} of kernel time")
     print(f"calibration: {made.quantized.calibration}, {made.quantized.calibration_images} images")
+    print(f"weights: {made.quantized.weights}; activations: uint{made.quantized.activation_bits} asymmetric")
     print(f"same label as the float file: {made.parity.agreement}")
+    print(f"accuracy: {made.accuracy['deployed']}; of the float file {made.accuracy['fp32']}")
+    print(f"size: {made.bytes['deployed']:,} bytes; of the float file {made.bytes['fp32']:,}")
     if made.explanation:
         _print_explanation(made.explanation)
+    if targets:
+        print()
+        _table(HEADER, target_cells(targets))
+        print("\n".join(filter(None, map(untested_words, targets))))
     print(f"\nwritten: {output}\nnext:    toolkit benchmark {file} {output}")
 
 

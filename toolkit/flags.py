@@ -96,6 +96,13 @@ QUANTIZE = (
     Flag("--percentile", "quantize.percentile", "Percentile of --calibrate percentile.", float),
     Flag("--per-channel/--per-tensor", "quantize.per_channel", "Granularity of weight scales.", bool),
     Flag("--keep-float", "quantize.keep_float", "Layers to leave float, e.g. node_conv2d,node_linear*."),
+    Flag("--activation-bits", "quantize.activation_bits", "8, or 16 (which ONNX Runtime computes in float).", int),
+    Flag("--weight-bits", "quantize.weight_bits", "8, or 4 for linear layers; `toolkit simulate` has others.", int),
+    Flag(
+        "--target",
+        "quantize.targets",
+        "Files for other runtimes as well: tensorrt (symmetric int8, model.trt.onnx), cuda (float16, model.fp16.onnx).",
+    ),
     Flag(
         "--calibrate-adversarial",
         "quantize.calibrate_adversarial",
@@ -129,7 +136,7 @@ MACHINE = (
     Flag("--seed", "seed", "Seed of everything random.", int),
     Flag("--threads", "threads", "CPU threads.", int),
 )
-LISTS = ("model.mean", "model.std", "benchmark.batches", "quantize.keep_float", "bits")
+LISTS = ("model.mean", "model.std", "benchmark.batches", "quantize.keep_float", "quantize.targets", "bits")
 """Fields whose flags take several values with commas between."""
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from toolkit import bundle
-from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, TorchModel
+from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Proportion, TorchModel
 from toolkit.attacks.threat import ThreatModel, resolve_plan
 from toolkit.config import (
     BenchmarkConfig,
@@ -25,21 +25,25 @@ from toolkit.config import (
 from toolkit.data.sources import load_source
 from toolkit.data.splits import make_splits
 from toolkit.errors import ToolkitError
+from toolkit.evaluators.accuracy import measure_accuracy
 from toolkit.evaluators.assignment import Judge
 from toolkit.evaluators.calibration_choice import choose_calibration
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
 from toolkit.evaluators.debugger import Explanation, explain
 from toolkit.evaluators.latency import LatencyRow, benchmark
+from toolkit.exporters.admission import refuse_bits
 from toolkit.exporters.engine import QuantizedModel
 from toolkit.exporters.onnx import export_onnx, read_metadata, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
 from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.session import OnnxPredictor
+from toolkit.exporters.target_kinds import chosen_targets, target_file
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import check_outputs
 from toolkit.models.registry import build_network
 from toolkit.prepare import describe, load_teacher, prepare, set_threads
 from toolkit.pruning import PruningResult, prune
+from toolkit.targets import TargetMaker, TargetResult, make_beside
 from toolkit.training.loop import train
 from toolkit.training.losses import ATTACKED
 from toolkit.training.records import TrainingResult
@@ -157,6 +161,12 @@ class QuantizedFile:
     parity: Parity
     explanation: Explanation | None
     """Where it was asked for."""
+    accuracy: Mapping[str, Proportion]
+    """Of the float file (`fp32`) and of the integer one (`deployed`) on the evaluation images."""
+    bytes: Mapping[str, int]
+    """The sizes of both files."""
+    targets: tuple[TargetResult, ...]
+    """The files for other runtimes beside it."""
 
 
 def quantize_file(
@@ -171,7 +181,11 @@ def quantize_file(
     explained: bool = False,
 ) -> QuantizedFile:
     """Quantise a float ONNX classifier with calibration images of `data`; `explained`: say where accuracy is lost."""
-    _refuse_existing(output, force=force)
+    refuse_bits(how)
+    kinds = chosen_targets(how)
+    beside = {kind.name: output.with_name(target_file(output.name, kind)) for kind in kinds}
+    for file in (output, *beside.values()):
+        _refuse_existing(file, force=force)
     set_threads(threads)
     reference = OnnxPredictor(path)
     if data.source is None:
@@ -201,11 +215,21 @@ def quantize_file(
                 explanation = explain(quantizer, path, partial, shown, Judge(path, shown, None))
             write_metadata(partial, read_metadata(path))
             coverage = integer_coverage(partial)
-            parity = measure_parity(reference, OnnxPredictor(partial), splits.evaluation)
+            files = {"fp32": path, "deployed": partial}
+            sizes = {name: file.stat().st_size for name, file in files.items()}
+            predictors = {name: OnnxPredictor(file) for name, file in files.items()}
+            parity = measure_parity(reference, predictors["deployed"], splits.evaluation)
+            accuracy = {name: measure_accuracy(predictor, splits.evaluation) for name, predictor in predictors.items()}
+            maker = TargetMaker(OnnxModel(path, "fp32"), splits.calibration, splits.evaluation, how, margin)
+            targets = make_beside(maker, kinds, output.parent, partial.name)
+            for made in targets:
+                partial.with_name(made.file).replace(beside[made.kind.name])
             partial.replace(output)
         finally:
-            partial.unlink(missing_ok=True)
-    return QuantizedFile(quantized, coverage, parity, explanation)
+            for file in (partial, *(partial.with_name(target_file(partial.name, kind)) for kind in kinds)):
+                file.unlink(missing_ok=True)
+    targets = tuple(replace(made, file=beside[made.kind.name].name) for made in targets)
+    return QuantizedFile(quantized, coverage, parity, explanation, accuracy, sizes, targets)
 
 
 def _margin(metadata: Mapping[str, str]) -> float:

@@ -1,4 +1,7 @@
-"""Static integer quantisation with onnxruntime: int8 symmetric per-channel weights, uint8 asymmetric activations."""
+"""Static integer quantisation with onnxruntime: int8 symmetric per-channel weights, uint8 asymmetric activations.
+
+Where asked for, activations are uint16 (no integer kernel of ONNX Runtime reads them), linear layers' weights int4.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import copy
 import io
 import logging
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +25,27 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from toolkit import progress
 from toolkit.artifacts import OnnxModel, Split
 from toolkit.config import CalibrationName, QuantizeConfig
-from toolkit.exporters.admission import fixed_batch, refuse_bad_weights, refuse_missing_attack, refuse_quantised
+from toolkit.exporters.admission import (
+    COARSE_METHODS,
+    fixed_batch,
+    refuse_bad_weights,
+    refuse_bits,
+    refuse_missing_attack,
+    refuse_quantised,
+)
 from toolkit.exporters.calibration import AdversarialShare, CalibrationReader, calibration_batch
 from toolkit.exporters.engine import QuantizedModel, float_layers, save_integer_graph
+from toolkit.exporters.four_bits import four_bit_layers, pack_four_bits
 from toolkit.exporters.input_folding import fold_normalization, move_quantiser_to_pixels, read_shape_from_image
 from toolkit.exporters.input_range import InputGrid, covering_grid, pixel_map
 from toolkit.exporters.observer import activation_bytes, observe
-from toolkit.exporters.onnx import load_onnx
+from toolkit.exporters.onnx import load_onnx, save_onnx
 from toolkit.exporters.precision import COMPUTE, between_float
 from toolkit.exporters.qdq import finish, keep_islands_float, keep_logits_float
 from toolkit.exporters.ranges import METHODS, Interval, choose_range, needs_histogram
 from toolkit.exporters.rewrites import rewrite
 from toolkit.exporters.session import hide_log
+from toolkit.exporters.tensorrt import symmetric_options, tensorrt_faults
 
 QUANTISED_OPERATORS = [
     *COMPUTE, "Add", "Mul", "Relu", "LeakyRelu", "Clip", "Sigmoid", "MaxPool", "AveragePool", "GlobalAveragePool",
@@ -84,6 +96,7 @@ class Quantizer:
         adversarial: AdversarialShare | None = None,
     ) -> None:
         self._config, self._path = config, model.path
+        refuse_bits(config)
         refuse_missing_attack(config, adversarial, model.path)
         self._source = load_onnx(model.path)
         refuse_quantised(self._source, model.path)
@@ -94,6 +107,7 @@ class Quantizer:
         read_shape_from_image(rewritten, pixel_map(rewritten))
         self._plain = _preprocess(rewritten)
         self._kept = float_layers(self._plain, config.keep_float, model.path)
+        self._four_bit = four_bit_layers(self._plain) if config.weight_bits == 4 else ()
         tensors = _tensors(self._plain)
         self._reader = CalibrationReader(
             calibration,
@@ -113,6 +127,8 @@ class Quantizer:
     @property
     def methods(self) -> tuple[CalibrationName, ...]:
         """The calibration methods that `with_calibration` takes."""
+        if self._config.activation_bits == 16:
+            return tuple(method for method in METHODS if method not in COARSE_METHODS)
         return METHODS
 
     @property
@@ -142,15 +158,42 @@ class Quantizer:
         if self._method is None:
             raise ValueError("no calibration method is chosen")
         kept = {*self._kept, *keep_float}
+        four = {*self._four_bit} - kept
+        built = self._build(kept | four, islands=kept)
         return save_integer_graph(
-            self._build(kept),
+            pack_four_bits(built, four) if four else built,
             output,
             engine="onnxruntime",
             calibration=self._method,
             reader=self._reader,
             per_channel=self._config.per_channel,
             kept=kept,
+            four_bit=four,
+            activation_bits=self._config.activation_bits,
         )
+
+    def write_tensorrt(self, output: Path) -> None:
+        """Write the symmetric S8S8 graph that TensorRT wants, of the same ranges; see `exporters.tensorrt`.
+
+        The layers that the configuration leaves float stay so.
+        """
+        prepared = ModelProto()
+        prepared.CopyFrom(self._plain)
+        mapping = pixel_map(prepared)
+        made = _run_onnxruntime(
+            prepared,
+            self._chosen_ranges(),
+            symmetric_options(mapping, self._margin),
+            self._kept,
+            per_channel=self._config.per_channel,
+            activations=QuantType.QInt8,
+            operators=COMPUTE,
+        )
+        finish(made, self._source)
+        faults = tensorrt_faults(made, kept=self._kept)
+        if faults:
+            raise RuntimeError(f"the graph for TensorRT is another than was asked for: {'; '.join(faults)}")
+        save_onnx(made, output)
 
     def _chosen_ranges(self) -> dict[str, Interval]:
         method = self._method
@@ -162,23 +205,31 @@ class Quantizer:
             }
         return self._ranges[method]
 
-    def _build(self, kept: Collection[str]) -> ModelProto:
+    def _build(self, kept: Collection[str], islands: Collection[str]) -> ModelProto:
+        """The graph in QDQ form but for the layers `kept`, of which ONNX Runtime is to leave `islands` float."""
         config, prepared = self._config, ModelProto()
         prepared.CopyFrom(self._plain)
         mapping = pixel_map(prepared)
         readers = {node.name for node in prepared.graph.node if mapping.tensor in node.input}
-        folded = None if readers & set(kept) else fold_normalization(prepared, mapping, self._margin)
-        grid = covering_grid(float(mapping.of(-self._margin).min()), float(mapping.of(1 + self._margin).max()))
+        wide = config.activation_bits == 16  # computed in float, so that nothing is gained by folding
+        folded = None if wide or readers & set(kept) else fold_normalization(prepared, mapping, self._margin)
+        levels = 2**config.activation_bits - 1
+        grid = covering_grid(float(mapping.of(-self._margin).min()), float(mapping.of(1 + self._margin).max()), levels)
         if folded is not None:
             grid = InputGrid(np.ones(1), folded.quantiser.zero_point + folded.mean_steps)
         left_float = {*kept, *between_float(prepared, kept), *(node.name for node in pixel_map(prepared).nodes)}
         quantised = _run_onnxruntime(
-            prepared, self._chosen_ranges(), _options(mapping.tensor, grid), config, left_float
+            prepared,
+            self._chosen_ranges(),
+            _options(mapping.tensor, grid, config),
+            left_float,
+            per_channel=config.per_channel,
+            activations=QuantType.QUInt16 if wide else QuantType.QUInt8,
         )
         if folded is not None:
             move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
         keep_logits_float(quantised)
-        keep_islands_float(quantised, kept)
+        keep_islands_float(quantised, islands)
         finish(quantised, self._source)
         return quantised
 
@@ -211,8 +262,11 @@ def _run_onnxruntime(
     prepared: ModelProto,
     ranges: Mapping[str, Interval],
     options: dict[str, Any],
-    config: QuantizeConfig,
     left_float: Collection[str],
+    *,
+    per_channel: bool,
+    activations: QuantType,
+    operators: Sequence[str] = QUANTISED_OPERATORS,
 ) -> ModelProto:
     known = {name: tuple(np.float32(end) for end in ends) for name, ends in ranges.items()}
     with tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as folder, _silence():
@@ -224,10 +278,10 @@ def _run_onnxruntime(
             after,
             None,
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=QUANTISED_OPERATORS,
+            op_types_to_quantize=list(operators),
             nodes_to_exclude=[*_left_float(prepared), *left_float],
-            per_channel=config.per_channel,
-            activation_type=QuantType.QUInt8,
+            per_channel=per_channel,
+            activation_type=activations,
             weight_type=QuantType.QInt8,
             calibration_cache_path=cache,
             extra_options=options,
@@ -235,11 +289,16 @@ def _run_onnxruntime(
         return onnx.load(after)
 
 
-def _options(tensor: str, grid: InputGrid) -> dict[str, Any]:
-    step, zero_point = np.array(grid.step[0], dtype=np.float32), np.array(grid.zero_point, dtype=np.uint8)
+def _options(tensor: str, grid: InputGrid, config: QuantizeConfig) -> dict[str, Any]:
+    kind = np.uint8 if config.activation_bits == 8 else np.uint16
+    step, zero_point = np.array(grid.step[0], dtype=np.float32), np.array(grid.zero_point, dtype=kind)
+    if step < grid.step[0]:  # float32 must not round the ends of the range inwards
+        step = np.array(np.nextafter(step, np.float32(np.inf)))
     return {
         "ActivationSymmetric": False,
         "WeightSymmetric": True,
+        # Of 16-bit sums an int32 bias may overflow, and onnxruntime would make weights coarser to prevent it.
+        "QuantizeBias": config.activation_bits == 8,
         "TensorQuantOverrides": {tensor: [{"scale": step, "zero_point": zero_point}]},
     }
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from toolkit.evaluators.timing import BUSY
 from toolkit.reports.robustness import JUDGES, marked, robust_text, robustness_section
 from toolkit.reports.schema import Assignment, CalibrationComparison, Latency, Quantization, Report, Share
+from toolkit.reports.targets import coverage_text, targets_section
 from toolkit.reports.words import percent, table, threat_text
 
 
@@ -20,6 +21,7 @@ def render_markdown(report: Report) -> str:
         _size(report),
         _speed(report),
         _integers(report),
+        targets_section(report.targets),
         _methods(report.quantization),
         _assignment(report.quantization.assignment),
         _calibrations(report.quantization.calibration_comparison),
@@ -149,7 +151,8 @@ def _integers(report: Report) -> str:
         f"calibration {found.calibration or 'none'} on {found.calibration_images} images.{input_text}\n\n"
         f"In the graph after ONNX Runtime's optimisation ({found.provider}): **{found.integer_coverage:.2%}** of the "
         f"multiply-accumulates and {found.kernel_time.integer_share:.1%} of the kernel time run in integers. "
-        f"Float islands: {islands or 'none'}. Conversions left: {left}.\n\n"
+        f"Float islands: {islands or 'none'}. Conversions left: {left}. {coverage_text(found)}".rstrip()
+        + "\n\n"
         f"{table(('layer', 'kernel', 'multiply-accumulates', 'integer'), rows)}"
     )
 

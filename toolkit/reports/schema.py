@@ -412,6 +412,42 @@ class Assignment(Part):
     """Whether the choice is faster than the float twin beyond doubt."""
 
 
+class ProviderCoverage(Part):
+    """How much of the deployed graph runs in integers on one provider."""
+
+    provider: str
+    integer_coverage: float | None
+    """null: not run there."""
+    untested: str | None
+    """Why."""
+
+
+class TargetFile(Part):
+    """A file for another runtime than the one that runs model.onnx (`--target`)."""
+
+    file: str
+    target: Literal["tensorrt", "cuda"]
+    precision: str
+    bytes: int
+    accuracy: Share
+    """Clean, by ONNX Runtime on the CPU."""
+    robust_accuracy: Share | None
+    """Right when clean and under the run's PGD, on the first evaluation images; null: there is no network to attack."""
+    attacked_on: list[str]
+    """The networks on which that attack was made; the worst counts, per image."""
+    agreement: Share
+    """Same label as the float twin, on the CPU."""
+    relative: float
+    """Largest logit difference over the standard deviation of the float twin's logits, on the CPU."""
+    integer_coverage: float
+    """On the CPU, where the file is only checked."""
+    largest_activation: float | None
+    """Of float16, whose largest number is 65,504: the largest magnitude on calibration images."""
+    tested_on: list[str]
+    untested: dict[str, str]
+    """The provider that it is for, if it was not run there, and why."""
+
+
 class Quantization(Part):
     """What of the deployed graph runs in integers, and how it came about."""
 
@@ -430,6 +466,8 @@ class Quantization(Part):
     """Where `--calibrate auto` searched; `calibration` is the one taken."""
     assignment: Assignment | None = None
     """Where `--precision auto` searched."""
+    coverage: list[ProviderCoverage] = []
+    """The integer coverage on every provider, measured where it ran here."""
     integer_coverage: float = Field(ge=0, le=1)
     macs_integer: int
     macs_total: int
@@ -513,6 +551,7 @@ class Report(Robustness):
     parity: list[ParityRecord]
     end_to_end: EndToEnd | None
     quantization: Quantization
+    targets: list[TargetFile] = []
     latency: list[Latency]
     gates: list[Gate]
     environment: dict[str, Any]
