@@ -26,14 +26,15 @@ from toolkit.exporters.admission import fixed_batch, refuse_bad_weights, refuse_
 from toolkit.exporters.calibration import AdversarialShare, CalibrationReader, calibration_batch
 from toolkit.exporters.engine import QuantizedModel, float_layers, save_integer_graph
 from toolkit.exporters.input_folding import fold_normalization, move_quantiser_to_pixels, read_shape_from_image
-from toolkit.exporters.input_range import InputGrid, covering_grid, pixel_map
+from toolkit.exporters.input_range import InputGrid, covering_grid, pixel_map, symmetric_grid
 from toolkit.exporters.observer import activation_bytes, observe
-from toolkit.exporters.onnx import load_onnx
+from toolkit.exporters.onnx import load_onnx, save_onnx
 from toolkit.exporters.precision import COMPUTE, between_float
 from toolkit.exporters.qdq import finish, keep_islands_float, keep_logits_float
 from toolkit.exporters.ranges import METHODS, Interval, choose_range, needs_histogram
 from toolkit.exporters.rewrites import rewrite
 from toolkit.exporters.session import hide_log
+from toolkit.exporters.variants import DEPLOYED, Variant
 
 QUANTISED_OPERATORS = [
     *COMPUTE, "Add", "Mul", "Relu", "LeakyRelu", "Clip", "Sigmoid", "MaxPool", "AveragePool", "GlobalAveragePool",
@@ -152,6 +153,10 @@ class Quantizer:
             kept=kept,
         )
 
+    def write_variant(self, output: Path, variant: Variant, *, keep_float: Collection[str] = ()) -> None:
+        """Write the integer graph as other machines or runtimes want it, to be compared; see `write`."""
+        save_onnx(self._build({*self._kept, *keep_float}, variant), output)
+
     def _chosen_ranges(self) -> dict[str, Interval]:
         method = self._method
         assert method is not None
@@ -162,19 +167,20 @@ class Quantizer:
             }
         return self._ranges[method]
 
-    def _build(self, kept: Collection[str]) -> ModelProto:
+    def _build(self, kept: Collection[str], variant: Variant = DEPLOYED) -> ModelProto:
         config, prepared = self._config, ModelProto()
         prepared.CopyFrom(self._plain)
         mapping = pixel_map(prepared)
         readers = {node.name for node in prepared.graph.node if mapping.tensor in node.input}
-        folded = None if readers & set(kept) else fold_normalization(prepared, mapping, self._margin)
-        grid = covering_grid(float(mapping.of(-self._margin).min()), float(mapping.of(1 + self._margin).max()))
+        unfolded = variant.signed or bool(readers & set(kept))
+        folded = None if unfolded else fold_normalization(prepared, mapping, self._margin)
+        ends = float(mapping.of(-self._margin).min()), float(mapping.of(1 + self._margin).max())
+        grid = symmetric_grid(*ends) if variant.signed else covering_grid(*ends)
         if folded is not None:
             grid = InputGrid(np.ones(1), folded.quantiser.zero_point + folded.mean_steps)
         left_float = {*kept, *between_float(prepared, kept), *(node.name for node in pixel_map(prepared).nodes)}
-        quantised = _run_onnxruntime(
-            prepared, self._chosen_ranges(), _options(mapping.tensor, grid), config, left_float
-        )
+        options = _options(mapping.tensor, grid, variant)
+        quantised = _run_onnxruntime(prepared, self._chosen_ranges(), options, config, left_float, variant)
         if folded is not None:
             move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
         keep_logits_float(quantised)
@@ -213,6 +219,7 @@ def _run_onnxruntime(
     options: dict[str, Any],
     config: QuantizeConfig,
     left_float: Collection[str],
+    variant: Variant,
 ) -> ModelProto:
     known = {name: tuple(np.float32(end) for end in ends) for name, ends in ranges.items()}
     with tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as folder, _silence():
@@ -227,7 +234,8 @@ def _run_onnxruntime(
             op_types_to_quantize=QUANTISED_OPERATORS,
             nodes_to_exclude=[*_left_float(prepared), *left_float],
             per_channel=config.per_channel,
-            activation_type=QuantType.QUInt8,
+            reduce_range=config.reduce_range or variant.reduce_range,
+            activation_type=QuantType.QInt8 if variant.signed else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibration_cache_path=cache,
             extra_options=options,
@@ -235,11 +243,13 @@ def _run_onnxruntime(
         return onnx.load(after)
 
 
-def _options(tensor: str, grid: InputGrid) -> dict[str, Any]:
-    step, zero_point = np.array(grid.step[0], dtype=np.float32), np.array(grid.zero_point, dtype=np.uint8)
+def _options(tensor: str, grid: InputGrid, variant: Variant) -> dict[str, Any]:
+    kind = np.int8 if variant.signed else np.uint8
+    step, zero_point = np.array(grid.step[0], dtype=np.float32), np.array(grid.zero_point, dtype=kind)
     return {
-        "ActivationSymmetric": False,
+        "ActivationSymmetric": variant.signed,
         "WeightSymmetric": True,
+        "QuantizeBias": not variant.float_bias,
         "TensorQuantOverrides": {tensor: [{"scale": step, "zero_point": zero_point}]},
     }
 
