@@ -17,6 +17,7 @@ from toolkit.artifacts import OnnxModel, Split, TorchModel
 from toolkit.attacks.planned import PlannedAttack
 from toolkit.attacks.surrogate import resolve_precision
 from toolkit.config import BenchmarkConfig, HardenConfig
+from toolkit.data.pixels import PixelStatistics
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.assignment import Assignment, Judge, find_assignment
 from toolkit.evaluators.calibration import CalibrationComparison, compare_calibrations
@@ -32,7 +33,7 @@ from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.exporters.variants import Variant
 from toolkit.models.checkpoint import save_checkpoint
-from toolkit.prepare import PreparedAttack, describe
+from toolkit.prepare import PreparedAttack, describe, warn_of_other_images
 from toolkit.watch import Stopwatch
 
 END_TO_END_IMAGES = 100
@@ -77,7 +78,11 @@ def write_graphs(
         watch: of the stages.
     """
     files, evaluation = workspace.files, prepared.splits.evaluation
-    metadata, provider = describe(model, prepared.plan), config.benchmark.provider
+    trained_on = PixelStatistics.of(prepared.splits.train)
+    metadata = {**describe(model, prepared.plan), **trained_on.as_metadata()}
+    provider = config.benchmark.provider
+    if config.quantize.int8:
+        warn_of_other_images(PixelStatistics.of(prepared.splits.calibration), trained_on)
     save_checkpoint(model, files / bundle.CHECKPOINT, home=workspace.output)
     with watch.stage("export"):
         fp32 = export_onnx(model, files / bundle.FLOAT_TWIN, config.export, metadata=metadata)

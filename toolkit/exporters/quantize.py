@@ -8,6 +8,7 @@ import io
 import logging
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from toolkit import progress
 from toolkit.artifacts import OnnxModel, Split
 from toolkit.config import CalibrationName, QuantizeConfig
-from toolkit.exporters.admission import fixed_batch, refuse_bad_weights, refuse_missing_attack, refuse_quantised
+from toolkit.exporters.admission import (
+    fixed_batch,
+    refuse_bad_weights,
+    refuse_missing_attack,
+    refuse_quantised,
+    zero_filters,
+)
 from toolkit.exporters.calibration import AdversarialShare, CalibrationReader, calibration_batch
 from toolkit.exporters.engine import QuantizedModel, float_layers, save_integer_graph
 from toolkit.exporters.input_folding import fold_normalization, move_quantiser_to_pixels, read_shape_from_image
@@ -35,6 +42,7 @@ from toolkit.exporters.ranges import METHODS, Interval, choose_range, needs_hist
 from toolkit.exporters.rewrites import rewrite
 from toolkit.exporters.session import hide_log
 from toolkit.exporters.variants import DEPLOYED, Variant
+from toolkit.exporters.zero_filters import refine_biases
 
 QUANTISED_OPERATORS = [
     *COMPUTE, "Add", "Mul", "Relu", "LeakyRelu", "Clip", "Sigmoid", "MaxPool", "AveragePool", "GlobalAveragePool",
@@ -110,6 +118,12 @@ class Quantizer:
         with progress.task("calibrate", len(self._reader) * (2 if histograms else 1)) as task:
             self._reader.report_to(task)
             self._observed = observe(self._plain, tensors, self._reader, histograms=histograms)
+        self._constant = {
+            node.name: self._observed[node.input[0]].constant_channels
+            for node in self._plain.graph.node
+            if node.op_type in COMPUTE and node.input[0] in self._observed
+        }
+        _notice_constant(self._constant, zero_filters(self._plain))
 
     @property
     def methods(self) -> tuple[CalibrationName, ...]:
@@ -143,7 +157,7 @@ class Quantizer:
         if self._method is None:
             raise ValueError("no calibration method is chosen")
         kept = {*self._kept, *keep_float}
-        return save_integer_graph(
+        written = save_integer_graph(
             self._build(kept),
             output,
             engine="onnxruntime",
@@ -152,6 +166,7 @@ class Quantizer:
             per_channel=self._config.per_channel,
             kept=kept,
         )
+        return replace(written, constant_channels={name: count for name, count in self._constant.items() if count})
 
     def write_variant(self, output: Path, variant: Variant, *, keep_float: Collection[str] = ()) -> None:
         """Write the integer graph as other machines or runtimes want it, to be compared; see `write`."""
@@ -181,12 +196,22 @@ class Quantizer:
         left_float = {*kept, *between_float(prepared, kept), *(node.name for node in pixel_map(prepared).nodes)}
         options = _options(mapping.tensor, grid, variant)
         quantised = _run_onnxruntime(prepared, self._chosen_ranges(), options, config, left_float, variant)
+        refine_biases(quantised, prepared)
         if folded is not None:
             move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
         keep_logits_float(quantised)
         keep_islands_float(quantised, kept)
         finish(quantised, self._source)
         return quantised
+
+
+def _notice_constant(activations: Mapping[str, int], filters: Mapping[str, int]) -> None:
+    """Say what is quantised and carries nothing."""
+    for what, counts in (("constant on the calibration images", activations), ("filters of zeros", filters)):
+        named = {name: count for name, count in counts.items() if count}
+        if named:
+            where = ", ".join(f"{count} at '{name}'" for name, count in named.items())
+            progress.notice(f"channels that carry nothing ({what}): {sum(named.values())} ({where})")
 
 
 def _preprocess(model: ModelProto) -> ModelProto:
