@@ -117,6 +117,7 @@ def harden(
         )
     resolved = build(HardenConfig, values, flags.names_by_path(HARDEN_FLAGS))
     from toolkit import bundle, pipeline
+    from toolkit.training.distributed import follows
 
     if dry_run:
         from toolkit import planning
@@ -129,6 +130,10 @@ def harden(
             print(f"{step.text}   about {step.seconds:.0f} s")
         total = sum(step.seconds for step in steps)
         print(f"in all about {total / 60:.1f} minutes; the bundle would be written to {output}")
+        return
+    if follows():
+        progress.set_quiet(True)
+        pipeline.assist(resolved, resume=resume)
         return
     _resume_hint(lambda: bundle.workspace_of(output).resumable, str(output))
     result = pipeline.harden(resolved, output, force=force, resume=resume)
@@ -163,7 +168,12 @@ def train(
     values = flags.nested(settings | {"arch": arch})
     config = build(TrainRunConfig, values, flags.names_by_path(TRAIN_FLAGS))
     from toolkit import stages
+    from toolkit.training.distributed import follows
 
+    if follows():
+        progress.set_quiet(True)
+        stages.train_network(config, output, force=force, resume=resume)
+        return
     _resume_hint(lambda: stages.training_checkpoint(output).is_file(), str(output))
     result = stages.train_network(config, output, force=force, resume=resume)
     best = next((epoch for epoch in result.epochs if epoch.epoch == result.best_epoch), None)

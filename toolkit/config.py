@@ -93,6 +93,9 @@ class TrainConfig(StageConfig):
     objective: Literal["adversarial", "fgsm", "trades", "distill", "standard", "none"] = "adversarial"
     epochs: Annotated[int, Field(ge=0)] = 24
     batch_size: Annotated[int, Field(ge=1)] = 128
+    """Images of an optimiser step, over all processes."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Parts in which a step's images (of this process) go through the network, to save memory; gradients are summed."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4

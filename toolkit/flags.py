@@ -66,7 +66,8 @@ PRUNE = (
 )
 TRAINING = (
     Flag("--epochs", "epochs", "Epochs.", int, "-e"),
-    Flag("--batch-size", "batch_size", "Images per step.", int),
+    Flag("--batch-size", "batch_size", "Images per step, over all processes.", int),
+    Flag("--accumulate", "accumulate", "Parts in which a step's images are processed, to save memory.", int),
     Flag("--learning-rate", "learning_rate", "Peak learning rate.", float),
     Flag("--momentum", "momentum", "SGD momentum.", float),
     Flag("--weight-decay", "weight_decay", "SGD weight decay.", float),

@@ -33,6 +33,7 @@ from toolkit.pruning import PruningResult, prune
 from toolkit.reports.build import Evidence, build_report
 from toolkit.reports.markdown import render_markdown
 from toolkit.reports.schema import Report
+from toolkit.training.distributed import joined
 from toolkit.training.loop import train
 from toolkit.training.records import TrainingResult
 from toolkit.watch import Stopwatch
@@ -89,7 +90,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
             original = export_onnx(prepared.model, workspace.scratch("original.onnx"), config.export)
             OnnxPredictor(original.path, provider=config.benchmark.provider)
         with watch.stage("finetune"):
-            tuned = _finetune(config, prepared, pruned.model, teacher, workspace, resume=resume)
+            tuned = _finetune(config, prepared, pruned.model, teacher, workspace.training_checkpoint, resume=resume)
         graphs = write_graphs(config, prepared, tuned.model, original, workspace, watch)
         config = settled(config, graphs)
         evidence = _gather(config, prepared, pruned, tuned, graphs, workspace, watch, resume=resume)
@@ -98,31 +99,42 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
     return HardenResult(output, report)
 
 
+def assist(config: HardenConfig, *, resume: bool = False) -> None:
+    """Train together with the process that runs `harden`, as one of those that torchrun started; write nothing."""
+    check_settings(config)
+    prepared = prepare_attack(config)
+    teacher = load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
+    config = resolve(config, prepared)
+    _finetune(config, prepared, prune(prepared.model, config.prune).model, teacher, None, resume=resume)
+
+
 def _finetune(
     config: HardenConfig,
     prepared: PreparedAttack,
     model: TorchModel,
     teacher: TorchModel | None,
-    workspace: bundle.Workspace,
+    checkpoint: Path | None,
     *,
     resume: bool,
 ) -> TrainingResult:
     try:
-        return train(
-            model,
-            prepared.splits.train,
-            prepared.splits.validation,
-            config.finetune,
-            prepared.plan,
-            seed=config.seed,
-            label="fine-tuning",
-            checkpoint=workspace.training_checkpoint,
-            resume=resume,
-            teacher=teacher,
-        )
+        with joined() as world:
+            return train(
+                model,
+                prepared.splits.train,
+                prepared.splits.validation,
+                config.finetune,
+                prepared.plan,
+                seed=config.seed,
+                label="fine-tuning",
+                checkpoint=checkpoint,
+                resume=resume,
+                teacher=teacher,
+                world=world,
+            )
     except ToolkitError:
-        if not resume:  # it would only diverge again
-            workspace.training_checkpoint.unlink(missing_ok=True)
+        if not resume and checkpoint is not None:  # it would only diverge again
+            checkpoint.unlink(missing_ok=True)
         raise
 
 

@@ -19,6 +19,7 @@ from toolkit.evaluators.environment import usable_threads
 from toolkit.models.loading import assemble, read_model_file, resolve_path
 from toolkit.paths import public_name
 from toolkit.progress import notice, warn
+from toolkit.training.distributed import processes_here
 from toolkit.training.teacher import check_teacher
 
 
@@ -40,8 +41,13 @@ class PreparedAttack(Prepared):
 
 
 def set_threads(requested: int | None) -> int:
-    """Let torch compute with `requested` CPU threads (None: all allowed), and say how many those are."""
+    """Let torch compute with `requested` CPU threads, and say how many those are.
+
+    None: all allowed, of which the processes of one training on this machine have equal shares.
+    """
     threads = usable_threads(requested)
+    if requested is None:
+        threads = max(1, threads // processes_here())
     torch.set_num_threads(threads)
     return threads
 

@@ -42,6 +42,7 @@ from toolkit.models.loading import check_outputs
 from toolkit.models.registry import build_network
 from toolkit.prepare import describe, load_teacher, prepare, set_threads, warn_of_other_images
 from toolkit.pruning import PruningResult, prune
+from toolkit.training.distributed import follows, joined
 from toolkit.training.loop import train
 from toolkit.training.losses import ATTACKED
 from toolkit.training.records import TrainingResult
@@ -57,21 +58,14 @@ def training_checkpoint(output: Path) -> Path:
 def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: bool) -> TrainingResult:
     """Train a reference network from scratch and write it as a checkpoint.
 
+    Started by torchrun, all processes train it together, and the first one writes.
+
     Raises:
         ToolkitError: bad input, or a training that diverged; `output` is then as it was before.
     """
-    _refuse_existing(output, force=force)
     checkpoint = training_checkpoint(output)
-    if checkpoint.is_file() and not (resume or force):
-        raise ToolkitError(
-            "an interrupted training to this output can be resumed",
-            found=str(checkpoint),
-            fix="continue it with --resume, or discard it with --force",
-        )
-    if resume and not checkpoint.is_file():
-        raise ToolkitError(
-            "there is nothing to resume", found=f"no interrupted training beside {output}", fix="start without --resume"
-        )
+    if not follows():
+        _check_output(output, checkpoint, force=force, resume=resume)
     set_threads(config.threads)
     source = load_source(config.data)
     splits = make_splits(source, config.data, config.seed)
@@ -83,7 +77,7 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
     model = TorchModel(Normalized(network, source.normalization_hint).eval(), spec)
     check_outputs(model, config.arch)
     teacher = load_teacher(config.training, spec, splits)
-    with bundle.disk_errors(output), bundle.folders_above(output):
+    with bundle.disk_errors(output), bundle.folders_above(output), joined() as world:
         try:
             result = train(
                 model,
@@ -95,14 +89,30 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
                 checkpoint=checkpoint,
                 resume=resume,
                 teacher=teacher,
+                world=world,
             )
         except ToolkitError:
-            if not resume:  # it would only diverge again
+            if not resume and world.leads:  # it would only diverge again
                 checkpoint.unlink(missing_ok=True)
             raise
-        _save(result.model, output)
-        checkpoint.unlink(missing_ok=True)
+        if world.leads:
+            _save(result.model, output)
+            checkpoint.unlink(missing_ok=True)
     return result
+
+
+def _check_output(output: Path, checkpoint: Path, *, force: bool, resume: bool) -> None:
+    _refuse_existing(output, force=force)
+    if checkpoint.is_file() and not (resume or force):
+        raise ToolkitError(
+            "an interrupted training to this output can be resumed",
+            found=str(checkpoint),
+            fix="continue it with --resume, or discard it with --force",
+        )
+    if resume and not checkpoint.is_file():
+        raise ToolkitError(
+            "there is nothing to resume", found=f"no interrupted training beside {output}", fix="start without --resume"
+        )
 
 
 def _refuse_existing(output: Path, *, force: bool) -> None:
