@@ -91,12 +91,14 @@ class Lineup:
         margin: float,
         float_weights: Collection[str] = (),
         activation_bits: int = 8,
+        weight_bits: int = 8,
     ) -> Lineup:
         """Attacks are made on the fake-quantised form of `model` too, unless it has none."""
         try:
             made = fake_quantise(
                 model,
                 calibration,
+                weight_bits=weight_bits,
                 activation_bits=activation_bits,
                 per_channel=per_channel,
                 margin=margin,

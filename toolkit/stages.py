@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from toolkit import bundle
-from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Proportion, TorchModel
+from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Proportion, Split, TorchModel
 from toolkit.attacks.threat import ThreatModel, resolve_plan
 from toolkit.config import (
     BenchmarkConfig,
@@ -22,6 +22,7 @@ from toolkit.config import (
     QuantizeConfig,
     TrainRunConfig,
 )
+from toolkit.data.pixels import PixelStatistics, statistics_in
 from toolkit.data.sources import load_source
 from toolkit.data.splits import make_splits
 from toolkit.errors import ToolkitError
@@ -31,6 +32,7 @@ from toolkit.evaluators.calibration_choice import choose_calibration
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
 from toolkit.evaluators.debugger import Explanation, explain
 from toolkit.evaluators.latency import LatencyRow, benchmark
+from toolkit.evaluators.portability import JudgedImages, Portability, measure_portability, writer_of
 from toolkit.exporters.admission import refuse_bits
 from toolkit.exporters.engine import QuantizedModel
 from toolkit.exporters.onnx import export_onnx, read_metadata, write_metadata
@@ -41,9 +43,10 @@ from toolkit.exporters.target_kinds import chosen_targets, target_file
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import check_outputs
 from toolkit.models.registry import build_network
-from toolkit.prepare import describe, load_teacher, prepare, set_threads
+from toolkit.prepare import describe, load_teacher, prepare, set_threads, warn_of_other_images
 from toolkit.pruning import PruningResult, prune
 from toolkit.targets import TargetMaker, TargetResult, make_beside
+from toolkit.training.distributed import follows, joined
 from toolkit.training.loop import train
 from toolkit.training.losses import ATTACKED
 from toolkit.training.records import TrainingResult
@@ -59,21 +62,14 @@ def training_checkpoint(output: Path) -> Path:
 def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: bool) -> TrainingResult:
     """Train a reference network from scratch and write it as a checkpoint.
 
+    Started by torchrun, all processes train it together, and the first one writes.
+
     Raises:
         ToolkitError: bad input, or a training that diverged; `output` is then as it was before.
     """
-    _refuse_existing(output, force=force)
     checkpoint = training_checkpoint(output)
-    if checkpoint.is_file() and not (resume or force):
-        raise ToolkitError(
-            "an interrupted training to this output can be resumed",
-            found=str(checkpoint),
-            fix="continue it with --resume, or discard it with --force",
-        )
-    if resume and not checkpoint.is_file():
-        raise ToolkitError(
-            "there is nothing to resume", found=f"no interrupted training beside {output}", fix="start without --resume"
-        )
+    if not follows():
+        _check_output(output, checkpoint, force=force, resume=resume)
     set_threads(config.threads)
     source = load_source(config.data)
     splits = make_splits(source, config.data, config.seed)
@@ -85,7 +81,7 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
     model = TorchModel(Normalized(network, source.normalization_hint).eval(), spec)
     check_outputs(model, config.arch)
     teacher = load_teacher(config.training, spec, splits)
-    with bundle.disk_errors(output), bundle.folders_above(output):
+    with bundle.disk_errors(output), bundle.folders_above(output), joined() as world:
         try:
             result = train(
                 model,
@@ -97,14 +93,30 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
                 checkpoint=checkpoint,
                 resume=resume,
                 teacher=teacher,
+                world=world,
             )
         except ToolkitError:
-            if not resume:  # it would only diverge again
+            if not resume and world.leads:  # it would only diverge again
                 checkpoint.unlink(missing_ok=True)
             raise
-        _save(result.model, output)
-        checkpoint.unlink(missing_ok=True)
+        if world.leads:
+            _save(result.model, output)
+            checkpoint.unlink(missing_ok=True)
     return result
+
+
+def _check_output(output: Path, checkpoint: Path, *, force: bool, resume: bool) -> None:
+    _refuse_existing(output, force=force)
+    if checkpoint.is_file() and not (resume or force):
+        raise ToolkitError(
+            "an interrupted training to this output can be resumed",
+            found=str(checkpoint),
+            fix="continue it with --resume, or discard it with --force",
+        )
+    if resume and not checkpoint.is_file():
+        raise ToolkitError(
+            "there is nothing to resume", found=f"no interrupted training beside {output}", fix="start without --resume"
+        )
 
 
 def _refuse_existing(output: Path, *, force: bool) -> None:
@@ -143,6 +155,7 @@ def export_file(config: ModelRunConfig, how: ExportConfig, output: Path, *, forc
     with bundle.disk_errors(output), bundle.folders_above(output):
         try:
             metadata = {**describe(prepared.model), "dataset": prepared.source.name.split(":")[0]}
+            metadata |= PixelStatistics.of(prepared.splits.train).as_metadata()
             exported = export_onnx(prepared.model, partial, how, metadata=metadata)
             parity = measure_parity(prepared.model, OnnxPredictor(exported.path), prepared.splits.evaluation)
             check_parity(parity)
@@ -167,6 +180,8 @@ class QuantizedFile:
     """The sizes of both files."""
     targets: tuple[TargetResult, ...]
     """The files for other runtimes beside it."""
+    portability: Portability | None = None
+    """Where it was asked for; on clean images, for the file alone has no network to attack."""
 
 
 def quantize_file(
@@ -179,8 +194,21 @@ def quantize_file(
     threads: int | None,
     force: bool,
     explained: bool = False,
+    risks: bool = False,
 ) -> QuantizedFile:
-    """Quantise a float ONNX classifier with calibration images of `data`; `explained`: say where accuracy is lost."""
+    """Quantise a float ONNX classifier with calibration images of `data`.
+
+    Args:
+        path: the float file.
+        data: where calibration images come from, and those on which the result is compared.
+        how: to quantise it, and for which other runtimes files are written beside it.
+        output: the file to write.
+        seed: of the choice of images.
+        threads: CPU threads.
+        force: replace an existing output.
+        explained: say where accuracy is lost.
+        risks: say what changes on other machines and under other settings.
+    """
     refuse_bits(how)
     kinds = chosen_targets(how)
     beside = {kind.name: output.with_name(target_file(output.name, kind)) for kind in kinds}
@@ -199,6 +227,8 @@ def quantize_file(
             fix="name the data set that the network was trained on with --data (and --size)",
         )
     splits = make_splits(source, data, seed)
+    trained_on = statistics_in(read_metadata(path)) or PixelStatistics.of(splits.train)
+    warn_of_other_images(PixelStatistics.of(splits.calibration), trained_on)
     partial = output.with_name(f".{output.name}.tmp")
     with bundle.disk_errors(output), bundle.folders_above(output):
         try:
@@ -220,6 +250,7 @@ def quantize_file(
             predictors = {name: OnnxPredictor(file) for name, file in files.items()}
             parity = measure_parity(reference, predictors["deployed"], splits.evaluation)
             accuracy = {name: measure_accuracy(predictor, splits.evaluation) for name, predictor in predictors.items()}
+            portability = _risks(partial, quantizer, splits.evaluation) if risks else None
             maker = TargetMaker(OnnxModel(path, "fp32"), splits.calibration, splits.evaluation, how, margin)
             targets = make_beside(maker, kinds, output.parent, partial.name)
             for made in targets:
@@ -229,7 +260,12 @@ def quantize_file(
             for file in (partial, *(partial.with_name(target_file(partial.name, kind)) for kind in kinds)):
                 file.unlink(missing_ok=True)
     targets = tuple(replace(made, file=beside[made.kind.name].name) for made in targets)
-    return QuantizedFile(quantized, coverage, parity, explanation, accuracy, sizes, targets)
+    return QuantizedFile(quantized, coverage, parity, explanation, accuracy, sizes, targets, portability)
+
+
+def _risks(path: Path, quantizer: Quantizer, evaluation: Split) -> Portability:
+    with tempfile.TemporaryDirectory(prefix="toolkit-elsewhere-") as folder:
+        return measure_portability(path, JudgedImages.of(evaluation), Path(folder), writer_of(quantizer))
 
 
 def _margin(metadata: Mapping[str, str]) -> float:

@@ -139,6 +139,7 @@ def test_16_bit_activations_are_stored_and_computed_in_float(trained: Trained, t
         ({"weight_bits": 16}, "--weight-bits", "choose 4 or 8"),
         ({"activation_bits": 16, "calibrate": "mse"}, "--calibrate mse", "minmax, moving-average or percentile"),
         ({"activation_bits": 16, "calibrate": "entropy"}, "--calibrate entropy", "minmax"),
+        ({"activation_bits": 16, "reduce_range": True}, "--reduce-range saves", "leave one of the two flags away"),
     ],
 )
 def test_what_onnx_runtime_does_not_run_is_refused(config: dict[str, Any], problem: str, fix: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -35,6 +35,8 @@ class QuantizedModel:
     """Of the calibration images, those that came attacked."""
     engine: EngineName = "onnxruntime"
     activation_bits: int = 8
+    constant_channels: Mapping[str, int] = field(default_factory=dict)
+    """By layer: channels of what it reads that are constant on the calibration images."""
 
     @property
     def weights(self) -> str:

@@ -11,6 +11,7 @@ import io
 import logging
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,13 @@ from toolkit.exporters.admission import (
     refuse_bits,
     refuse_missing_attack,
     refuse_quantised,
+    zero_filters,
 )
 from toolkit.exporters.calibration import AdversarialShare, CalibrationReader, calibration_batch
 from toolkit.exporters.engine import QuantizedModel, float_layers, save_integer_graph
 from toolkit.exporters.four_bits import four_bit_layers, pack_four_bits
 from toolkit.exporters.input_folding import fold_normalization, move_quantiser_to_pixels, read_shape_from_image
-from toolkit.exporters.input_range import InputGrid, covering_grid, pixel_map
+from toolkit.exporters.input_range import LEVELS, InputGrid, covering_grid, pixel_map, symmetric_grid
 from toolkit.exporters.observer import activation_bytes, observe
 from toolkit.exporters.onnx import load_onnx, save_onnx
 from toolkit.exporters.precision import COMPUTE, between_float
@@ -46,6 +48,8 @@ from toolkit.exporters.ranges import METHODS, Interval, choose_range, needs_hist
 from toolkit.exporters.rewrites import rewrite
 from toolkit.exporters.session import hide_log
 from toolkit.exporters.tensorrt import symmetric_options, tensorrt_faults
+from toolkit.exporters.variants import DEPLOYED, Variant
+from toolkit.exporters.zero_filters import refine_biases
 
 QUANTISED_OPERATORS = [
     *COMPUTE, "Add", "Mul", "Relu", "LeakyRelu", "Clip", "Sigmoid", "MaxPool", "AveragePool", "GlobalAveragePool",
@@ -65,6 +69,10 @@ def quantize_int8(
 ) -> QuantizedModel:
     """Quantise a float graph in QDQ form, so that ONNX Runtime runs its layers in integers: `Quantizer`, used once."""
     return Quantizer(model, calibration, config, input_margin=input_margin, adversarial=adversarial).write(output)
+
+
+LEVELS_WIDE = 65535
+"""Of uint16, as `LEVELS` of uint8."""
 
 
 class Quantizer:
@@ -123,6 +131,12 @@ class Quantizer:
         with progress.task("calibrate", len(self._reader) * (2 if histograms else 1)) as task:
             self._reader.report_to(task)
             self._observed = observe(self._plain, tensors, self._reader, histograms=histograms)
+        self._constant = {
+            node.name: self._observed[node.input[0]].constant_channels
+            for node in self._plain.graph.node
+            if node.op_type in COMPUTE and node.input[0] in self._observed
+        }
+        _notice_constant(self._constant, zero_filters(self._plain))
 
     @property
     def methods(self) -> tuple[CalibrationName, ...]:
@@ -158,19 +172,22 @@ class Quantizer:
         if self._method is None:
             raise ValueError("no calibration method is chosen")
         kept = {*self._kept, *keep_float}
-        four = {*self._four_bit} - kept
-        built = self._build(kept | four, islands=kept)
-        return save_integer_graph(
-            pack_four_bits(built, four) if four else built,
+        written = save_integer_graph(
+            self._build(kept),
             output,
             engine="onnxruntime",
             calibration=self._method,
             reader=self._reader,
             per_channel=self._config.per_channel,
             kept=kept,
-            four_bit=four,
+            four_bit={*self._four_bit} - kept,
             activation_bits=self._config.activation_bits,
         )
+        return replace(written, constant_channels={name: count for name, count in self._constant.items() if count})
+
+    def write_variant(self, output: Path, variant: Variant, *, keep_float: Collection[str] = ()) -> None:
+        """Write the integer graph as other machines or runtimes want it, to be compared; see `write`."""
+        save_onnx(self._build({*self._kept, *keep_float}, variant), output)
 
     def write_tensorrt(self, output: Path) -> None:
         """Write the symmetric S8S8 graph that TensorRT wants, of the same ranges; see `exporters.tensorrt`.
@@ -205,33 +222,51 @@ class Quantizer:
             }
         return self._ranges[method]
 
-    def _build(self, kept: Collection[str], islands: Collection[str]) -> ModelProto:
+    def _build(self, kept: Collection[str], variant: Variant = DEPLOYED) -> ModelProto:
+        four = {*self._four_bit} - {*kept}
+        built = self._eight_bits({*kept, *four}, kept, variant)
+        return pack_four_bits(built, four) if four else built
+
+    def _eight_bits(self, kept: Collection[str], islands: Collection[str], variant: Variant) -> ModelProto:
         """The graph in QDQ form but for the layers `kept`, of which ONNX Runtime is to leave `islands` float."""
         config, prepared = self._config, ModelProto()
         prepared.CopyFrom(self._plain)
         mapping = pixel_map(prepared)
         readers = {node.name for node in prepared.graph.node if mapping.tensor in node.input}
-        wide = config.activation_bits == 16  # computed in float, so that nothing is gained by folding
-        folded = None if wide or readers & set(kept) else fold_normalization(prepared, mapping, self._margin)
-        levels = 2**config.activation_bits - 1
-        grid = covering_grid(float(mapping.of(-self._margin).min()), float(mapping.of(1 + self._margin).max()), levels)
+        wide = config.activation_bits == 16 and not variant.signed
+        unfolded = wide or variant.signed or bool(readers & set(kept))  # wide: in float, where folding gains nothing
+        folded = None if unfolded else fold_normalization(prepared, mapping, self._margin)
+        ends = float(mapping.of(-self._margin).min()), float(mapping.of(1 + self._margin).max())
+        grid = symmetric_grid(*ends) if variant.signed else covering_grid(*ends, LEVELS_WIDE if wide else LEVELS)
         if folded is not None:
             grid = InputGrid(np.ones(1), folded.quantiser.zero_point + folded.mean_steps)
         left_float = {*kept, *between_float(prepared, kept), *(node.name for node in pixel_map(prepared).nodes)}
+        kind = QuantType.QInt8 if variant.signed else QuantType.QUInt16 if wide else QuantType.QUInt8
         quantised = _run_onnxruntime(
             prepared,
             self._chosen_ranges(),
-            _options(mapping.tensor, grid, config),
+            _options(mapping.tensor, grid, kind, variant),
             left_float,
             per_channel=config.per_channel,
-            activations=QuantType.QUInt16 if wide else QuantType.QUInt8,
+            activations=kind,
+            reduce_range=config.reduce_range or variant.reduce_range,
         )
+        refine_biases(quantised, prepared)
         if folded is not None:
             move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
         keep_logits_float(quantised)
         keep_islands_float(quantised, islands)
         finish(quantised, self._source)
         return quantised
+
+
+def _notice_constant(activations: Mapping[str, int], filters: Mapping[str, int]) -> None:
+    """Say what is quantised and carries nothing."""
+    for what, counts in (("constant on the calibration images", activations), ("filters of zeros", filters)):
+        named = {name: count for name, count in counts.items() if count}
+        if named:
+            where = ", ".join(f"{count} at '{name}'" for name, count in named.items())
+            progress.notice(f"channels that carry nothing ({what}): {sum(named.values())} ({where})")
 
 
 def _preprocess(model: ModelProto) -> ModelProto:
@@ -266,6 +301,7 @@ def _run_onnxruntime(
     *,
     per_channel: bool,
     activations: QuantType,
+    reduce_range: bool = False,
     operators: Sequence[str] = QUANTISED_OPERATORS,
 ) -> ModelProto:
     known = {name: tuple(np.float32(end) for end in ends) for name, ends in ranges.items()}
@@ -281,6 +317,7 @@ def _run_onnxruntime(
             op_types_to_quantize=list(operators),
             nodes_to_exclude=[*_left_float(prepared), *left_float],
             per_channel=per_channel,
+            reduce_range=reduce_range,
             activation_type=activations,
             weight_type=QuantType.QInt8,
             calibration_cache_path=cache,
@@ -289,16 +326,19 @@ def _run_onnxruntime(
         return onnx.load(after)
 
 
-def _options(tensor: str, grid: InputGrid, config: QuantizeConfig) -> dict[str, Any]:
-    kind = np.uint8 if config.activation_bits == 8 else np.uint16
-    step, zero_point = np.array(grid.step[0], dtype=np.float32), np.array(grid.zero_point, dtype=kind)
+KINDS = {QuantType.QInt8: np.int8, QuantType.QUInt8: np.uint8, QuantType.QUInt16: np.uint16}
+
+
+def _options(tensor: str, grid: InputGrid, activations: QuantType, variant: Variant) -> dict[str, Any]:
+    step = np.array(grid.step[0], dtype=np.float32)
+    zero_point = np.array(grid.zero_point, dtype=KINDS[activations])
     if step < grid.step[0]:  # float32 must not round the ends of the range inwards
         step = np.array(np.nextafter(step, np.float32(np.inf)))
     return {
-        "ActivationSymmetric": False,
+        "ActivationSymmetric": variant.signed,
         "WeightSymmetric": True,
         # Of 16-bit sums an int32 bias may overflow, and onnxruntime would make weights coarser to prevent it.
-        "QuantizeBias": config.activation_bits == 8,
+        "QuantizeBias": activations != QuantType.QUInt16 and not variant.float_bias,
         "TensorQuantOverrides": {tensor: [{"scale": step, "zero_point": zero_point}]},
     }
 

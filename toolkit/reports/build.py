@@ -16,6 +16,7 @@ from toolkit.evaluators.calibration_choice import CalibrationChoice
 from toolkit.evaluators.cost import IntegerCoverage
 from toolkit.evaluators.examination import Examination
 from toolkit.evaluators.latency import LatencyRow
+from toolkit.evaluators.portability import Portability
 from toolkit.evaluators.soundness import Check
 from toolkit.evaluators.timing import Interval
 from toolkit.exporters.end_to_end import EndToEndComparison
@@ -25,6 +26,7 @@ from toolkit.paths import public_name
 from toolkit.pruning import PruningResult
 from toolkit.reports import schema
 from toolkit.reports.evidence import robust_accuracy, robustness_parts
+from toolkit.reports.portability import portability_record
 from toolkit.reports.schema import Change, Report, Share
 from toolkit.training.records import TrainingResult
 
@@ -57,6 +59,7 @@ class Evidence:
     coverages: tuple[schema.ProviderCoverage, ...]
     """Of model.onnx, by provider."""
     targets: tuple[schema.TargetFile, ...]
+    portability: Portability
     latency: tuple[LatencyRow, ...]
     environment: Mapping[str, Any]
     timings: Mapping[str, float]
@@ -190,7 +193,7 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
     coverage, quantized = evidence.coverage, evidence.quantized
     return schema.Quantization(
         engine="onnxruntime" if quantized else "none",
-        weights=quantized.weights if quantized else "float32",
+        weights=_weights(config, quantized) if quantized else "float32",
         activations=f"uint{quantized.activation_bits} asymmetric" if quantized else "float32",
         calibration=quantized.calibration if quantized else None,
         calibration_images=quantized.calibration_images if quantized else 0,
@@ -200,6 +203,8 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
         calibration_methods=_methods(evidence.methods),
         assignment=_assignment(config, evidence.assignment),
         coverage=list(evidence.coverages),
+        elsewhere=portability_record(evidence.portability),
+        constant_channels=dict(quantized.constant_channels) if quantized else {},
         integer_coverage=coverage.share,
         macs_integer=coverage.macs_integer,
         macs_total=coverage.macs_total,
@@ -224,6 +229,10 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
             activation_bits=quantized.activation_bits if quantized else 8,
         ),
     )
+
+
+def _weights(config: HardenConfig, quantized: QuantizedModel) -> str:
+    return quantized.weights + (", int8 ones of 7 bits" if config.quantize.reduce_range else "")
 
 
 def _methods(found: CalibrationChoice | None) -> list[schema.CalibrationMethod]:
