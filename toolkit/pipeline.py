@@ -30,6 +30,7 @@ from toolkit.reports.build import Evidence, build_report
 from toolkit.reports.markdown import render_markdown
 from toolkit.reports.schema import Report
 from toolkit.training.loop import train
+from toolkit.training.qat import Rounding, check_qat
 from toolkit.training.records import TrainingResult
 from toolkit.watch import Stopwatch
 
@@ -58,6 +59,8 @@ def check_settings(config: HardenConfig) -> None:
             found="neither --int8 nor --allow-float",
             fix="add --int8 for an integer graph, or --allow-float to ship a float one",
         )
+    if config.finetune.qat:
+        check_qat(config)
 
 
 def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: bool = False) -> HardenResult:
@@ -86,7 +89,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
             OnnxPredictor(original.path, provider=config.benchmark.provider)
         with watch.stage("finetune"):
             tuned = _finetune(config, prepared, pruned.model, teacher, workspace, resume=resume)
-        graphs = write_graphs(config, prepared, tuned.model, original, workspace, watch)
+        graphs = write_graphs(config, prepared, tuned.model, original, workspace, watch, learnt=tuned.learnt)
         config = settled(config, graphs)
         evidence = _gather(config, prepared, pruned, tuned, graphs, workspace, watch, resume=resume)
         report = build_report(config, evidence)
@@ -115,6 +118,9 @@ def _finetune(
             checkpoint=workspace.training_checkpoint,
             resume=resume,
             teacher=teacher,
+            rounding=Rounding(margin=prepared.plan.threat.margin(model.spec.normalization))
+            if config.finetune.qat
+            else None,
         )
     except ToolkitError:
         if not resume:  # it would only diverge again

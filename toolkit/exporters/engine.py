@@ -34,6 +34,8 @@ class QuantizedModel:
     adversarial_images: int = 0
     """Of the calibration images, those that came attacked."""
     engine: EngineName = "onnxruntime"
+    learnt_ranges: int = 0
+    """Tensors whose ranges a training learnt; calibration set those of the others."""
 
 
 class Writer(Protocol):

@@ -8,7 +8,9 @@ import io
 import logging
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,7 @@ class Quantizer:
         input_margin: pixels by which images may leave [0, 1]; the input quantiser represents them unclipped. Of several
             (one per channel) the largest counts.
         adversarial: the attack for `config.calibrate_adversarial`; needed where that is above 0.
+        ranges: by tensor of the float graph, given in the place of what calibration finds.
 
     Raises:
         ToolkitError: the graph is quantised already, has weights that are no numbers, there are no images, or
@@ -82,8 +85,9 @@ class Quantizer:
         *,
         input_margin: tuple[float, ...] | float = 0.0,
         adversarial: AdversarialShare | None = None,
+        ranges: Mapping[str, Interval] = MappingProxyType({}),
     ) -> None:
-        self._config, self._path = config, model.path
+        self._config, self._path, self._given = config, model.path, ranges
         refuse_missing_attack(config, adversarial, model.path)
         self._source = load_onnx(model.path)
         refuse_quantised(self._source, model.path)
@@ -142,7 +146,7 @@ class Quantizer:
         if self._method is None:
             raise ValueError("no calibration method is chosen")
         kept = {*self._kept, *keep_float}
-        return save_integer_graph(
+        made = save_integer_graph(
             self._build(kept),
             output,
             engine="onnxruntime",
@@ -151,13 +155,16 @@ class Quantizer:
             per_channel=self._config.per_channel,
             kept=kept,
         )
+        return replace(made, learnt_ranges=len(self._given.keys() & self._observed.keys()))
 
     def _chosen_ranges(self) -> dict[str, Interval]:
         method = self._method
         assert method is not None
         if method not in self._ranges:
             self._ranges[method] = {
-                name: choose_range(observed, method, self._config.percentile)
+                name: self._given[name]
+                if name in self._given
+                else choose_range(observed, method, self._config.percentile)
                 for name, observed in self._observed.items()
             }
         return self._ranges[method]

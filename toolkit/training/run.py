@@ -28,7 +28,8 @@ from toolkit.training.averaging import WeightAverage
 from toolkit.training.batches import augment, fitting_batch
 from toolkit.training.forward import find_form, forward
 from toolkit.training.guard import OverfittingGuard
-from toolkit.training.losses import ATTACKED, OBJECTIVES, attack_steps
+from toolkit.training.losses import ATTACKED, OBJECTIVES, attack_steps, cross_entropy_of
+from toolkit.training.qat import Rounding, Schedule, copy_ranges, fit, prepare, split_state
 from toolkit.training.records import EpochRecord, TrainingResult
 from toolkit.training.schedules import SCHEDULES
 from toolkit.training.teacher import Teacher
@@ -52,6 +53,7 @@ class Run:
         plan: PgdPlan | None,
         seed: int,
         teacher: TorchModel | None = None,
+        rounding: Rounding | None = None,
     ) -> None:
         self.original, self.train_split, self.config, self.seed = model, train_split, config, seed
         self.batch_size = fitting_batch(config, len(train_split))
@@ -61,6 +63,10 @@ class Run:
             keep_freed_memory()
         precision = resolve_precision(config.precision)
         self.module: Normalized = copy.deepcopy(model.module).to(self.device).requires_grad_(True)
+        self.rounding = rounding
+        switch = prepare(replace(model, module=self.module), rounding) if rounding else None
+        if switch is not None and precision == "bfloat16":
+            precision = "autocast"  # what rounds keeps float32 weights
         self.form = find_form(self.module, model.spec.input_shape, precision, self.device)
         self.form.cast(self.module.network)
         self.precision: Precision = "bfloat16" if self.form.precision == "autocast" else "float32"
@@ -77,6 +83,7 @@ class Run:
         # a last batch of one image would break batch norm, so incomplete batches are dropped where there are others
         self.steps_per_epoch = max(1, len(train_split) // self.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
+        self.schedule = Schedule(switch, self.steps) if switch else None
         self.guard = OverfittingGuard(copy.deepcopy(self._weights())) if config.objective == "fgsm" else None
         self.step = 0
         self.order = np.empty(0, dtype=np.int64)
@@ -123,6 +130,7 @@ class Run:
             "train": self.train_split.digest,
             "validation": self.validation.digest,
             "spec": spec_to_dict(self.original.spec),
+            "rounding": self.rounding and self.rounding.record(),
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for value in self.original.network.state_dict().values():
@@ -138,11 +146,13 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rate
         batch = self._batch(epoch, position)
-        self.module.train()
+        self._begin_step(batch)
         loss = OBJECTIVES[self.config.objective](batch, self.config)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.leave()
         self.losses.append(float(loss.detach()))
         self._check_loss(epoch)
         self.step += 1
@@ -150,6 +160,27 @@ class Run:
             self.average.update(self.module, self.step)
         self._watch()
         self.note = f"loss {np.mean(self.losses[-50:]):.3f}"
+
+    def _begin_step(self, batch: _Batch) -> None:
+        """Bring the network into training mode, and its fake quantisers into that of this step."""
+        if self.schedule is not None and self.step == self.schedule.first:
+            self._begin_rounding(self.schedule, batch)
+        self.module.train()
+        if self.schedule is not None:
+            self.schedule.enter(self.step, self.module)
+
+    def _begin_rounding(self, schedule: Schedule, batch: _Batch) -> None:
+        """Fit the ranges of activations to what a batch, clean and attacked, causes in the float network."""
+        images = batch.images
+        if self.adversary is not None:
+            images = torch.cat([images, batch.attack(cross_entropy_of(batch.labels))])
+        self.module.eval()
+        with torch.no_grad():
+            fit(self.module.network, schedule.switch, lambda: self.module(images))
+            if self.average is not None:
+                copy_ranges(self.module.network, self.average.module.network)
+        if self.guard is not None:  # what it kept has no ranges
+            self.guard.good = copy.deepcopy(self._weights())
 
     def _batch(self, epoch: int, position: int) -> _Batch:
         if self.order_epoch != epoch:
@@ -226,12 +257,16 @@ class Run:
         clean, robust = self._validate()
         epoch = self.step // self.steps_per_epoch
         record = EpochRecord(epoch, float(np.mean(self.losses)), clean, robust)
-        if record.is_kept_after(self.epochs):
+        if self._counts(record) and record.is_kept_after([earlier for earlier in self.epochs if self._counts(earlier)]):
             self.best = {key: value.detach().cpu().clone() for key, value in self.shipped.network.state_dict().items()}
             self.best_epoch = epoch
         self.epochs.append(record)
         robust_text = f", robust {robust.value:.1%}" if robust else ""
         self.note = f"epoch {epoch}: validation clean {clean.value:.1%}{robust_text}"
+
+    def _counts(self, record: EpochRecord) -> bool:
+        """Whether the weights of an epoch may be kept: those that are to be rounded have learnt it."""
+        return self.schedule is None or self.schedule.counts(record.epoch * self.steps_per_epoch)
 
     def _validate(self) -> tuple[Proportion, Proportion | None]:
         clean, *robust = measure(self.shipped, self.validation, self.adversary, self.attacks, self.seed)
@@ -265,7 +300,10 @@ class Run:
     def result(self) -> TrainingResult:
         """The kept epoch's network in float32, with this training in its record."""
         trained = self.original.copy()
-        trained.network.load_state_dict(self.best)
+        weights, learnt = self.best, None
+        if self.rounding is not None:
+            weights, learnt = split_state(self.best, self.rounding)
+        trained.network.load_state_dict(weights)
         config = self.config
         record = {
             "objective": config.objective,
@@ -280,13 +318,14 @@ class Run:
             "ema": config.ema,
             "teacher_sha256": self.teacher and self.teacher.digest,
             "collapse": self.guard and self.guard.collapse,
+            "rounding": self.rounding and self.rounding.record(),
         }
         seen = [self.original.training_hashes, self.train_split.hashes]
         hashes = np.unique(np.concatenate([*seen, *([self.teacher.training_hashes] if self.teacher else [])]))
         spec = replace(trained.spec, training=(*trained.spec.training, record))
         trained.module.eval()
         model = replace(trained, spec=spec, training_hashes=hashes)
-        return TrainingResult(model, tuple(self.epochs), self.best_epoch, self.precision)
+        return TrainingResult(model, tuple(self.epochs), self.best_epoch, self.precision, learnt)
 
 
 @dataclass(frozen=True)
