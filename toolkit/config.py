@@ -139,6 +139,8 @@ class QuantizeConfig(StageConfig):
     """`auto`: the method that loses least on validation images."""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     per_channel: bool = True
+    reduce_range: bool = False
+    """Weights of seven bits, which no pair of products overflows 16 bits with: for x86 without VNNI."""
     keep_float: tuple[str, ...] = ()
     """Layers that are not quantised, by their nodes' names in the float twin; `*` stands for anything."""
     calibrate_adversarial: Share = 0.0

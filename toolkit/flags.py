@@ -95,6 +95,12 @@ QUANTIZE = (
     ),
     Flag("--percentile", "quantize.percentile", "Percentile of --calibrate percentile.", float),
     Flag("--per-channel/--per-tensor", "quantize.per_channel", "Granularity of weight scales.", bool),
+    Flag(
+        "--reduce-range/--full-range",
+        "quantize.reduce_range",
+        "Weights of 7 bits, for x86 machines without VNNI.",
+        bool,
+    ),
     Flag("--keep-float", "quantize.keep_float", "Layers to leave float, e.g. node_conv2d,node_linear*."),
     Flag(
         "--calibrate-adversarial",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit import bundle
 from toolkit.artifacts import TorchModel
 from toolkit.attacks.ensemble import Pass, compose
+from toolkit.attacks.planned import PlannedAttack
+from toolkit.attacks.surrogate import resolve_precision
 from toolkit.config import HardenConfig, write_settings
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import measure_accuracy
@@ -17,6 +20,7 @@ from toolkit.evaluators.environment import environment_record
 from toolkit.evaluators.evaluation import Conditions
 from toolkit.evaluators.examination import Examination
 from toolkit.evaluators.latency import LatencyRow, benchmark
+from toolkit.evaluators.portability import JudgedImages, Portability, measure_portability
 from toolkit.evaluators.robustness import evaluate_robustness
 from toolkit.evaluators.soundness import Check, alarms, end_to_end_differs
 from toolkit.exporters.onnx import export_onnx, write_metadata
@@ -118,14 +122,20 @@ def _finetune(
             checkpoint=workspace.training_checkpoint,
             resume=resume,
             teacher=teacher,
-            rounding=Rounding(margin=prepared.plan.threat.margin(model.spec.normalization))
-            if config.finetune.qat
-            else None,
+            rounding=_rounding(config, prepared),
         )
     except ToolkitError:
         if not resume:  # it would only diverge again
             workspace.training_checkpoint.unlink(missing_ok=True)
         raise
+
+
+def _rounding(config: HardenConfig, prepared: PreparedAttack) -> Rounding | None:
+    """What the fine-tuning rounds to: what the integer graph will."""
+    if not config.finetune.qat:
+        return None
+    margin = prepared.plan.threat.margin(prepared.model.spec.normalization)
+    return Rounding(weight_bits=7 if config.quantize.reduce_range else 8, margin=margin)
 
 
 def resolve(config: HardenConfig, prepared: PreparedAttack) -> HardenConfig:
@@ -166,6 +176,8 @@ def _gather(
         examination = lineup.examine(evaluation, conditions, journals=workspace.journals, resume=resume)
     with watch.stage("profile"):
         coverage = integer_coverage(graphs.deployed.path, provider=config.benchmark.provider)
+    with watch.stage("portability"):
+        portability = _portability(config, prepared, tuned.model, graphs)
     checks = end_to_end_differs(graphs.end_to_end)
     _write_headlines(graphs, examination, coverage, alarms((*examination.checks, *checks)))
     with watch.stage("benchmark"):
@@ -189,6 +201,7 @@ def _gather(
         methods=graphs.methods,
         assignment=graphs.assignment,
         coverage=coverage,
+        portability=portability,
         latency=latency,
         environment=environment_record(prepared.threads),
         timings=watch.seconds,
@@ -215,11 +228,21 @@ def _lineup(config: HardenConfig, prepared: PreparedAttack, model: TorchModel, g
             model,
             prepared.splits.calibration,
             per_channel=config.quantize.per_channel,
+            weight_bits=7 if config.quantize.reduce_range else 8,
             margin=prepared.plan.threat.margin(model.spec.normalization),
             float_weights=float_weights(graphs.fp32.path, graphs.deployed.path),
         )
     changed = config.prune.ratio > 0 or config.finetune.objective != "none"
     return lineup.with_network("original", prepared.model) if changed else lineup
+
+
+def _portability(config: HardenConfig, prepared: PreparedAttack, model: TorchModel, graphs: Graphs) -> Portability:
+    """What the deployed graph would answer elsewhere; attacked images are made on the float network."""
+    precision = resolve_precision(config.finetune.precision)
+    attack = PlannedAttack(model, prepared.plan, seed=config.seed, precision=precision)
+    images = JudgedImages.of(prepared.splits.evaluation, attack)
+    with tempfile.TemporaryDirectory(prefix="toolkit-elsewhere-") as folder:
+        return measure_portability(graphs.deployed.path, images, Path(folder), graphs.variants)
 
 
 def _latency(config: HardenConfig, prepared: PreparedAttack, graphs: Graphs) -> tuple[LatencyRow, ...]:

@@ -11,6 +11,7 @@ from toolkit import __version__
 from toolkit.artifacts import ModelSpec, Normalization, Splits, TorchModel
 from toolkit.attacks.threat import PgdPlan, resolve_plan
 from toolkit.config import DataConfig, ModelConfig, ModelRunConfig, ThreatConfig, TrainConfig
+from toolkit.data.pixels import PixelStatistics, differences
 from toolkit.data.sources import DataSource, check_fits, load_source
 from toolkit.data.splits import check_trained_on, make_splits
 from toolkit.errors import ToolkitError
@@ -191,6 +192,16 @@ def channel_values(name: str, given: tuple[float, ...], channels: int) -> tuple[
             fix=f"give one value, or one per channel: --{name} {','.join(['0.5'] * channels)}",
         )
     return found
+
+
+def warn_of_other_images(calibration: PixelStatistics, trained_on: PixelStatistics) -> None:
+    """Say in what the calibration images do not look like those that the network was trained on."""
+    found = differences(calibration, trained_on)
+    if found:
+        warn(
+            f"the calibration images do not look like the training images ({'; '.join(found)}): the ranges of the "
+            "activations will not fit; name the data that the network was trained on (--data)"
+        )
 
 
 def describe(model: TorchModel, plan: PgdPlan | None = None) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from toolkit import bundle
-from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, TorchModel
+from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Split, TorchModel
 from toolkit.attacks.threat import ThreatModel, resolve_plan
 from toolkit.config import (
     BenchmarkConfig,
@@ -22,6 +22,7 @@ from toolkit.config import (
     QuantizeConfig,
     TrainRunConfig,
 )
+from toolkit.data.pixels import PixelStatistics, statistics_in
 from toolkit.data.sources import load_source
 from toolkit.data.splits import make_splits
 from toolkit.errors import ToolkitError
@@ -30,6 +31,7 @@ from toolkit.evaluators.calibration_choice import choose_calibration
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
 from toolkit.evaluators.debugger import Explanation, explain
 from toolkit.evaluators.latency import LatencyRow, benchmark
+from toolkit.evaluators.portability import JudgedImages, Portability, measure_portability, writer_of
 from toolkit.exporters.engine import QuantizedModel
 from toolkit.exporters.onnx import export_onnx, read_metadata, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
@@ -38,7 +40,7 @@ from toolkit.exporters.session import OnnxPredictor
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import check_outputs
 from toolkit.models.registry import build_network
-from toolkit.prepare import describe, load_teacher, prepare, set_threads
+from toolkit.prepare import describe, load_teacher, prepare, set_threads, warn_of_other_images
 from toolkit.pruning import PruningResult, prune
 from toolkit.training.loop import train
 from toolkit.training.losses import ATTACKED
@@ -139,6 +141,7 @@ def export_file(config: ModelRunConfig, how: ExportConfig, output: Path, *, forc
     with bundle.disk_errors(output), bundle.folders_above(output):
         try:
             metadata = {**describe(prepared.model), "dataset": prepared.source.name.split(":")[0]}
+            metadata |= PixelStatistics.of(prepared.splits.train).as_metadata()
             exported = export_onnx(prepared.model, partial, how, metadata=metadata)
             parity = measure_parity(prepared.model, OnnxPredictor(exported.path), prepared.splits.evaluation)
             check_parity(parity)
@@ -157,6 +160,8 @@ class QuantizedFile:
     parity: Parity
     explanation: Explanation | None
     """Where it was asked for."""
+    portability: Portability | None = None
+    """The same; on clean images, for the file alone has no network to attack."""
 
 
 def quantize_file(
@@ -169,8 +174,21 @@ def quantize_file(
     threads: int | None,
     force: bool,
     explained: bool = False,
+    risks: bool = False,
 ) -> QuantizedFile:
-    """Quantise a float ONNX classifier with calibration images of `data`; `explained`: say where accuracy is lost."""
+    """Quantise a float ONNX classifier with calibration images of `data`.
+
+    Args:
+        path: the float file.
+        data: where calibration images come from, and those on which the result is compared.
+        how: to quantise it.
+        output: the file to write.
+        seed: of the choice of images.
+        threads: CPU threads.
+        force: replace an existing output.
+        explained: say where accuracy is lost.
+        risks: say what changes on other machines and under other settings.
+    """
     _refuse_existing(output, force=force)
     set_threads(threads)
     reference = OnnxPredictor(path)
@@ -185,6 +203,8 @@ def quantize_file(
             fix="name the data set that the network was trained on with --data (and --size)",
         )
     splits = make_splits(source, data, seed)
+    trained_on = statistics_in(read_metadata(path)) or PixelStatistics.of(splits.train)
+    warn_of_other_images(PixelStatistics.of(splits.calibration), trained_on)
     partial = output.with_name(f".{output.name}.tmp")
     with bundle.disk_errors(output), bundle.folders_above(output):
         try:
@@ -202,10 +222,16 @@ def quantize_file(
             write_metadata(partial, read_metadata(path))
             coverage = integer_coverage(partial)
             parity = measure_parity(reference, OnnxPredictor(partial), splits.evaluation)
+            portability = _risks(partial, quantizer, splits.evaluation) if risks else None
             partial.replace(output)
         finally:
             partial.unlink(missing_ok=True)
-    return QuantizedFile(quantized, coverage, parity, explanation)
+    return QuantizedFile(quantized, coverage, parity, explanation, portability)
+
+
+def _risks(path: Path, quantizer: Quantizer, evaluation: Split) -> Portability:
+    with tempfile.TemporaryDirectory(prefix="toolkit-elsewhere-") as folder:
+        return measure_portability(path, JudgedImages.of(evaluation), Path(folder), writer_of(quantizer))
 
 
 def _margin(metadata: Mapping[str, str]) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -36,6 +36,8 @@ class QuantizedModel:
     engine: EngineName = "onnxruntime"
     learnt_ranges: int = 0
     """Tensors whose ranges a training learnt; calibration set those of the others."""
+    constant_channels: Mapping[str, int] = field(default_factory=dict)
+    """By layer: channels of what it reads that are constant on the calibration images."""
 
 
 class Writer(Protocol):

@@ -24,18 +24,26 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from toolkit import progress
 from toolkit.artifacts import OnnxModel, Split
 from toolkit.config import CalibrationName, QuantizeConfig
-from toolkit.exporters.admission import fixed_batch, refuse_bad_weights, refuse_missing_attack, refuse_quantised
+from toolkit.exporters.admission import (
+    fixed_batch,
+    refuse_bad_weights,
+    refuse_missing_attack,
+    refuse_quantised,
+    zero_filters,
+)
 from toolkit.exporters.calibration import AdversarialShare, CalibrationReader, calibration_batch
 from toolkit.exporters.engine import QuantizedModel, float_layers, save_integer_graph
 from toolkit.exporters.input_folding import fold_normalization, move_quantiser_to_pixels, read_shape_from_image
-from toolkit.exporters.input_range import InputGrid, covering_grid, pixel_map
+from toolkit.exporters.input_range import InputGrid, covering_grid, pixel_map, symmetric_grid
 from toolkit.exporters.observer import activation_bytes, observe
-from toolkit.exporters.onnx import load_onnx
+from toolkit.exporters.onnx import load_onnx, save_onnx
 from toolkit.exporters.precision import COMPUTE, between_float
 from toolkit.exporters.qdq import finish, keep_islands_float, keep_logits_float
 from toolkit.exporters.ranges import METHODS, Interval, choose_range, needs_histogram
 from toolkit.exporters.rewrites import rewrite
 from toolkit.exporters.session import hide_log
+from toolkit.exporters.variants import DEPLOYED, Variant
+from toolkit.exporters.zero_filters import refine_biases
 
 QUANTISED_OPERATORS = [
     *COMPUTE, "Add", "Mul", "Relu", "LeakyRelu", "Clip", "Sigmoid", "MaxPool", "AveragePool", "GlobalAveragePool",
@@ -113,6 +121,12 @@ class Quantizer:
         with progress.task("calibrate", len(self._reader) * (2 if histograms else 1)) as task:
             self._reader.report_to(task)
             self._observed = observe(self._plain, tensors, self._reader, histograms=histograms)
+        self._constant = {
+            node.name: self._observed[node.input[0]].constant_channels
+            for node in self._plain.graph.node
+            if node.op_type in COMPUTE and node.input[0] in self._observed
+        }
+        _notice_constant(self._constant, zero_filters(self._plain))
 
     @property
     def methods(self) -> tuple[CalibrationName, ...]:
@@ -146,7 +160,7 @@ class Quantizer:
         if self._method is None:
             raise ValueError("no calibration method is chosen")
         kept = {*self._kept, *keep_float}
-        made = save_integer_graph(
+        written = save_integer_graph(
             self._build(kept),
             output,
             engine="onnxruntime",
@@ -155,7 +169,15 @@ class Quantizer:
             per_channel=self._config.per_channel,
             kept=kept,
         )
-        return replace(made, learnt_ranges=len(self._given.keys() & self._observed.keys()))
+        return replace(
+            written,
+            learnt_ranges=len(self._given.keys() & self._observed.keys()),
+            constant_channels={name: count for name, count in self._constant.items() if count},
+        )
+
+    def write_variant(self, output: Path, variant: Variant, *, keep_float: Collection[str] = ()) -> None:
+        """Write the integer graph as other machines or runtimes want it, to be compared; see `write`."""
+        save_onnx(self._build({*self._kept, *keep_float}, variant), output)
 
     def _chosen_ranges(self) -> dict[str, Interval]:
         method = self._method
@@ -169,25 +191,36 @@ class Quantizer:
             }
         return self._ranges[method]
 
-    def _build(self, kept: Collection[str]) -> ModelProto:
+    def _build(self, kept: Collection[str], variant: Variant = DEPLOYED) -> ModelProto:
         config, prepared = self._config, ModelProto()
         prepared.CopyFrom(self._plain)
         mapping = pixel_map(prepared)
         readers = {node.name for node in prepared.graph.node if mapping.tensor in node.input}
-        folded = None if readers & set(kept) else fold_normalization(prepared, mapping, self._margin)
-        grid = covering_grid(float(mapping.of(-self._margin).min()), float(mapping.of(1 + self._margin).max()))
+        unfolded = variant.signed or bool(readers & set(kept))
+        folded = None if unfolded else fold_normalization(prepared, mapping, self._margin)
+        ends = float(mapping.of(-self._margin).min()), float(mapping.of(1 + self._margin).max())
+        grid = symmetric_grid(*ends) if variant.signed else covering_grid(*ends)
         if folded is not None:
             grid = InputGrid(np.ones(1), folded.quantiser.zero_point + folded.mean_steps)
         left_float = {*kept, *between_float(prepared, kept), *(node.name for node in pixel_map(prepared).nodes)}
-        quantised = _run_onnxruntime(
-            prepared, self._chosen_ranges(), _options(mapping.tensor, grid), config, left_float
-        )
+        options = _options(mapping.tensor, grid, variant)
+        quantised = _run_onnxruntime(prepared, self._chosen_ranges(), options, config, left_float, variant)
+        refine_biases(quantised, prepared)
         if folded is not None:
             move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
         keep_logits_float(quantised)
         keep_islands_float(quantised, kept)
         finish(quantised, self._source)
         return quantised
+
+
+def _notice_constant(activations: Mapping[str, int], filters: Mapping[str, int]) -> None:
+    """Say what is quantised and carries nothing."""
+    for what, counts in (("constant on the calibration images", activations), ("filters of zeros", filters)):
+        named = {name: count for name, count in counts.items() if count}
+        if named:
+            where = ", ".join(f"{count} at '{name}'" for name, count in named.items())
+            progress.notice(f"channels that carry nothing ({what}): {sum(named.values())} ({where})")
 
 
 def _preprocess(model: ModelProto) -> ModelProto:
@@ -220,6 +253,7 @@ def _run_onnxruntime(
     options: dict[str, Any],
     config: QuantizeConfig,
     left_float: Collection[str],
+    variant: Variant,
 ) -> ModelProto:
     known = {name: tuple(np.float32(end) for end in ends) for name, ends in ranges.items()}
     with tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as folder, _silence():
@@ -234,7 +268,8 @@ def _run_onnxruntime(
             op_types_to_quantize=QUANTISED_OPERATORS,
             nodes_to_exclude=[*_left_float(prepared), *left_float],
             per_channel=config.per_channel,
-            activation_type=QuantType.QUInt8,
+            reduce_range=config.reduce_range or variant.reduce_range,
+            activation_type=QuantType.QInt8 if variant.signed else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibration_cache_path=cache,
             extra_options=options,
@@ -242,11 +277,13 @@ def _run_onnxruntime(
         return onnx.load(after)
 
 
-def _options(tensor: str, grid: InputGrid) -> dict[str, Any]:
-    step, zero_point = np.array(grid.step[0], dtype=np.float32), np.array(grid.zero_point, dtype=np.uint8)
+def _options(tensor: str, grid: InputGrid, variant: Variant) -> dict[str, Any]:
+    kind = np.int8 if variant.signed else np.uint8
+    step, zero_point = np.array(grid.step[0], dtype=np.float32), np.array(grid.zero_point, dtype=kind)
     return {
-        "ActivationSymmetric": False,
+        "ActivationSymmetric": variant.signed,
         "WeightSymmetric": True,
+        "QuantizeBias": not variant.float_bias,
         "TensorQuantOverrides": {tensor: [{"scale": step, "zero_point": zero_point}]},
     }
 

@@ -242,7 +242,7 @@ class Run:
         return ToolkitError(
             "the training diverged",
             found=f"loss {self.losses[-1]:.3g} in epoch {epoch}, step {len(self.losses)}",
-            fix=f"lower --learning-rate (now {self.config.learning_rate:g}), or pass --precision float32",
+            fix=f"lower --learning-rate (now {self.config.learning_rate:g}), or pass --train-precision float32",
         )
 
     @property
