@@ -10,7 +10,7 @@ weights themselves, so that the integers are those of the folded graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from toolkit.artifacts import Split, TorchModel
+from toolkit.artifacts import Normalized, Split, TorchModel
 from toolkit.config import HardenConfig
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.fake_quantised import MAX_BITS
@@ -221,6 +221,22 @@ class Schedule:
         """That from which on ranges and statistics stand still."""
         switch.rounding = False
 
+    def begin(self, module: Normalized, images: Tensor, copies: Sequence[Normalized]) -> None:
+        """Fit the ranges to what some images, clean and attacked, cause in the float network.
+
+        Args:
+            module: in training; it is left in evaluation mode.
+            images: float32 [n, C, H, W], on its device.
+            copies: networks like it that are to have the same ranges.
+        """
+        module.eval()
+        with torch.no_grad():
+            fit(module.network, self.switch, lambda: module(images))
+        fitted = activation_quantisers(module.network)
+        for copied in copies:
+            for name, quantiser in activation_quantisers(copied.network).items():
+                quantiser.ends.copy_(fitted[name].ends)
+
     def enter(self, step: int, module: nn.Module) -> None:
         """Before step number `step`, counted from 0; batch norms of `module`, in training mode, stand still in time."""
         self.switch.rounding = step >= self.first
@@ -253,13 +269,6 @@ def fit(network: nn.Module, switch: Switch, run: Callable[[], object]) -> None:
         switch.rounding, switch.keep = before
         for quantiser, mode in zip(quantisers, modes, strict=True):
             quantiser.train(mode)
-
-
-def copy_ranges(source: nn.Module, target: nn.Module) -> None:
-    """Give a copy of a prepared network its ranges."""
-    theirs = activation_quantisers(source)
-    for name, quantiser in activation_quantisers(target).items():
-        quantiser.ends.copy_(theirs[name].ends)
 
 
 def split_state(state: Mapping[str, Tensor], rounding: Rounding) -> tuple[dict[str, Tensor], LearntRanges]:

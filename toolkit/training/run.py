@@ -29,7 +29,7 @@ from toolkit.training.batches import augment, fitting_batch
 from toolkit.training.forward import find_form, forward
 from toolkit.training.guard import OverfittingGuard
 from toolkit.training.losses import ATTACKED, OBJECTIVES, attack_steps, cross_entropy_of
-from toolkit.training.qat import Rounding, Schedule, copy_ranges, fit, prepare, split_state
+from toolkit.training.qat import Rounding, Schedule, prepare, split_state
 from toolkit.training.records import EpochRecord, TrainingResult
 from toolkit.training.schedules import SCHEDULES
 from toolkit.training.teacher import Teacher
@@ -163,24 +163,16 @@ class Run:
 
     def _begin_step(self, batch: _Batch) -> None:
         """Bring the network into training mode, and its fake quantisers into that of this step."""
-        if self.schedule is not None and self.step == self.schedule.first:
-            self._begin_rounding(self.schedule, batch)
+        schedule = self.schedule
+        if schedule is not None and self.step == schedule.first:
+            attacked = [batch.attack(cross_entropy_of(batch.labels))] if self.adversary is not None else []
+            average = [self.average.module] if self.average is not None else []
+            schedule.begin(self.module, torch.cat([batch.images, *attacked]), average)
+            if self.guard is not None:  # what it kept has no ranges
+                self.guard.good = copy.deepcopy(self._weights())
         self.module.train()
-        if self.schedule is not None:
-            self.schedule.enter(self.step, self.module)
-
-    def _begin_rounding(self, schedule: Schedule, batch: _Batch) -> None:
-        """Fit the ranges of activations to what a batch, clean and attacked, causes in the float network."""
-        images = batch.images
-        if self.adversary is not None:
-            images = torch.cat([images, batch.attack(cross_entropy_of(batch.labels))])
-        self.module.eval()
-        with torch.no_grad():
-            fit(self.module.network, schedule.switch, lambda: self.module(images))
-            if self.average is not None:
-                copy_ranges(self.module.network, self.average.module.network)
-        if self.guard is not None:  # what it kept has no ranges
-            self.guard.good = copy.deepcopy(self._weights())
+        if schedule is not None:
+            schedule.enter(self.step, self.module)
 
     def _batch(self, epoch: int, position: int) -> _Batch:
         if self.order_epoch != epoch:
