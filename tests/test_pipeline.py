@@ -425,6 +425,29 @@ def test_a_resumed_run_searches_no_second_time(here: Path, monkeypatch: pytest.M
     assert len(searched) == 1 and report_of(here / "out")["quantization"]["assignment"]["tried"] >= 1
 
 
+def test_a_quantisation_aware_run_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*tiny.harden_arguments(precision="auto"), "--qat", "--keep-float", "node_linear", "--threads", "1"]
+    assert tiny.run(*command, "--dry-run") == cli.DONE
+    assert "2 epoch(s) of 540 images, quantisation-aware" in capsys.readouterr().out
+    assert tiny.run(*command, "-q") == cli.DONE
+    report = report_of(here / "out")
+    assert report["finetuning"]["qat"] and report["finetuning"]["best_epoch"] == 2
+    assert report["quantization"]["learnt_ranges"] >= 2 and report["quantization"]["integer_coverage"] > 0.5
+    page = Path("out/report.md").read_text()
+    assert "Quantisation-aware: its last 50%" in page and "whose ranges fine-tuning learnt" in page
+    assert yaml.safe_load(Path("out/config.yaml").read_text())["finetune"]["qat"] is True
+    again = [*tiny.harden_arguments("twice", model="out/model.pt", epochs=0), "--threads", "1", "-q"]
+    assert tiny.run(*again) == cli.DONE  # the checkpoint is an ordinary network
+    assert not report_of(Path("twice"))["finetuning"]["qat"]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("more", [["--epochs", "0"], ["--per-tensor"], ["--finetune", "none"]])
+def test_what_a_quantisation_aware_run_cannot_be(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny.run(*tiny.harden_arguments(), "--qat", *more, "-q") == cli.BAD_INPUT
+    assert "--qat" in capsys.readouterr().err and not Path("out").exists()
+
+
 def test_a_dry_run_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tiny.entries(here)
     assert tiny.run(*tiny.harden_arguments(), "--dry-run") == cli.DONE

@@ -70,6 +70,7 @@ HARDEN_FLAGS = (
     *flags.PRUNE,
     flags.Flag("--int8", "quantize.int8", "Quantise to int8; without it --allow-float is needed.", bool),
     *flags.under("finetune", flags.TRAINING),
+    flags.Flag("--qat", "finetune.qat", "Round weights and activations in the last part of the fine-tuning.", bool),
     *flags.MODEL,
     *flags.DATA,
     *flags.EVALUATION,

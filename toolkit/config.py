@@ -116,6 +116,8 @@ class TrainConfig(StageConfig):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the exponential moving average of the weights, which is shipped in their place; 0: none."""
     precision: PrecisionChoice = "auto"
+    qat: bool = False
+    """Whether, in `harden`, the last part of the training computes on rounded weights and activations."""
     augment: bool = False
     """Random horizontal flips and shifts of up to an eighth of the side."""
 

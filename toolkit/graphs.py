@@ -34,6 +34,7 @@ from toolkit.exporters.session import OnnxPredictor
 from toolkit.exporters.variants import Variant
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.prepare import PreparedAttack, describe, warn_of_other_images
+from toolkit.training.qat import LearntRanges, graph_ranges
 from toolkit.watch import Stopwatch
 
 END_TO_END_IMAGES = 100
@@ -66,6 +67,8 @@ def write_graphs(
     original: OnnxModel,
     workspace: bundle.Workspace,
     watch: Stopwatch,
+    *,
+    learnt: LearntRanges | None = None,
 ) -> Graphs:
     """Write all ONNX files of a bundle, and measure that they are what they should be.
 
@@ -76,6 +79,7 @@ def write_graphs(
         original: the network that came in.
         workspace: where the bundle grows.
         watch: of the stages.
+        learnt: the ranges of activations that the fine-tuning learnt, if it rounded.
     """
     files, evaluation = workspace.files, prepared.splits.evaluation
     trained_on = PixelStatistics.of(prepared.splits.train)
@@ -92,7 +96,7 @@ def write_graphs(
     deployed_path = files / bundle.DEPLOYED
     with watch.stage("quantize"):
         if config.quantize.int8:
-            made = _quantize(config, prepared, model, fp32, workspace)
+            made = _quantize(config, prepared, model, fp32, workspace, learnt)
             write_metadata(deployed_path, metadata)
         ships = made is not None and not (made.assignment and not made.assignment.pays and config.allow_float)
         if not ships:
@@ -129,13 +133,19 @@ class _Integer:
 
 
 def _quantize(
-    config: HardenConfig, prepared: PreparedAttack, model: TorchModel, fp32: OnnxModel, workspace: bundle.Workspace
+    config: HardenConfig,
+    prepared: PreparedAttack,
+    model: TorchModel,
+    fp32: OnnxModel,
+    workspace: bundle.Workspace,
+    learnt: LearntRanges | None,
 ) -> _Integer:
     splits, how, plan = prepared.splits, config.quantize, prepared.plan
     path, margin = workspace.files / bundle.DEPLOYED, plan.threat.margin(model.spec.normalization)
     attack = PlannedAttack(model, plan, seed=config.seed, precision=resolve_precision(config.finetune.precision))
     share = AdversarialShare(attack, how.calibrate_adversarial) if how.calibrate_adversarial else None
-    quantizer = Quantizer(fp32, splits.calibration, how, input_margin=margin, adversarial=share)
+    ranges = graph_ranges(model, learnt, fp32.path, splits.calibration) if learnt else {}
+    quantizer = Quantizer(fp32, splits.calibration, how, input_margin=margin, adversarial=share, ranges=ranges)
     provider = config.benchmark.provider
     methods = assignment = None
     if "auto" in (how.calibrate, how.precision):

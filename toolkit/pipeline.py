@@ -35,6 +35,7 @@ from toolkit.reports.markdown import render_markdown
 from toolkit.reports.schema import Report
 from toolkit.training.distributed import joined
 from toolkit.training.loop import train
+from toolkit.training.qat import Rounding, check_qat
 from toolkit.training.records import TrainingResult
 from toolkit.watch import Stopwatch
 
@@ -63,6 +64,8 @@ def check_settings(config: HardenConfig) -> None:
             found="neither --int8 nor --allow-float",
             fix="add --int8 for an integer graph, or --allow-float to ship a float one",
         )
+    if config.finetune.qat:
+        check_qat(config)
 
 
 def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: bool = False) -> HardenResult:
@@ -91,7 +94,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
             OnnxPredictor(original.path, provider=config.benchmark.provider)
         with watch.stage("finetune"):
             tuned = _finetune(config, prepared, pruned.model, teacher, workspace.training_checkpoint, resume=resume)
-        graphs = write_graphs(config, prepared, tuned.model, original, workspace, watch)
+        graphs = write_graphs(config, prepared, tuned.model, original, workspace, watch, learnt=tuned.learnt)
         config = settled(config, graphs)
         evidence = _gather(config, prepared, pruned, tuned, graphs, workspace, watch, resume=resume)
         report = build_report(config, evidence)
@@ -130,12 +133,21 @@ def _finetune(
                 checkpoint=checkpoint,
                 resume=resume,
                 teacher=teacher,
+                rounding=_rounding(config, prepared),
                 world=world,
             )
     except ToolkitError:
         if not resume and checkpoint is not None:  # it would only diverge again
             checkpoint.unlink(missing_ok=True)
         raise
+
+
+def _rounding(config: HardenConfig, prepared: PreparedAttack) -> Rounding | None:
+    """What the fine-tuning rounds to: what the integer graph will."""
+    if not config.finetune.qat:
+        return None
+    margin = prepared.plan.threat.margin(prepared.model.spec.normalization)
+    return Rounding(weight_bits=7 if config.quantize.reduce_range else 8, margin=margin)
 
 
 def resolve(config: HardenConfig, prepared: PreparedAttack) -> HardenConfig:

@@ -19,6 +19,7 @@ from toolkit.pipeline import BASELINE_IMAGES, check_settings, resolve
 from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack
 from toolkit.pruning import prune
 from toolkit.training.losses import cost_per_image
+from toolkit.training.sites import find_sites
 
 QUERY_COST = 0.3
 """Of a query in gradients."""
@@ -44,6 +45,8 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
     load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
     config = resolve(config, prepared)
     pruned = prune(prepared.model, config.prune)
+    if config.finetune.qat:
+        find_sites(pruned.model)
     gradient, forward = (_seconds_per_image(model, config) for model in (prepared.model, pruned.model))
     tuning, evaluated = config.finetune, len(prepared.splits.evaluation)
     images = tuning.epochs * len(prepared.splits.train)
@@ -51,9 +54,8 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
     estimates = {
         f"prune      {config.prune.ratio:g} of the filters per {config.prune.scope}: "
         f"{pruned.parameters_before:,} -> {pruned.parameters_after:,} parameters": 1.0,
-        f"fine-tune  {tuning.objective}, {tuning.epochs} epoch(s) of {len(prepared.splits.train):,} images": images
-        * cost_per_image(tuning)
-        * forward,
+        f"fine-tune  {tuning.objective}, {tuning.epochs} epoch(s) of {len(prepared.splits.train):,} images"
+        f"{', quantisation-aware' if tuning.qat else ''}": images * cost_per_image(tuning) * forward,
         f"export     opset {config.export.opset}, parity, end-to-end graph": 5.0,
         f"quantise   {_calibration_text(config.quantize)}": 2.0,
         f"evaluate   PGD-{prepared.plan.steps} on all surrogates, {config.attack.attacks}; {evaluated:,} images": (

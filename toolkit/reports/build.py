@@ -87,6 +87,7 @@ def build_report(config: HardenConfig, evidence: Evidence) -> Report:
             ],
             best_epoch=tuned.best_epoch,
             precision=tuned.precision,
+            qat=tuned.learnt is not None,
         ),
         baseline=schema.Baseline(
             accuracy=Share.of(evidence.baseline_accuracy), robust_accuracy=Share.of(evidence.baseline_robust)
@@ -195,6 +196,7 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
         activations="uint8 asymmetric" if quantized else "float32",
         calibration=quantized.calibration if quantized else None,
         calibration_images=quantized.calibration_images if quantized else 0,
+        learnt_ranges=quantized.learnt_ranges if quantized else 0,
         input_range=list(quantized.input_range) if quantized and quantized.input_range else None,
         clipped_share=evidence.examination.robustness.clipped_share,
         calibration_comparison=_calibrations(config.quantize.calibrate_adversarial, quantized, evidence.calibrations),

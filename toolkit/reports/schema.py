@@ -118,6 +118,8 @@ class Finetuning(Part):
     epochs: list[Epoch]
     best_epoch: int
     precision: str
+    qat: bool = False
+    """Whether its last part computed on rounded weights and activations."""
 
 
 class Accuracy(Part):
@@ -480,6 +482,8 @@ class Quantization(Part):
     activations: str
     calibration: str | None
     calibration_images: int
+    learnt_ranges: int = 0
+    """Tensors whose ranges were learnt in a quantisation-aware fine-tuning; calibration set those of the others."""
     input_range: list[float] | None
     """Pixels that the input quantiser represents."""
     clipped_share: float | None
