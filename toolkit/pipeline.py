@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolkit import bundle
@@ -22,7 +22,7 @@ from toolkit.evaluators.soundness import Check, alarms, end_to_end_differs
 from toolkit.exporters.onnx import export_onnx, write_metadata
 from toolkit.exporters.precision import float_weights
 from toolkit.exporters.session import OnnxPredictor
-from toolkit.graphs import Graphs, settled, some_pixels, timed, write_graphs
+from toolkit.graphs import Graphs, search_rounding, settled, some_pixels, timed, with_rounding, write_graphs
 from toolkit.lineup import Lineup
 from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack, resolved_data, resolved_threat
 from toolkit.pruning import PruningResult, prune
@@ -80,6 +80,8 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
             teacher = load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
         config = resolve(config, prepared)
         with watch.stage("prune"):
+            rounding = search_rounding(config, prepared.model, prepared.splits, workspace.rounding)
+            config = config.model_copy(update={"prune": with_rounding(config.prune, rounding)})
             pruned = prune(prepared.model, config.prune)
         with watch.stage("export"):  # first, so that what cannot be exported or run is not trained in vain
             original = export_onnx(prepared.model, workspace.scratch("original.onnx"), config.export)
@@ -89,6 +91,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
         graphs = write_graphs(config, prepared, tuned.model, original, workspace, watch)
         config = settled(config, graphs)
         evidence = _gather(config, prepared, pruned, tuned, graphs, workspace, watch, resume=resume)
+        evidence = replace(evidence, rounding=rounding)
         report = build_report(config, evidence)
         _write_documents(config, prepared, report, workspace)
     return HardenResult(output, report)
