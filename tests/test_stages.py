@@ -13,6 +13,7 @@ import torch
 from tests import tiny
 from tests.tiny import World, entries
 from toolkit import cli
+from toolkit.evaluators import widths
 from toolkit.training.run import Run
 
 DATA = ("--data", "npz:data.npz")
@@ -98,6 +99,14 @@ def test_prune_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["parameters"] == {"before": 6339, "after": 2019}
     assert [(row["before"], row["after"]) for row in found["layers"]] == [(16, 8), (32, 16), (3, 3)]
     assert sum(value.numel() for value in torch.load("small.pt", weights_only=True)["state_dict"].values()) == 2019
+
+
+@pytest.mark.usefixtures("here")
+def test_prune_searches_widths_where_asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widths, "MULTIPLES", (1,))
+    found = result(capsys, "prune", "model.pt", "--prune", "0.4", "--round-to", "auto", "--output", "small.pt")
+    assert [(row["before"], row["after"]) for row in found["layers"]] == [(16, 10), (32, 19), (3, 3)]
+    assert torch.load("small.pt", weights_only=True)["spec"]["pruning"][0]["round_to"] == 1
 
 
 @pytest.mark.usefixtures("here")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from toolkit import paths
 from toolkit.errors import ToolkitError
@@ -45,7 +47,19 @@ def parse_fraction(value: object) -> object:
     return value
 
 
+def parse_multiple(value: object) -> int | Literal["auto"]:
+    """Turn text or a number into a multiple of at least 1, or `auto`."""
+    if value == "auto":
+        return "auto"
+    if isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            if int(value) >= 1:
+                return int(value)
+    raise PydanticCustomError("multiple", "a whole number of at least 1, or auto, is wanted")
+
+
 Fraction = Annotated[float, BeforeValidator(parse_fraction)]
+Multiple = Annotated[int | Literal["auto"], PlainValidator(parse_multiple)]
 PrecisionChoice = Literal["auto", "float32", "bfloat16"]
 CalibrationName = Literal["minmax", "moving-average", "percentile", "entropy", "mse"]
 CalibrationSetting = Literal["minmax", "moving-average", "percentile", "entropy", "mse", "auto"]
@@ -83,8 +97,20 @@ class PruneConfig(StageConfig):
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
     scope: Literal["layer", "global"] = "layer"
-    round_to: Annotated[int, Field(ge=1)] = 8
-    """Widths are rounded to the nearest multiple of this; 8 keeps the integer kernels' columns full. 1: no rounding."""
+    round_to: Multiple = 8
+    """Widths are rounded to the nearest multiple of this; 8 keeps the integer kernels' columns full. 1: no rounding.
+    `auto`: the multiple with which this machine takes least time per multiply-accumulate, found by measuring."""
+
+    @property
+    def multiple(self) -> int:
+        """The multiple, once it is known.
+
+        Raises:
+            ValueError: it is still `auto`.
+        """
+        if self.round_to == "auto":
+            raise ValueError("no multiple is chosen")
+        return self.round_to
 
 
 class TrainConfig(StageConfig):

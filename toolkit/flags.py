@@ -62,7 +62,7 @@ ATTACKS = (
 PRUNE = (
     Flag("--prune", "prune.ratio", "Share of the filters to remove, in [0, 1).", float, "-p"),
     Flag("--scope", "prune.scope", "layer: the same share in every layer; global: the weakest of all."),
-    Flag("--round-to", "prune.round_to", "Widths become multiples of this; 1: no rounding.", int),
+    Flag("--round-to", "prune.round_to", "Widths become multiples of this; 1: no rounding; auto: the fastest here."),
 )
 TRAINING = (
     Flag("--epochs", "epochs", "Epochs.", int, "-e"),

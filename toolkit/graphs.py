@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 
 from toolkit import bundle
-from toolkit.artifacts import OnnxModel, Split, TorchModel
+from toolkit.artifacts import OnnxModel, Split, Splits, TorchModel
 from toolkit.attacks.planned import PlannedAttack
 from toolkit.attacks.surrogate import resolve_precision
-from toolkit.config import BenchmarkConfig, HardenConfig
+from toolkit.config import BenchmarkConfig, HardenConfig, PruneConfig
 from toolkit.data.pixels import PixelStatistics
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.assignment import Assignment, Judge, find_assignment
@@ -24,6 +24,7 @@ from toolkit.evaluators.calibration import CalibrationComparison, compare_calibr
 from toolkit.evaluators.calibration_choice import CalibrationChoice, choose_calibration
 from toolkit.evaluators.latency import ImageArray, Stopclock
 from toolkit.evaluators.portability import writer_of
+from toolkit.evaluators.widths import Candidates, RoundingChoice, choose_rounding, fingerprint
 from toolkit.exporters.calibration import AdversarialShare
 from toolkit.exporters.end_to_end import EndToEndComparison, compare_end_to_end, export_end_to_end
 from toolkit.exporters.engine import QuantizedModel
@@ -119,6 +120,42 @@ def write_graphs(
         end_to_end=end_to_end,
         variants=made.variants if made and ships else None,
     )
+
+
+def search_rounding(
+    config: HardenConfig, model: TorchModel, splits: Splits, kept: Path | None = None
+) -> RoundingChoice | None:
+    """The multiple for widths where `--round-to auto` asks for one, on this machine.
+
+    Args:
+        config: how the run prunes, exports, quantises and times.
+        model: the network that is to be pruned.
+        splits: calibration images, and validation images to time with.
+        kept: a file that keeps what was found for a run that goes on.
+
+    Returns:
+        None: there is nothing to search, or to prune.
+    """
+    if config.prune.round_to != "auto" or config.prune.ratio == 0:
+        return None
+    key = fingerprint(model, config.prune)
+    known = RoundingChoice.read(kept, key) if kept else None
+    if known is not None:
+        return known
+    clock = Stopclock(timed(config), some_pixels(config, splits.validation), seed=config.seed)
+    with tempfile.TemporaryDirectory(prefix="toolkit-widths-") as folder:
+        candidates = Candidates(config.prune, config.export, config.quantize, splits.calibration, Path(folder))
+        found = choose_rounding(model, candidates, clock, seed=config.seed)
+    if kept:
+        found.write(kept, key)
+    return found
+
+
+def with_rounding(config: PruneConfig, found: RoundingChoice | None) -> PruneConfig:
+    """`config` with the multiple that was found; where nothing is pruned, the default stands for it."""
+    if config.round_to != "auto":
+        return config
+    return config.model_copy(update={"round_to": found.chosen if found else PruneConfig().round_to})
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ def prune(model: TorchModel, config: PruneConfig) -> PruningResult:
 
     Every convolution and linear layer but the classifier loses the share `config.ratio` (scope `layer`), or the
     weakest filters of the whole network go (scope `global`; norms relative to their layer's mean). Widths are rounded
-    to multiples of `config.round_to`. Layers that torch-pruning cannot follow stay whole, and a notice names them, as
-    long as others can be pruned.
+    to multiples of `config.round_to` (`auto` is resolved before). Layers that torch-pruning cannot follow stay whole,
+    and a notice names them, as long as others can be pruned.
 
     Raises:
         ToolkitError: torch-pruning cannot follow the network, or nothing could be removed.
@@ -72,14 +72,14 @@ def prune(model: TorchModel, config: PruneConfig) -> PruningResult:
     if all(layer.before == layer.after for layer in layers):
         classifier = find_classifier(copied)
         prunable = [w for name, w in before.items() if copied.network.get_submodule(name) is not classifier]
-        if any(rounded_width(width, config.ratio, config.round_to) < width for width in prunable):
+        if any(rounded_width(width, config.ratio, config.multiple) < width for width in prunable):
             raise _cannot_follow(copied.network, RuntimeError("every layer would stay whole"))
         raise ToolkitError(
             "pruning removed nothing",
-            found=f"--prune {config.ratio:g} with --round-to {config.round_to} on {sorted(set(before.values()))}",
+            found=f"--prune {config.ratio:g} with --round-to {config.multiple} on {sorted(set(before.values()))}",
             fix="raise --prune or lower --round-to",
         )
-    entry = {"ratio": config.ratio, "scope": config.scope, "round_to": config.round_to, "history": history}
+    entry = {"ratio": config.ratio, "scope": config.scope, "round_to": config.multiple, "history": history}
     spec = replace(model.spec, pruning=(*model.spec.pruning, entry))
     return PruningResult(replace(pruned, spec=spec), layers, parameters_before, _parameters(pruned.network))
 
@@ -183,7 +183,7 @@ def _run_pruner(network: nn.Module, example: Tensor, ignored: list[nn.Module], c
         wanted.update(_global_widths(network, example, ignored, config.ratio))
     ratios: dict[nn.Module, float] = {}
     for module, width in widths.items():
-        kept = rounded_width(width, 1 - wanted[module] / width, config.round_to)
+        kept = rounded_width(width, 1 - wanted[module] / width, config.multiple)
         # torch-pruning keeps int(width * (1 - ratio)); half a filter more keeps that off the edge
         ratios[module] = 1 - (kept + 0.5) / width
     pruner = torch_pruning.pruner.BasePruner(

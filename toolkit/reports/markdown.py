@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from toolkit.evaluators.timing import BUSY
 from toolkit.reports.portability import portability_section
 from toolkit.reports.robustness import JUDGES, marked, robust_text, robustness_section
-from toolkit.reports.schema import Assignment, CalibrationComparison, Latency, Quantization, Report, Share
+from toolkit.reports.schema import Assignment, CalibrationComparison, Latency, Model, Quantization, Report, Share
 from toolkit.reports.words import percent, table, threat_text
 from toolkit.training.qat import FLOAT_SHARE
 
@@ -20,6 +20,7 @@ def render_markdown(report: Report) -> str:
         _accuracy(report),
         robustness_section(report, {"fp32": report.robust_accuracy.fp32, **_deployed(report)}),
         _size(report),
+        _roundings(report.model),
         _speed(report),
         _integers(report),
         _methods(report.quantization),
@@ -99,6 +100,38 @@ def _size(report: Report) -> str:
         f"## What was removed\n\nPruned by {model.prune_ratio:g} of the filters per {model.prune_scope} "
         f"(l1 norm; {rounding}, so a layer's share can differ).\n\n"
         f"{table(('layer', 'filters', 'parameters', 'multiply-accumulates'), rows)}"
+    )
+
+
+def _roundings(model: Model) -> str:
+    if not model.roundings:
+        return ""
+    rows = [
+        (
+            f"**{row.round_to}**" if row.chosen else row.round_to,
+            f"{row.macs:,}",
+            f"{row.ratio:.2f} [{row.ratio_low:.2f}, {row.ratio_high:.2f}]",
+            f"{row.float_ratio:.2f}",
+            f"{row.per_mac:.2f}",
+            row.graph,
+            "yes" if row.admitted else "no",
+        )
+        for row in model.roundings
+    ]
+    header = (
+        "multiple",
+        "multiply-accumulates",
+        "time",
+        "float time",
+        "time per multiply-accumulate",
+        "graph",
+        "counts",
+    )
+    return (
+        "## Widths\n\nPruned by the same ratio, with widths rounded to these multiples, networks were timed side by "
+        "side on this machine; the one in bold was taken. Time: over that of widths not rounded, geometric mean over "
+        "the batch sizes; per multiply-accumulate: over that of the best of those that count, which keep the "
+        f"multiply-accumulates asked for, or are wider in no more time.\n\n{table(header, rows)}"
     )
 
 

@@ -53,6 +53,25 @@ class Layer(Part):
     macs: Change
 
 
+class RoundingRecord(Part):
+    """Widths rounded to one multiple: what such a network costs, as the graph that ships."""
+
+    round_to: int
+    macs: int
+    ratio: float
+    """Time over that of widths that are not rounded; geometric mean over the batch sizes."""
+    ratio_low: float
+    ratio_high: float
+    float_ratio: float
+    """The same of the float graphs."""
+    per_mac: float
+    """Time per multiply-accumulate over that of the best candidate."""
+    graph: str
+    admitted: bool
+    """Its multiply-accumulates are near enough to those asked for, or it is wider for nothing."""
+    chosen: bool
+
+
 class Model(Part):
     """The network: what it is, and what pruning and quantisation made of it."""
 
@@ -69,6 +88,8 @@ class Model(Part):
     prune_scope: str
     round_to: int
     layers: list[Layer]
+    roundings: list[RoundingRecord] = []
+    """What `--round-to auto` tried; empty where it was not asked for."""
 
 
 class SplitRecord(Part):
