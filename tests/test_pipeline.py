@@ -44,6 +44,21 @@ def test_a_bundle_holds_every_file_and_nothing_else_is_left(hardened: World) -> 
     assert left == {"data.npz", "layers.py", "model.pt", "net.py", "out"}
 
 
+def test_it_says_what_changes_elsewhere(hardened: World) -> None:
+    quantization = report_of(hardened.bundle)["quantization"]
+    found = quantization["elsewhere"]
+    assert found["images"] == found["attacked"] == tiny.TEST
+    assert {row["setting"] for row in found["rows"]} == {
+        "unoptimised", "without_vnni", "opset", "reduce_range", "reduce_range_without_vnni", "s8s8", "float_bias"
+    }  # fmt: skip
+    assert all(row["changed"]["total"] == row["changed_attacked"]["total"] == tiny.TEST for row in found["rows"])
+    assert {row["layer"] for row in found["layers"]} == {row["layer"] for row in quantization["layers"]}
+    assert "## Elsewhere" in (hardened.bundle / "report.md").read_text()
+    said = {entry.key: entry.value for entry in onnx.load(hardened.bundle / "model.fp32.onnx").metadata_props}
+    statistics = json.loads(said["pixel_statistics"])
+    assert statistics["images"] == 500 and 0.2 < statistics["mean"][0] < 0.3
+
+
 def test_the_input_is_as_it_was(hardened: World) -> None:
     with tiny.working_folder(hardened.folder):
         assert torch.load("model.pt", weights_only=True)["spec"]["pruning"] == ()
