@@ -133,6 +133,8 @@ def _model(config: HardenConfig, evidence: Evidence) -> schema.Model:
         prune_ratio=config.prune.ratio,
         prune_scope=config.prune.scope,
         round_to=config.prune.multiple,
+        prune_importance=config.prune.importance,
+        prune_ratios=dict(config.prune.ratios),
         layers=layers,
         roundings=_roundings(evidence.rounding),
     )

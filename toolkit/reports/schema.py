@@ -87,6 +87,9 @@ class Model(Part):
     prune_ratio: float
     prune_scope: str
     round_to: int
+    prune_importance: str = "l1"
+    prune_ratios: dict[str, float] = {}
+    """Of single layers, by name, where they differ from `prune_ratio`."""
     layers: list[Layer]
     roundings: list[RoundingRecord] = []
     """What `--round-to auto` tried; empty where it was not asked for."""
