@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from toolkit import bundle
-from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, TorchModel
+from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Splits, TorchModel
 from toolkit.attacks.threat import ThreatModel, resolve_plan
 from toolkit.config import (
     BenchmarkConfig,
     DataConfig,
     ExportConfig,
+    ModelConfig,
     ModelRunConfig,
     PruneConfig,
     QuantizeConfig,
@@ -31,12 +32,12 @@ from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
 from toolkit.evaluators.debugger import Explanation, explain
 from toolkit.evaluators.latency import LatencyRow, benchmark
 from toolkit.exporters.engine import QuantizedModel
+from toolkit.exporters.engines import make_writer
 from toolkit.exporters.onnx import export_onnx, read_metadata, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
-from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.models.checkpoint import save_checkpoint
-from toolkit.models.loading import check_outputs
+from toolkit.models.loading import SHIPPED, check_outputs
 from toolkit.models.registry import build_network
 from toolkit.prepare import describe, load_teacher, prepare, set_threads
 from toolkit.pruning import PruningResult, prune
@@ -45,6 +46,8 @@ from toolkit.training.losses import ATTACKED
 from toolkit.training.records import TrainingResult
 
 EXPLAINED_IMAGES = 512
+CHECKPOINTS = (".pt", ".pth")
+"""Suffixes of torch files."""
 
 
 def training_checkpoint(output: Path) -> Path:
@@ -170,8 +173,59 @@ def quantize_file(
     force: bool,
     explained: bool = False,
 ) -> QuantizedFile:
-    """Quantise a float ONNX classifier with calibration images of `data`; `explained`: say where accuracy is lost."""
+    """Quantise a float ONNX classifier, or the network of a checkpoint, with calibration images of `data`.
+
+    Args:
+        path: an ONNX file; or a checkpoint, whose network is exported first, as `export` does.
+        data: where the images come from.
+        how: engine, calibration method, layers left float.
+        output: the file to write.
+        seed: of the choice of images.
+        threads: CPU threads.
+        force: replace an existing file.
+        explained: say where accuracy is lost.
+    """
     _refuse_existing(output, force=force)
+    partial = output.with_name(f".{output.name}.tmp")
+    with (
+        tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as scratch,
+        bundle.disk_errors(output),
+        bundle.folders_above(output),
+    ):
+        try:
+            network, path, splits = _to_quantise(path, data, Path(scratch, "float.onnx"), seed, threads)
+            reference, metadata = OnnxPredictor(path), read_metadata(path)
+            quantizer = make_writer(
+                OnnxModel(path, "fp32"), splits.calibration, how, network=network, input_margin=_margin(metadata)
+            )
+            if how.calibrate == "auto":
+                folder = Path(scratch, "calibration")
+                folder.mkdir()
+                methods = choose_calibration(quantizer, folder, Judge(path, splits.validation, None))
+                quantizer = quantizer.with_calibration(methods.chosen)
+            quantized = quantizer.write(partial)
+            explanation = None
+            if explained:
+                shown = splits.validation.first(EXPLAINED_IMAGES)
+                explanation = explain(quantizer, path, partial, shown, Judge(path, shown, None))
+            write_metadata(partial, metadata)
+            coverage = integer_coverage(partial)
+            parity = measure_parity(reference, OnnxPredictor(partial), splits.evaluation)
+            partial.replace(output)
+        finally:
+            partial.unlink(missing_ok=True)
+    return QuantizedFile(quantized, coverage, parity, explanation)
+
+
+def _to_quantise(
+    path: Path, data: DataConfig, exported: Path, seed: int, threads: int | None
+) -> tuple[TorchModel | None, Path, Splits]:
+    """The network, if `path` is a checkpoint, its float graph (written to `exported` then), and images."""
+    if path.suffix in CHECKPOINTS or str(path).startswith(SHIPPED):
+        prepared = prepare(ModelRunConfig(model=ModelConfig(path=path), data=data, seed=seed, threads=threads))
+        metadata = {**describe(prepared.model), "dataset": prepared.source.name.split(":")[0]}
+        export_onnx(prepared.model, exported, ExportConfig(), metadata=metadata)
+        return prepared.model, exported, prepared.splits
     set_threads(threads)
     reference = OnnxPredictor(path)
     if data.source is None:
@@ -184,28 +238,7 @@ def quantize_file(
             found=f"{path} takes {list(reference.input_shape)}, {source.name} has {list(source.train.shape)}",
             fix="name the data set that the network was trained on with --data (and --size)",
         )
-    splits = make_splits(source, data, seed)
-    partial = output.with_name(f".{output.name}.tmp")
-    with bundle.disk_errors(output), bundle.folders_above(output):
-        try:
-            margin = _margin(read_metadata(path))
-            quantizer = Quantizer(OnnxModel(path, "fp32"), splits.calibration, how, input_margin=margin)
-            if how.calibrate == "auto":
-                with tempfile.TemporaryDirectory(prefix="toolkit-calibration-") as folder:
-                    methods = choose_calibration(quantizer, Path(folder), Judge(path, splits.validation, None))
-                quantizer = quantizer.with_calibration(methods.chosen)
-            quantized = quantizer.write(partial)
-            explanation = None
-            if explained:
-                shown = splits.validation.first(EXPLAINED_IMAGES)
-                explanation = explain(quantizer, path, partial, shown, Judge(path, shown, None))
-            write_metadata(partial, read_metadata(path))
-            coverage = integer_coverage(partial)
-            parity = measure_parity(reference, OnnxPredictor(partial), splits.evaluation)
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
-    return QuantizedFile(quantized, coverage, parity, explanation)
+    return None, path, make_splits(source, data, seed)
 
 
 def _margin(metadata: Mapping[str, str]) -> float:

@@ -74,6 +74,15 @@ def observe(
     return found
 
 
+def no_finite_numbers(name: str) -> ToolkitError:
+    """The error for a tensor that overflows."""
+    return ToolkitError(
+        "the network's activations are no finite numbers",
+        found=f"at '{name}' on the calibration images",
+        fix="the training diverged: train again with a lower --learning-rate, or take an earlier checkpoint",
+    )
+
+
 def activation_bytes(model: ModelProto, tensors: Iterable[str]) -> int:
     """Memory that the tensors of one image take, as far as their shapes can be inferred."""
     graph = onnx.shape_inference.infer_shapes(model).graph
@@ -120,12 +129,7 @@ class _Ends:
         for name, values in batch.items():
             low, high = (float(end) for end in values.aminmax())
             if not (np.isfinite(low) and np.isfinite(high)):
-                raise ToolkitError(
-                    "the network's activations are no finite numbers",
-                    found=f"at '{name}' on the calibration images",
-                    fix="the training diverged: train again with a lower --learning-rate, or take an earlier "
-                    "checkpoint",
-                )
+                raise no_finite_numbers(name)
             least, largest, lows, highs, count = self._found.get(name, (low, high, 0.0, 0.0, 0))
             self._found[name] = (min(least, low), max(largest, high), lows + low, highs + high, count + 1)
 

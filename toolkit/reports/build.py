@@ -186,7 +186,7 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
     coverage, quantized = evidence.coverage, evidence.quantized
     granularity = "per channel" if config.quantize.per_channel else "per tensor"
     return schema.Quantization(
-        engine="onnxruntime" if quantized else "none",
+        engine=quantized.engine if quantized else "none",
         weights=f"int8 symmetric {granularity}" if quantized else "float32",
         activations="uint8 asymmetric" if quantized else "float32",
         calibration=quantized.calibration if quantized else None,
