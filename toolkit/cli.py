@@ -34,7 +34,7 @@ from toolkit.errors import ToolkitError
 
 if TYPE_CHECKING:
     from toolkit.evaluators.debugger import Explanation
-    from toolkit.reports.schema import Report
+    from toolkit.reports.schema import Portability, Report
 
 DONE, DEFECT, BAD_INPUT, GATE_UNMET, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -117,6 +117,7 @@ def harden(
         )
     resolved = build(HardenConfig, values, flags.names_by_path(HARDEN_FLAGS))
     from toolkit import bundle, pipeline
+    from toolkit.training.distributed import follows
 
     if dry_run:
         from toolkit import planning
@@ -129,6 +130,10 @@ def harden(
             print(f"{step.text}   about {step.seconds:.0f} s")
         total = sum(step.seconds for step in steps)
         print(f"in all about {total / 60:.1f} minutes; the bundle would be written to {output}")
+        return
+    if follows():
+        progress.set_quiet(True)
+        pipeline.assist(resolved, resume=resume)
         return
     _resume_hint(lambda: bundle.workspace_of(output).resumable, str(output))
     result = pipeline.harden(resolved, output, force=force, resume=resume)
@@ -163,7 +168,12 @@ def train(
     values = flags.nested(settings | {"arch": arch})
     config = build(TrainRunConfig, values, flags.names_by_path(TRAIN_FLAGS))
     from toolkit import stages
+    from toolkit.training.distributed import follows
 
+    if follows():
+        progress.set_quiet(True)
+        stages.train_network(config, output, force=force, resume=resume)
+        return
     _resume_hint(lambda: stages.training_checkpoint(output).is_file(), str(output))
     result = stages.train_network(config, output, force=force, resume=resume)
     best = next((epoch for epoch in result.epochs if epoch.epoch == result.best_epoch), None)
@@ -255,6 +265,9 @@ def quantize(
     explained: Annotated[
         bool, typer.Option("--explain", help="Say which layers lose accuracy, and what to try.")
     ] = False,
+    risks: Annotated[
+        bool, typer.Option("--risks", help="Say what changes elsewhere: without VNNI, unoptimised, other opsets, S8S8.")
+    ] = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -269,25 +282,49 @@ def quantize(
     from toolkit import stages
 
     made = stages.quantize_file(
-        file, data, how, output, seed=machine.seed, threads=machine.threads, force=force, explained=explained
+        file,
+        data,
+        how,
+        output,
+        seed=machine.seed,
+        threads=machine.threads,
+        force=force,
+        explained=explained,
+        risks=risks,
     )
+    from toolkit.reports.portability import portability_record
+
+    elsewhere = portability_record(made.portability)
     coverage = made.coverage
     if as_json:
         layers = [{"layer": row.layer, "kernel": row.kernel, "macs": row.macs} for row in coverage.layers]
-        found = {"integer_coverage": coverage.share, "layers": layers, "parity": made.parity.as_dict()}
+        islands = [{"operator": i.operator, "count": i.count, "time_share": i.time_share} for i in coverage.islands]
+        found = {
+            "integer_coverage": coverage.share,
+            "layers": layers,
+            "float_islands": islands,
+            "constant_channels": dict(made.quantized.constant_channels),
+            "parity": made.parity.as_dict(),
+        }
         if made.explanation:
             found["explanation"] = made.explanation.as_dict()
+        if elsewhere:
+            found["elsewhere"] = elsewhere.model_dump()
         how_made = {"engine": made.quantized.engine, "calibration": made.quantized.calibration}
         print(json.dumps({"output": str(output), **how_made, **found}))
         return
     rows = [(row.layer, row.kernel, f"{row.macs:,}", "yes" if row.integer else "no") for row in coverage.layers]
     _table(("layer", "kernel after optimisation", "MACs", "integer"), rows)
     print(f"integer coverage {coverage.share:.2%} of MACs, {coverage.kernel_time_share_integer:.1%} of kernel time")
+    for island in coverage.islands:
+        print(f"no integer kernel: {island.count} {island.operator}, {island.time_share:.1%} of kernel time")
     quantized = made.quantized
     print(f"calibration: {quantized.calibration} by {quantized.engine}, {quantized.calibration_images} images")
     print(f"same label as the float file: {made.parity.agreement}")
     if made.explanation:
         _print_explanation(made.explanation)
+    if elsewhere:
+        _print_risks(elsewhere)
     measured = f"{file} {output}" if file.suffix == ".onnx" else output
     print(f"\nwritten: {output}\nnext:    toolkit benchmark {measured}")
 
@@ -305,6 +342,18 @@ def _print_explanation(found: Explanation) -> None:
     _table(("layer", "error gone", "so far", "own", "clipped", "try"), rows)
     if not any(blame.advice for blame in found.layers):
         print("no layer's part in the error is worth a remedy")
+
+
+def _print_risks(found: Portability) -> None:
+    from toolkit.reports.portability import HEADER, OVERFLOW_HEADER, elsewhere_rows, overflow_rows, warnings
+
+    print(f"\nelsewhere, on {found.images} clean evaluation images against this machine's answers:\n")
+    _table(HEADER, elsewhere_rows(found))
+    if found.layers or found.spared:
+        print("\nsums of two products in 16 bits, on x86 without VNNI:\n")
+        _table(OVERFLOW_HEADER, overflow_rows(found))
+    for line in warnings(found):
+        print(f"WARNING  {line}")
 
 
 ATTACK_FLAGS = (

@@ -93,6 +93,9 @@ class TrainConfig(StageConfig):
     objective: Literal["adversarial", "fgsm", "trades", "distill", "standard", "none"] = "adversarial"
     epochs: Annotated[int, Field(ge=0)] = 24
     batch_size: Annotated[int, Field(ge=1)] = 128
+    """Images of an optimiser step, over all processes."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Parts in which a step's images (of this process) go through the network, to save memory; gradients are summed."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
@@ -139,6 +142,8 @@ class QuantizeConfig(StageConfig):
     """`auto`: the method that loses least on validation images."""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     per_channel: bool = True
+    reduce_range: bool = False
+    """Weights of seven bits, which no pair of products overflows 16 bits with: for x86 without VNNI."""
     keep_float: tuple[str, ...] = ()
     """Layers that are not quantised, by their nodes' names in the float twin; `*` stands for anything."""
     calibrate_adversarial: Share = 0.0

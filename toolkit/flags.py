@@ -66,7 +66,8 @@ PRUNE = (
 )
 TRAINING = (
     Flag("--epochs", "epochs", "Epochs.", int, "-e"),
-    Flag("--batch-size", "batch_size", "Images per step.", int),
+    Flag("--batch-size", "batch_size", "Images per step, over all processes.", int),
+    Flag("--accumulate", "accumulate", "Parts in which a step's images are processed, to save memory.", int),
     Flag("--learning-rate", "learning_rate", "Peak learning rate.", float),
     Flag("--momentum", "momentum", "SGD momentum.", float),
     Flag("--weight-decay", "weight_decay", "SGD weight decay.", float),
@@ -101,6 +102,12 @@ QUANTIZE = (
     ),
     Flag("--percentile", "quantize.percentile", "Percentile of --calibrate percentile.", float),
     Flag("--per-channel/--per-tensor", "quantize.per_channel", "Granularity of weight scales.", bool),
+    Flag(
+        "--reduce-range/--full-range",
+        "quantize.reduce_range",
+        "Weights of 7 bits, for x86 machines without VNNI.",
+        bool,
+    ),
     Flag("--keep-float", "quantize.keep_float", "Layers to leave float, e.g. node_conv2d,node_linear*."),
     Flag(
         "--calibrate-adversarial",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from toolkit.artifacts import OnnxModel, Split, TorchModel
 from toolkit.attacks.planned import PlannedAttack
 from toolkit.attacks.surrogate import resolve_precision
 from toolkit.config import BenchmarkConfig, HardenConfig
+from toolkit.data.pixels import PixelStatistics
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.assignment import Assignment, Judge, find_assignment
 from toolkit.evaluators.calibration import CalibrationComparison, compare_calibrations
 from toolkit.evaluators.calibration_choice import CalibrationChoice, choose_calibration
 from toolkit.evaluators.latency import ImageArray, Stopclock
+from toolkit.evaluators.portability import writer_of
 from toolkit.exporters.calibration import AdversarialShare
 from toolkit.exporters.end_to_end import EndToEndComparison, compare_end_to_end, export_end_to_end
 from toolkit.exporters.engine import QuantizedModel, Writer
@@ -28,8 +31,9 @@ from toolkit.exporters.engines import make_writer
 from toolkit.exporters.onnx import export_onnx, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
 from toolkit.exporters.session import OnnxPredictor
+from toolkit.exporters.variants import Variant
 from toolkit.models.checkpoint import save_checkpoint
-from toolkit.prepare import PreparedAttack, describe
+from toolkit.prepare import PreparedAttack, describe, warn_of_other_images
 from toolkit.watch import Stopwatch
 
 END_TO_END_IMAGES = 100
@@ -51,6 +55,8 @@ class Graphs:
     parity_fp32: Parity
     parity_deployed: Parity
     end_to_end: EndToEndComparison | None
+    variants: Callable[[Path, Variant], None] | None = None
+    """Writes the integer graph that ships in other forms, to be compared."""
 
 
 def write_graphs(
@@ -72,7 +78,11 @@ def write_graphs(
         watch: of the stages.
     """
     files, evaluation = workspace.files, prepared.splits.evaluation
-    metadata, provider = describe(model, prepared.plan), config.benchmark.provider
+    trained_on = PixelStatistics.of(prepared.splits.train)
+    metadata = {**describe(model, prepared.plan), **trained_on.as_metadata()}
+    provider = config.benchmark.provider
+    if config.quantize.int8:
+        warn_of_other_images(PixelStatistics.of(prepared.splits.calibration), trained_on)
     save_checkpoint(model, files / bundle.CHECKPOINT, home=workspace.output)
     with watch.stage("export"):
         fp32 = export_onnx(model, files / bundle.FLOAT_TWIN, config.export, metadata=metadata)
@@ -103,6 +113,7 @@ def write_graphs(
         parity_fp32=parity_fp32,
         parity_deployed=parity_deployed,
         end_to_end=end_to_end,
+        variants=made.variants if made and ships else None,
     )
 
 
@@ -114,6 +125,7 @@ class _Integer:
     calibrations: CalibrationComparison | None
     methods: CalibrationChoice | None
     assignment: Assignment | None
+    variants: Callable[[Path, Variant], None]
 
 
 def _quantize(
@@ -135,14 +147,14 @@ def _quantize(
         if how.precision == "auto":
             assignment = _assign(config, prepared, quantizer, judge, fp32, workspace)
     further = assignment.keep_float if assignment else ()
-    made = quantizer.write(path, keep_float=further)
+    made, variants = quantizer.write(path, keep_float=further), writer_of(quantizer, further)
     if not how.calibrate_adversarial:
-        return _Integer(made, None, methods, assignment)
+        return _Integer(made, None, methods, assignment, variants)
     without = how.model_copy(update={"calibrate_adversarial": 0.0, "calibrate": made.calibration})
     other = make_writer(fp32, splits.calibration, without, network=model, input_margin=margin)
     plain = other.write(workspace.scratch("plain.onnx"), keep_float=further)
     compared = compare_calibrations(made, plain, attack, splits.validation, provider=provider)
-    return _Integer(made, compared, methods, assignment)
+    return _Integer(made, compared, methods, assignment, variants)
 
 
 def _assign(

@@ -90,11 +90,17 @@ class Lineup:
         per_channel: bool,
         margin: float,
         float_weights: Collection[str] = (),
+        weight_bits: int = 8,
     ) -> Lineup:
         """Attacks are made on the fake-quantised form of `model` too, unless it has none."""
         try:
             made = fake_quantise(
-                model, calibration, per_channel=per_channel, margin=margin, float_weights=float_weights
+                model,
+                calibration,
+                per_channel=per_channel,
+                margin=margin,
+                float_weights=float_weights,
+                weight_bits=weight_bits,
             )
         except ToolkitError as error:
             warn(f"{error.problem}: {error.found}; attacks are made without the fake-quantised network")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit import bundle
 from toolkit.artifacts import TorchModel
 from toolkit.attacks.ensemble import Pass, compose
+from toolkit.attacks.planned import PlannedAttack
+from toolkit.attacks.surrogate import resolve_precision
 from toolkit.config import HardenConfig, write_settings
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import measure_accuracy
@@ -17,6 +20,7 @@ from toolkit.evaluators.environment import environment_record
 from toolkit.evaluators.evaluation import Conditions
 from toolkit.evaluators.examination import Examination
 from toolkit.evaluators.latency import LatencyRow, benchmark
+from toolkit.evaluators.portability import JudgedImages, Portability, measure_portability
 from toolkit.evaluators.robustness import evaluate_robustness
 from toolkit.evaluators.soundness import Check, alarms, end_to_end_differs
 from toolkit.exporters.engines import check_engine
@@ -30,6 +34,7 @@ from toolkit.pruning import PruningResult, prune
 from toolkit.reports.build import Evidence, build_report
 from toolkit.reports.markdown import render_markdown
 from toolkit.reports.schema import Report
+from toolkit.training.distributed import joined
 from toolkit.training.loop import train
 from toolkit.training.records import TrainingResult
 from toolkit.watch import Stopwatch
@@ -88,7 +93,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
             original = export_onnx(prepared.model, workspace.scratch("original.onnx"), config.export)
             OnnxPredictor(original.path, provider=config.benchmark.provider)
         with watch.stage("finetune"):
-            tuned = _finetune(config, prepared, pruned.model, teacher, workspace, resume=resume)
+            tuned = _finetune(config, prepared, pruned.model, teacher, workspace.training_checkpoint, resume=resume)
         graphs = write_graphs(config, prepared, tuned.model, original, workspace, watch)
         config = settled(config, graphs)
         evidence = _gather(config, prepared, pruned, tuned, graphs, workspace, watch, resume=resume)
@@ -97,31 +102,42 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
     return HardenResult(output, report)
 
 
+def assist(config: HardenConfig, *, resume: bool = False) -> None:
+    """Train together with the process that runs `harden`, as one of those that torchrun started; write nothing."""
+    check_settings(config)
+    prepared = prepare_attack(config)
+    teacher = load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
+    config = resolve(config, prepared)
+    _finetune(config, prepared, prune(prepared.model, config.prune).model, teacher, None, resume=resume)
+
+
 def _finetune(
     config: HardenConfig,
     prepared: PreparedAttack,
     model: TorchModel,
     teacher: TorchModel | None,
-    workspace: bundle.Workspace,
+    checkpoint: Path | None,
     *,
     resume: bool,
 ) -> TrainingResult:
     try:
-        return train(
-            model,
-            prepared.splits.train,
-            prepared.splits.validation,
-            config.finetune,
-            prepared.plan,
-            seed=config.seed,
-            label="fine-tuning",
-            checkpoint=workspace.training_checkpoint,
-            resume=resume,
-            teacher=teacher,
-        )
+        with joined() as world:
+            return train(
+                model,
+                prepared.splits.train,
+                prepared.splits.validation,
+                config.finetune,
+                prepared.plan,
+                seed=config.seed,
+                label="fine-tuning",
+                checkpoint=checkpoint,
+                resume=resume,
+                teacher=teacher,
+                world=world,
+            )
     except ToolkitError:
-        if not resume:  # it would only diverge again
-            workspace.training_checkpoint.unlink(missing_ok=True)
+        if not resume and checkpoint is not None:  # it would only diverge again
+            checkpoint.unlink(missing_ok=True)
         raise
 
 
@@ -163,6 +179,8 @@ def _gather(
         examination = lineup.examine(evaluation, conditions, journals=workspace.journals, resume=resume)
     with watch.stage("profile"):
         coverage = integer_coverage(graphs.deployed.path, provider=config.benchmark.provider)
+    with watch.stage("portability"):
+        portability = _portability(config, prepared, tuned.model, graphs)
     checks = end_to_end_differs(graphs.end_to_end)
     _write_headlines(graphs, examination, coverage, alarms((*examination.checks, *checks)))
     with watch.stage("benchmark"):
@@ -186,6 +204,7 @@ def _gather(
         methods=graphs.methods,
         assignment=graphs.assignment,
         coverage=coverage,
+        portability=portability,
         latency=latency,
         environment=environment_record(prepared.threads),
         timings=watch.seconds,
@@ -212,11 +231,21 @@ def _lineup(config: HardenConfig, prepared: PreparedAttack, model: TorchModel, g
             model,
             prepared.splits.calibration,
             per_channel=config.quantize.per_channel,
+            weight_bits=7 if config.quantize.reduce_range else 8,
             margin=prepared.plan.threat.margin(model.spec.normalization),
             float_weights=float_weights(graphs.fp32.path, graphs.deployed.path),
         )
     changed = config.prune.ratio > 0 or config.finetune.objective != "none"
     return lineup.with_network("original", prepared.model) if changed else lineup
+
+
+def _portability(config: HardenConfig, prepared: PreparedAttack, model: TorchModel, graphs: Graphs) -> Portability:
+    """What the deployed graph would answer elsewhere; attacked images are made on the float network."""
+    precision = resolve_precision(config.finetune.precision)
+    attack = PlannedAttack(model, prepared.plan, seed=config.seed, precision=precision)
+    images = JudgedImages.of(prepared.splits.evaluation, attack)
+    with tempfile.TemporaryDirectory(prefix="toolkit-elsewhere-") as folder:
+        return measure_portability(graphs.deployed.path, images, Path(folder), graphs.variants)
 
 
 def _latency(config: HardenConfig, prepared: PreparedAttack, graphs: Graphs) -> tuple[LatencyRow, ...]:

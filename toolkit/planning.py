@@ -13,6 +13,7 @@ from toolkit.artifacts import TorchModel
 from toolkit.attacks.ensemble import compose
 from toolkit.attacks.surrogate import Surrogate, resolve_precision
 from toolkit.config import HardenConfig, QuantizeConfig
+from toolkit.evaluators.portability import IMAGES
 from toolkit.evaluators.probes import PROBED_IMAGES, RADII, STEPS
 from toolkit.pipeline import BASELINE_IMAGES, check_settings, resolve
 from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack
@@ -57,6 +58,9 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
         f"quantise   {_calibration_text(config.quantize)}": 2.0,
         f"evaluate   PGD-{prepared.plan.steps} on all surrogates, {config.attack.attacks}; {evaluated:,} images": (
             _gradients(config, prepared, evaluated) * forward + baseline * gradient
+        ),
+        f"elsewhere  labels without VNNI, optimisation, under other opsets; {min(IMAGES, evaluated)} images": (
+            5.0 + prepared.plan.steps * min(IMAGES, evaluated) * forward
         ),
         f"benchmark  {config.benchmark.provider}, batches {', '.join(map(str, config.benchmark.batches))}": 15.0,
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from toolkit import bundle
-from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Splits, TorchModel
+from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Split, Splits, TorchModel
 from toolkit.attacks.threat import ThreatModel, resolve_plan
 from toolkit.config import (
     BenchmarkConfig,
@@ -23,6 +23,7 @@ from toolkit.config import (
     QuantizeConfig,
     TrainRunConfig,
 )
+from toolkit.data.pixels import PixelStatistics, statistics_in
 from toolkit.data.sources import load_source
 from toolkit.data.splits import make_splits
 from toolkit.errors import ToolkitError
@@ -31,7 +32,8 @@ from toolkit.evaluators.calibration_choice import choose_calibration
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
 from toolkit.evaluators.debugger import Explanation, explain
 from toolkit.evaluators.latency import LatencyRow, benchmark
-from toolkit.exporters.engine import QuantizedModel
+from toolkit.evaluators.portability import JudgedImages, Portability, measure_portability, writer_of
+from toolkit.exporters.engine import QuantizedModel, Writer
 from toolkit.exporters.engines import make_writer
 from toolkit.exporters.onnx import export_onnx, read_metadata, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
@@ -39,8 +41,9 @@ from toolkit.exporters.session import OnnxPredictor
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import SHIPPED, check_outputs
 from toolkit.models.registry import build_network
-from toolkit.prepare import describe, load_teacher, prepare, set_threads
+from toolkit.prepare import describe, load_teacher, prepare, set_threads, warn_of_other_images
 from toolkit.pruning import PruningResult, prune
+from toolkit.training.distributed import follows, joined
 from toolkit.training.loop import train
 from toolkit.training.losses import ATTACKED
 from toolkit.training.records import TrainingResult
@@ -58,21 +61,14 @@ def training_checkpoint(output: Path) -> Path:
 def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: bool) -> TrainingResult:
     """Train a reference network from scratch and write it as a checkpoint.
 
+    Started by torchrun, all processes train it together, and the first one writes.
+
     Raises:
         ToolkitError: bad input, or a training that diverged; `output` is then as it was before.
     """
-    _refuse_existing(output, force=force)
     checkpoint = training_checkpoint(output)
-    if checkpoint.is_file() and not (resume or force):
-        raise ToolkitError(
-            "an interrupted training to this output can be resumed",
-            found=str(checkpoint),
-            fix="continue it with --resume, or discard it with --force",
-        )
-    if resume and not checkpoint.is_file():
-        raise ToolkitError(
-            "there is nothing to resume", found=f"no interrupted training beside {output}", fix="start without --resume"
-        )
+    if not follows():
+        _check_output(output, checkpoint, force=force, resume=resume)
     set_threads(config.threads)
     source = load_source(config.data)
     splits = make_splits(source, config.data, config.seed)
@@ -84,7 +80,7 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
     model = TorchModel(Normalized(network, source.normalization_hint).eval(), spec)
     check_outputs(model, config.arch)
     teacher = load_teacher(config.training, spec, splits)
-    with bundle.disk_errors(output), bundle.folders_above(output):
+    with bundle.disk_errors(output), bundle.folders_above(output), joined() as world:
         try:
             result = train(
                 model,
@@ -96,14 +92,30 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
                 checkpoint=checkpoint,
                 resume=resume,
                 teacher=teacher,
+                world=world,
             )
         except ToolkitError:
-            if not resume:  # it would only diverge again
+            if not resume and world.leads:  # it would only diverge again
                 checkpoint.unlink(missing_ok=True)
             raise
-        _save(result.model, output)
-        checkpoint.unlink(missing_ok=True)
+        if world.leads:
+            _save(result.model, output)
+            checkpoint.unlink(missing_ok=True)
     return result
+
+
+def _check_output(output: Path, checkpoint: Path, *, force: bool, resume: bool) -> None:
+    _refuse_existing(output, force=force)
+    if checkpoint.is_file() and not (resume or force):
+        raise ToolkitError(
+            "an interrupted training to this output can be resumed",
+            found=str(checkpoint),
+            fix="continue it with --resume, or discard it with --force",
+        )
+    if resume and not checkpoint.is_file():
+        raise ToolkitError(
+            "there is nothing to resume", found=f"no interrupted training beside {output}", fix="start without --resume"
+        )
 
 
 def _refuse_existing(output: Path, *, force: bool) -> None:
@@ -142,6 +154,7 @@ def export_file(config: ModelRunConfig, how: ExportConfig, output: Path, *, forc
     with bundle.disk_errors(output), bundle.folders_above(output):
         try:
             metadata = {**describe(prepared.model), "dataset": prepared.source.name.split(":")[0]}
+            metadata |= PixelStatistics.of(prepared.splits.train).as_metadata()
             exported = export_onnx(prepared.model, partial, how, metadata=metadata)
             parity = measure_parity(prepared.model, OnnxPredictor(exported.path), prepared.splits.evaluation)
             check_parity(parity)
@@ -160,6 +173,8 @@ class QuantizedFile:
     parity: Parity
     explanation: Explanation | None
     """Where it was asked for."""
+    portability: Portability | None = None
+    """The same; on clean images, for the file alone has no network to attack."""
 
 
 def quantize_file(
@@ -172,6 +187,7 @@ def quantize_file(
     threads: int | None,
     force: bool,
     explained: bool = False,
+    risks: bool = False,
 ) -> QuantizedFile:
     """Quantise a float ONNX classifier, or the network of a checkpoint, with calibration images of `data`.
 
@@ -184,6 +200,7 @@ def quantize_file(
         threads: CPU threads.
         force: replace an existing file.
         explained: say where accuracy is lost.
+        risks: say what changes on other machines and under other settings.
     """
     _refuse_existing(output, force=force)
     partial = output.with_name(f".{output.name}.tmp")
@@ -195,6 +212,8 @@ def quantize_file(
         try:
             network, path, splits = _to_quantise(path, data, Path(scratch, "float.onnx"), seed, threads)
             reference, metadata = OnnxPredictor(path), read_metadata(path)
+            trained_on = statistics_in(metadata) or PixelStatistics.of(splits.train)
+            warn_of_other_images(PixelStatistics.of(splits.calibration), trained_on)
             quantizer = make_writer(
                 OnnxModel(path, "fp32"), splits.calibration, how, network=network, input_margin=_margin(metadata)
             )
@@ -211,10 +230,11 @@ def quantize_file(
             write_metadata(partial, metadata)
             coverage = integer_coverage(partial)
             parity = measure_parity(reference, OnnxPredictor(partial), splits.evaluation)
+            portability = _risks(partial, quantizer, splits.evaluation) if risks else None
             partial.replace(output)
         finally:
             partial.unlink(missing_ok=True)
-    return QuantizedFile(quantized, coverage, parity, explanation)
+    return QuantizedFile(quantized, coverage, parity, explanation, portability)
 
 
 def _to_quantise(
@@ -224,6 +244,7 @@ def _to_quantise(
     if path.suffix in CHECKPOINTS or str(path).startswith(SHIPPED):
         prepared = prepare(ModelRunConfig(model=ModelConfig(path=path), data=data, seed=seed, threads=threads))
         metadata = {**describe(prepared.model), "dataset": prepared.source.name.split(":")[0]}
+        metadata |= PixelStatistics.of(prepared.splits.train).as_metadata()
         export_onnx(prepared.model, exported, ExportConfig(), metadata=metadata)
         return prepared.model, exported, prepared.splits
     set_threads(threads)
@@ -239,6 +260,11 @@ def _to_quantise(
             fix="name the data set that the network was trained on with --data (and --size)",
         )
     return None, path, make_splits(source, data, seed)
+
+
+def _risks(path: Path, quantizer: Writer, evaluation: Split) -> Portability:
+    with tempfile.TemporaryDirectory(prefix="toolkit-elsewhere-") as folder:
+        return measure_portability(path, JudgedImages.of(evaluation), Path(folder), writer_of(quantizer))
 
 
 def _margin(metadata: Mapping[str, str]) -> float:

@@ -53,9 +53,9 @@ def images(count: int = 64) -> torch.Tensor:
     return split.take(split.indices).images
 
 
-def prepared(module: nn.Module, shape: tuple[int, int, int] = SHAPE, *, training: bool = False) -> Any:
+def prepared(module: nn.Module, shape: tuple[int, int, int] = SHAPE) -> Any:
     """By torchao's own quantiser for x86."""
-    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
         X86InductorQuantizer,
         get_default_x86_inductor_quantization_config,
@@ -63,9 +63,9 @@ def prepared(module: nn.Module, shape: tuple[int, int, int] = SHAPE, *, training
 
     batch = torch.export.Dim("N")
     traced = torch.export.export(module, (example_images(shape),), dynamic_shapes=({0: batch},)).module()
-    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config(is_qat=training))
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
     with silence():
-        return (prepare_qat_pt2e if training else prepare_pt2e)(traced, quantizer)
+        return prepare_pt2e(traced, quantizer)
 
 
 @dataclass(frozen=True)
@@ -168,50 +168,6 @@ def test_sums_need_quantisers_that_torchs_own_kernels_do_without(made: Made) -> 
     count = watchers(ready)
     pt2e.complete(ready)
     assert watchers(ready) == count
-
-
-def test_a_network_trained_in_eight_bits_is_written_too(tmp_path: Path) -> None:
-    from torchao.quantization.pt2e import move_exported_model_to_eval, move_exported_model_to_train
-
-    model = wrap(tiny(3), SHAPE, CIFAR)
-    ready = prepared(model.module, training=True)
-    pt2e.complete(ready)
-    move_exported_model_to_train(ready)
-    for _ in range(3):
-        ready(images())
-    move_exported_model_to_eval(ready)
-    with torch.no_grad():
-        wanted, original = ready(images()), model.module(images())
-    twin = export_onnx(model, tmp_path / "float.onnx", ExportConfig())
-    written(make(model, twin, pt2e.convert(ready)), tmp_path / "q.onnx")
-    found = OnnxPredictor(tmp_path / "q.onnx").predict(images())
-    assert (found - wanted).square().mean().sqrt() < 0.05 * original.std()
-
-
-class Training(nn.Module):
-    """A layer with its batch norm as models for training have them: weights multiplied, the result divided again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.norm, self.next = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
-        self.bias = nn.Parameter(torch.ones(4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        divided = self.layer(x) / 2 + self.bias.view(1, -1, 1, 1)
-        found: torch.Tensor = self.next(self.norm(divided) + x[:, :1, 1:-1, 1:-1])
-        return found.mean((2, 3))
-
-
-def test_a_layer_is_not_rounded_before_its_batch_norm() -> None:
-    ready = prepared(Training())
-    pt2e.complete(ready)
-    watched = {str(node.args[0]) for node in ready.graph.nodes if "activation_post_process" in str(node.target)}
-    made = [str(node) for node in ready.graph.nodes if node.op == "call_function"]
-    layer, division, bias, norm, total = (
-        next(name for name in made if name.startswith(stem)) for stem in ("conv2d", "div", "add", "batch_norm", "add_1")
-    )
-    assert watched.isdisjoint({layer, division, bias})
-    assert {norm, total, "conv2d_1"} <= watched
 
 
 def test_grey_images_keep_the_integers_of_the_first_layer(tmp_path: Path) -> None:

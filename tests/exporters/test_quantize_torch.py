@@ -28,6 +28,7 @@ from toolkit.exporters.onnx import export_onnx, load_onnx
 from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.quantize_torch import METHODS, TorchQuantizer
 from toolkit.exporters.session import OnnxPredictor
+from toolkit.exporters.variants import Variant
 
 from .small import GREY, Pictures, pictures, tiny, wrap
 from .test_quantize import constants_of
@@ -142,6 +143,17 @@ def test_images_are_streamed_and_attacked_ones_counted(made: Made, tmp_path: Pat
     made.quantizer.with_calibration("minmax").write(tmp_path / "clean.onnx")
     assert relu_scale(tmp_path / "q.onnx") != pytest.approx(relu_scale(tmp_path / "clean.onnx"), rel=1e-3)
     assert isinstance(split.images, Pictures) and split.images.largest_request == 64
+
+
+def test_variants_hold_the_same_ranges(made: Made, tmp_path: Path) -> None:
+    chosen = made.quantizer.with_calibration("minmax")
+    chosen.write(tmp_path / "q.onnx")
+    for name, variant in (("narrow", Variant(reduce_range=True)), ("signed", Variant(signed=True))):
+        chosen.write_variant(tmp_path / f"{name}.onnx", variant)
+    narrow, signed = (constants_of(tmp_path / f"{name}.onnx") for name in ("narrow", "signed"))
+    assert max(int(np.abs(value).max()) for value in narrow.values() if value.dtype == np.int8 and value.size > 3) <= 64
+    assert relu_scale(tmp_path / "narrow.onnx") == relu_scale(tmp_path / "q.onnx")
+    assert float(signed["relu_scale"]) == pytest.approx(relu_scale(tmp_path / "q.onnx") * 255 / 127, rel=1e-4)
 
 
 def test_the_default_engine_is_onnx_runtimes(made: Made) -> None:

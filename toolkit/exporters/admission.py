@@ -12,6 +12,7 @@ from toolkit.artifacts import Split
 from toolkit.config import QuantizeConfig
 from toolkit.errors import ToolkitError
 from toolkit.exporters.calibration import AdversarialShare
+from toolkit.exporters.precision import COMPUTE
 
 
 def refuse_missing_attack(config: QuantizeConfig, adversarial: AdversarialShare | None, path: Path) -> None:
@@ -67,3 +68,19 @@ def refuse_bad_weights(model: ModelProto, path: Path) -> None:
                 "are NaN or infinite",
                 fix="the training diverged: train again with a lower --learning-rate, or take an earlier checkpoint",
             )
+
+
+def zero_filters(model: ModelProto) -> dict[str, int]:
+    """By layer: output channels whose weights are all 0; those without any are left out."""
+    constants = {item.name: item for item in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type in COMPUTE and node.input[1] in constants:
+            weights = numpy_helper.to_array(constants[node.input[1]])
+            turned = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+            axis = 0 if node.op_type == "Conv" or turned else weights.ndim - 1
+            others = tuple(other for other in range(weights.ndim) if other != axis)
+            count = int((~weights.any(axis=others)).sum())
+            if count:
+                found[node.name] = count
+    return found

@@ -23,12 +23,14 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from toolkit.config import QuantizeConfig
 from toolkit.exporters.input_folding import fold_normalization, move_quantiser_to_pixels, read_shape_from_image
-from toolkit.exporters.input_range import InputGrid, covering_grid, pixel_map
+from toolkit.exporters.input_range import InputGrid, covering_grid, pixel_map, symmetric_grid
 from toolkit.exporters.precision import COMPUTE, between_float
 from toolkit.exporters.qdq import finish, keep_islands_float, keep_logits_float
 from toolkit.exporters.ranges import Interval
 from toolkit.exporters.rewrites import rewrite
 from toolkit.exporters.session import hide_log
+from toolkit.exporters.variants import DEPLOYED, Variant
+from toolkit.exporters.zero_filters import refine_biases
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ def build_integers(
     kept: Collection[str],
     margin: float,
     weights: Mapping[str, RoundedWeights] = MappingProxyType({}),
+    variant: Variant = DEPLOYED,
 ) -> ModelProto:
     """A float graph in QDQ form.
 
@@ -67,19 +70,23 @@ def build_integers(
         config: the granularity of weight scales.
         kept: the layers that stay float; layers that read or make a tensor without range must be among them.
         margin: pixels by which images may leave [0, 1]; the input quantiser represents them unclipped.
-        weights: by a layer's name; others are rounded here.
+        weights: by a layer's name; others are rounded here, and all where they are to have seven bits.
+        variant: what differs from the graph that ships.
     """
     prepared = ModelProto()
     prepared.CopyFrom(plain)
     mapping = pixel_map(prepared)
     readers = {node.name for node in prepared.graph.node if mapping.tensor in node.input}
-    folded = None if readers & set(kept) else fold_normalization(prepared, mapping, margin)
-    grid = covering_grid(float(mapping.of(-margin).min()), float(mapping.of(1 + margin).max()))
+    unfolded = variant.signed or bool(readers & set(kept))
+    folded = None if unfolded else fold_normalization(prepared, mapping, margin)
+    ends = float(mapping.of(-margin).min()), float(mapping.of(1 + margin).max())
+    grid = symmetric_grid(*ends) if variant.signed else covering_grid(*ends)
     if folded is not None:
         grid = InputGrid(np.ones(1), folded.quantiser.zero_point + folded.mean_steps)
-    overrides, given = {mapping.tensor: _activation(grid)}, {}
+    overrides, given = {mapping.tensor: _activation(grid, variant)}, {}
     for node in prepared.graph.node:
-        factor = _factor(node, plain, prepared) if node.name in weights and node.name not in kept else None
+        known = node.name in weights and node.name not in kept and not (config.reduce_range or variant.reduce_range)
+        factor = _factor(node, plain, prepared) if known else None
         if factor is not None:
             overrides[node.input[1]] = _scales(node, weights[node.name], factor)
             given[node.name] = weights[node.name].integers
@@ -90,8 +97,9 @@ def build_integers(
         *(node.name for node in pixel_map(prepared).nodes),
         *(node.name for node in prepared.graph.node if unknown.intersection((*node.input, *node.output))),
     }
-    quantised = _run_onnxruntime(prepared, ranges, overrides, config, left_float)
+    quantised = _run_onnxruntime(prepared, ranges, overrides, config, left_float, variant)
     _set_integers(quantised, given)
+    refine_biases(quantised, prepared)
     if folded is not None:
         move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
     keep_logits_float(quantised)
@@ -132,6 +140,7 @@ def _run_onnxruntime(
     overrides: dict[str, list[dict[str, Any]]],
     config: QuantizeConfig,
     left_float: Collection[str],
+    variant: Variant,
 ) -> ModelProto:
     known = {name: tuple(np.float32(end) for end in ends) for name, ends in ranges.items()}
     with tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as folder, _silence():
@@ -146,20 +155,23 @@ def _run_onnxruntime(
             op_types_to_quantize=QUANTISED_OPERATORS,
             nodes_to_exclude=[*_left_float(prepared), *left_float],
             per_channel=config.per_channel,
-            activation_type=QuantType.QUInt8,
+            reduce_range=config.reduce_range or variant.reduce_range,
+            activation_type=QuantType.QInt8 if variant.signed else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibration_cache_path=cache,
             extra_options={
-                "ActivationSymmetric": False,
+                "ActivationSymmetric": variant.signed,
                 "WeightSymmetric": True,
+                "QuantizeBias": not variant.float_bias,
                 "TensorQuantOverrides": overrides,
             },
         )
         return onnx.load(after)
 
 
-def _activation(grid: InputGrid) -> list[dict[str, Any]]:
-    step, zero_point = np.array(grid.step[0], dtype=np.float32), np.array(grid.zero_point, dtype=np.uint8)
+def _activation(grid: InputGrid, variant: Variant) -> list[dict[str, Any]]:
+    kind = np.int8 if variant.signed else np.uint8
+    step, zero_point = np.array(grid.step[0], dtype=np.float32), np.array(grid.zero_point, dtype=kind)
     return [{"scale": step, "zero_point": zero_point}]
 
 

@@ -27,6 +27,7 @@ from toolkit.exporters.integers import RoundedWeights, build_integers, preproces
 from toolkit.exporters.onnx import OUTPUT, convert_module
 from toolkit.exporters.precision import COMPUTE
 from toolkit.exporters.ranges import LEVELS, Interval
+from toolkit.exporters.variants import DEPLOYED, Variant
 
 QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
 PASSING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
@@ -34,9 +35,8 @@ PASSING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
 CLIPPING = ("Relu", "Clip")
 MISFIT = 0.2
 """How far rounded weights may be from the twin's, as a share of their norm; 8 bits come to less than 0.02."""
-LAYERS = ("conv1d", "conv2d", "linear")
 OBSERVED = (
-    *LAYERS, "matmul", "add", "add_", "mul", "mul_", "relu", "relu_", "hardtanh", "hardtanh_",
+    "conv1d", "conv2d", "linear", "matmul", "add", "add_", "mul", "mul_", "relu", "relu_", "hardtanh", "hardtanh_",
     "relu6", "clamp", "clamp_", "leaky_relu", "leaky_relu_", "sigmoid", "avg_pool2d", "adaptive_avg_pool2d", "mean",
     "cat", "pad",
 )  # fmt: skip
@@ -71,7 +71,7 @@ def require(package: str) -> None:
 
 
 def complete(prepared: GraphModule) -> None:
-    """Give a prepared PT2E model the quantisers that ONNX Runtime's kernels need, in place, before it sees images.
+    """Give a prepared PT2E model the observers that ONNX Runtime's kernels need, in place, before it sees images.
 
     Quantisers for PyTorch's own kernels look at what layers read. An integer kernel of ONNX Runtime writes 8 bits too,
     so that for instance both summands of a residual connection need a quantiser. Those added are copies of the
@@ -133,6 +133,7 @@ def write_arithmetic(
     *,
     kept: Collection[str] = (),
     margin: float = 0.0,
+    variant: Variant = DEPLOYED,
 ) -> tuple[ModelProto, tuple[str, ...]]:
     """The finished integer graph, QDQ form, of a float twin with a PT2E model's arithmetic.
 
@@ -146,6 +147,7 @@ def write_arithmetic(
         config: the granularity of weight scales.
         kept: the layers that stay float.
         margin: pixels by which images may leave [0, 1].
+        variant: what differs from the graph that ships.
 
     Returns:
         the graph, and all layers that are float in it: `kept`, and those that the PT2E model has in float.
@@ -153,7 +155,9 @@ def write_arithmetic(
     plain = preprocess(twin)
     ranges = _spread(plain, arithmetic.ranges)
     kept = tuple(dict.fromkeys((*kept, *_unquantised(plain, ranges, arithmetic.weights))))
-    graph = build_integers(plain, twin, ranges, config, kept=kept, margin=margin, weights=arithmetic.weights)
+    graph = build_integers(
+        plain, twin, ranges, config, kept=kept, margin=margin, weights=arithmetic.weights, variant=variant
+    )
     return graph, kept
 
 
@@ -175,7 +179,6 @@ def _operator(node: Node) -> str:
 
 def _unwatched(graph: Graph) -> list[Node]:
     """The nodes whose results need a quantiser for integer kernels behind or before them."""
-    inside, behind = _normalisations(graph)
     depending: set[Node] = set()
     found = []
     for node in graph.nodes:
@@ -183,27 +186,11 @@ def _unwatched(graph: Graph) -> list[Node]:
             continue
         depending.add(node)
         value = node.meta.get("val")
-        wanted = node in behind or (_operator(node) in OBSERVED and node not in inside)
+        wanted = _operator(node) in OBSERVED
         absorbed = len(node.users) == 1 and _operator(next(iter(node.users))) in ABSORBED
         if wanted and not absorbed and isinstance(value, torch.Tensor) and value.is_floating_point():
             found.append(node)
     return found
-
-
-def _normalisations(graph: Graph) -> tuple[set[Node], set[Node]]:
-    """In a model for training: the layers that end in a batch norm, with what lies between; and those batch norms."""
-    inside: set[Node] = set()
-    behind = set()
-    for node in graph.nodes:
-        if _operator(node) != "batch_norm":
-            continue
-        chain = [node.args[0]]
-        while _operator(chain[-1]) in ("div", "add"):
-            chain.append(chain[-1].args[0])
-        if _operator(chain[-1]) in LAYERS:
-            inside.update(chain)
-            behind.add(node)
-    return inside, behind
 
 
 class _Walk:

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from onnx import ModelProto
 
 from toolkit import progress
 from toolkit.artifacts import OnnxModel, Split
 from toolkit.config import CalibrationName, QuantizeConfig
-from toolkit.exporters.admission import fixed_batch, refuse_bad_weights, refuse_missing_attack, refuse_quantised
+from toolkit.exporters.admission import (
+    fixed_batch,
+    refuse_bad_weights,
+    refuse_missing_attack,
+    refuse_quantised,
+    zero_filters,
+)
 from toolkit.exporters.calibration import AdversarialShare, CalibrationReader, calibration_batch
 from toolkit.exporters.engine import QuantizedModel, float_layers, save_integer_graph
 from toolkit.exporters.integers import build_integers, preprocess, quantised_tensors
 from toolkit.exporters.observer import activation_bytes, observe
-from toolkit.exporters.onnx import load_onnx
+from toolkit.exporters.onnx import load_onnx, save_onnx
 from toolkit.exporters.precision import COMPUTE
 from toolkit.exporters.ranges import METHODS, Interval, choose_range, needs_histogram
+from toolkit.exporters.variants import DEPLOYED, Variant
 
 
 def quantize_int8(
@@ -86,6 +95,12 @@ class Quantizer:
         with progress.task("calibrate", len(self._reader) * (2 if histograms else 1)) as task:
             self._reader.report_to(task)
             self._observed = observe(self._plain, tensors, self._reader, histograms=histograms)
+        self._constant = {
+            node.name: self._observed[node.input[0]].constant_channels
+            for node in self._plain.graph.node
+            if node.op_type in COMPUTE and node.input[0] in self._observed
+        }
+        _notice_constant(self._constant, zero_filters(self._plain))
 
     @property
     def methods(self) -> tuple[CalibrationName, ...]:
@@ -119,10 +134,8 @@ class Quantizer:
         if self._method is None:
             raise ValueError("no calibration method is chosen")
         kept = {*self._kept, *keep_float}
-        return save_integer_graph(
-            build_integers(
-                self._plain, self._source, self._chosen_ranges(), self._config, kept=kept, margin=self._margin
-            ),
+        written = save_integer_graph(
+            self._build(kept),
             output,
             engine="onnxruntime",
             calibration=self._method,
@@ -130,6 +143,11 @@ class Quantizer:
             per_channel=self._config.per_channel,
             kept=kept,
         )
+        return replace(written, constant_channels={name: count for name, count in self._constant.items() if count})
+
+    def write_variant(self, output: Path, variant: Variant, *, keep_float: Collection[str] = ()) -> None:
+        """Write the integer graph as other machines or runtimes want it, to be compared; see `write`."""
+        save_onnx(self._build({*self._kept, *keep_float}, variant), output)
 
     def _chosen_ranges(self) -> dict[str, Interval]:
         method = self._method
@@ -140,3 +158,23 @@ class Quantizer:
                 for name, observed in self._observed.items()
             }
         return self._ranges[method]
+
+    def _build(self, kept: Collection[str], variant: Variant = DEPLOYED) -> ModelProto:
+        return build_integers(
+            self._plain,
+            self._source,
+            self._chosen_ranges(),
+            self._config,
+            kept=kept,
+            margin=self._margin,
+            variant=variant,
+        )
+
+
+def _notice_constant(activations: Mapping[str, int], filters: Mapping[str, int]) -> None:
+    """Say what is quantised and carries nothing."""
+    for what, counts in (("constant on the calibration images", activations), ("filters of zeros", filters)):
+        named = {name: count for name, count in counts.items() if count}
+        if named:
+            where = ", ".join(f"{count} at '{name}'" for name, count in named.items())
+            progress.notice(f"channels that carry nothing ({what}): {sum(named.values())} ({where})")

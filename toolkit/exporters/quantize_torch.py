@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx import ModelProto
 
 from toolkit import progress
 from toolkit.artifacts import OnnxModel, Split, TorchModel
@@ -20,9 +21,10 @@ from toolkit.exporters.calibration import AdversarialShare, CalibrationReader, c
 from toolkit.exporters.engine import QuantizedModel, float_layers, save_integer_graph
 from toolkit.exporters.integers import preprocess, quantised_tensors
 from toolkit.exporters.observer import activation_bytes, no_finite_numbers
-from toolkit.exporters.onnx import BATCH, INPUT, example_images, load_onnx, silence
+from toolkit.exporters.onnx import BATCH, INPUT, example_images, load_onnx, save_onnx, silence
 from toolkit.exporters.precision import COMPUTE
 from toolkit.exporters.pt2e import Arithmetic, complete, convert, read_arithmetic, require, write_arithmetic
+from toolkit.exporters.variants import DEPLOYED, Variant
 
 METHODS: Mapping[CalibrationName, str] = {"minmax": "minmax", "entropy": "kl"}
 """By our name for it, what Neural Compressor calls the method.
@@ -111,15 +113,8 @@ class TorchQuantizer:
         Raises:
             ValueError: the configuration leaves the calibration method open; see `with_calibration`.
         """
-        if self._method is None:
-            raise ValueError("no calibration method is chosen")
-        graph, kept = write_arithmetic(
-            self._found[self._method],
-            self._source,
-            self._config,
-            kept=(*self._kept, *keep_float),
-            margin=self._margin,
-        )
+        graph, kept = self._build(keep_float)
+        assert self._method is not None
         return save_integer_graph(
             graph,
             output,
@@ -129,6 +124,18 @@ class TorchQuantizer:
             per_channel=self._config.per_channel,
             kept=kept,
         )
+
+    def write_variant(self, output: Path, variant: Variant, *, keep_float: Collection[str] = ()) -> None:
+        """Write the integer graph as other machines or runtimes want it, to be compared; see `write`."""
+        graph, _ = self._build(keep_float, variant)
+        save_onnx(graph, output)
+
+    def _build(self, keep_float: Collection[str], variant: Variant = DEPLOYED) -> tuple[ModelProto, tuple[str, ...]]:
+        if self._method is None:
+            raise ValueError("no calibration method is chosen")
+        kept = (*self._kept, *keep_float)
+        found = self._found[self._method]
+        return write_arithmetic(found, self._source, self._config, kept=kept, margin=self._margin, variant=variant)
 
     def _calibrate(self, network: TorchModel, method: CalibrationName) -> Arithmetic:
         shape = network.spec.input_shape

@@ -16,6 +16,7 @@ from toolkit.evaluators.calibration_choice import CalibrationChoice
 from toolkit.evaluators.cost import IntegerCoverage
 from toolkit.evaluators.examination import Examination
 from toolkit.evaluators.latency import LatencyRow
+from toolkit.evaluators.portability import Portability
 from toolkit.evaluators.soundness import Check
 from toolkit.evaluators.timing import Interval
 from toolkit.exporters.end_to_end import EndToEndComparison
@@ -25,6 +26,7 @@ from toolkit.paths import public_name
 from toolkit.pruning import PruningResult
 from toolkit.reports import schema
 from toolkit.reports.evidence import robust_accuracy, robustness_parts
+from toolkit.reports.portability import portability_record
 from toolkit.reports.schema import Change, Report, Share
 from toolkit.training.records import TrainingResult
 
@@ -54,6 +56,7 @@ class Evidence:
     methods: CalibrationChoice | None
     assignment: Assignment | None
     coverage: IntegerCoverage
+    portability: Portability
     latency: tuple[LatencyRow, ...]
     environment: Mapping[str, Any]
     timings: Mapping[str, float]
@@ -185,6 +188,7 @@ def _end_to_end(found: EndToEndComparison | None) -> schema.EndToEnd | None:
 def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantization:
     coverage, quantized = evidence.coverage, evidence.quantized
     granularity = "per channel" if config.quantize.per_channel else "per tensor"
+    granularity += ", of 7 bits" if config.quantize.reduce_range else ""
     return schema.Quantization(
         engine=quantized.engine if quantized else "none",
         weights=f"int8 symmetric {granularity}" if quantized else "float32",
@@ -196,6 +200,8 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
         calibration_comparison=_calibrations(config.quantize.calibrate_adversarial, quantized, evidence.calibrations),
         calibration_methods=_methods(evidence.methods),
         assignment=_assignment(config, evidence.assignment),
+        elsewhere=portability_record(evidence.portability),
+        constant_channels=dict(quantized.constant_channels) if quantized else {},
         integer_coverage=coverage.share,
         macs_integer=coverage.macs_integer,
         macs_total=coverage.macs_total,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from toolkit.evaluators.timing import BUSY
+from toolkit.reports.portability import portability_section
 from toolkit.reports.robustness import JUDGES, marked, robust_text, robustness_section
 from toolkit.reports.schema import Assignment, CalibrationComparison, Latency, Quantization, Report, Share
 from toolkit.reports.words import percent, table, threat_text
@@ -23,6 +24,7 @@ def render_markdown(report: Report) -> str:
         _methods(report.quantization),
         _assignment(report.quantization.assignment),
         _calibrations(report.quantization.calibration_comparison),
+        portability_section(report.quantization.elsewhere),
         _parity(report),
         _training(report),
         _gates(report),
@@ -144,6 +146,9 @@ def _integers(report: Report) -> str:
         if found.input_range is None
         else f" The input quantiser represents {found.input_range[0]:.3f} to {found.input_range[1]:.3f}.{clipped}"
     )
+    constant = sum(found.constant_channels.values())
+    dead = ", ".join(f"{count} read by `{name}`" for name, count in found.constant_channels.items())
+    input_text += f" Channels that are constant on the calibration images: {constant} ({dead})." if constant else ""
     return (
         f"## Integer arithmetic\n\nEngine {found.engine}; weights {found.weights}; activations {found.activations}; "
         f"calibration {found.calibration or 'none'} on {found.calibration_images} images.{input_text}\n\n"

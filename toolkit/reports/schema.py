@@ -412,6 +412,66 @@ class Assignment(Part):
     """Whether the choice is faster than the float twin beyond doubt."""
 
 
+class ElsewhereRow(Part):
+    """The deployed graph in another setting, against itself on the machine's CPU, on the same images."""
+
+    setting: Literal[
+        "unoptimised", "without_vnni", "opset", "reduce_range", "reduce_range_without_vnni", "s8s8", "float_bias"
+    ]
+    """The first three: the very graph that ships. `without_vnni`: emulated. The others: the graph written anew."""
+    opset: int | None
+    changed: Share | None
+    """Labels of clean images that change; null: not measured, `note` says why."""
+    changed_attacked: Share | None
+    """Of images attacked on the float network."""
+    max_difference: float | None
+    """Of a logit."""
+    accuracy: Share | None
+    robust_accuracy: Share | None
+    """Right clean and under that attack."""
+    integer_coverage: float | None
+    """In the graph after optimisation, where it is another graph."""
+    overflows: int | None
+    """Of 16-bit sums of two products, on all images, where they are emulated."""
+    warning: bool
+    note: str
+
+
+class LayerOverflow(Part):
+    """16-bit sums of two products in one layer, on all images."""
+
+    layer: str
+    operator: str
+    pairs: int
+    overflows: int
+    share: float = Field(ge=0, le=1)
+
+
+class SparedLayer(Part):
+    """A layer that no saturating kernel runs, or that is not emulated."""
+
+    layer: str
+    reason: str
+
+
+class Portability(Part):
+    """What the deployed graph would answer elsewhere."""
+
+    images: int
+    attacked: int
+    accuracy: Share
+    """Of the deployed graph here, on these images."""
+    robust_accuracy: Share | None
+    rows: list[ElsewhereRow]
+    layers: list[LayerOverflow]
+    """On x86 without VNNI."""
+    spared: list[SparedLayer]
+    twin_agreement: Share | None
+    """Images with the same label by the emulation with exact sums and by the session here."""
+    saturates_here: bool
+    """Whether the machine of the report is one without VNNI itself."""
+
+
 class Quantization(Part):
     """What of the deployed graph runs in integers, and how it came about."""
 
@@ -430,6 +490,10 @@ class Quantization(Part):
     """Where `--calibrate auto` searched; `calibration` is the one taken."""
     assignment: Assignment | None = None
     """Where `--precision auto` searched."""
+    elsewhere: Portability | None = None
+    """What changes on other machines and under other settings."""
+    constant_channels: dict[str, int] = {}
+    """By layer: channels of what it reads that are constant on the calibration images."""
     integer_coverage: float = Field(ge=0, le=1)
     macs_integer: int
     macs_total: int

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 
+from toolkit.reports.portability import warnings
 from toolkit.reports.robustness import (
     JUDGES,
     PASS_HEADER,
@@ -57,6 +58,7 @@ def render_summary(report: Report, folder: Path) -> str:
     parts = [
         text_table(("", "before", "deployed"), rows),
         *(f"ALARM    {alarm.name}: {alarm.message}" for alarm in report.soundness),
+        *(f"WARNING  {line}" for line in warnings(report.quantization.elsewhere)),
         f"attack:  {report.worst_case.attacks}, worst case per image; {threat_text(report.threat)}",
         f"integer: {report.quantization.verdict}",
         *(

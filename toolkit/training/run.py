@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from toolkit.training import guard
 from toolkit.training.adversary import Adversary, TrainingAttack, training_attack
 from toolkit.training.averaging import WeightAverage
 from toolkit.training.batches import augment, fitting_batch
+from toolkit.training.distributed import ALONE, World, share_statistics
 from toolkit.training.forward import find_form, forward
 from toolkit.training.guard import OverfittingGuard
 from toolkit.training.losses import ATTACKED, OBJECTIVES, attack_steps
@@ -52,9 +54,12 @@ class Run:
         plan: PgdPlan | None,
         seed: int,
         teacher: TorchModel | None = None,
+        world: World = ALONE,
     ) -> None:
         self.original, self.train_split, self.config, self.seed = model, train_split, config, seed
+        self.world = world
         self.batch_size = fitting_batch(config, len(train_split))
+        self.parts = world.parts(self.batch_size, config.accumulate)
         self.validation = validation.first(VALIDATION_IMAGES)
         self.device = compute_device()
         if self.device.type == "cpu":
@@ -68,6 +73,7 @@ class Run:
         self._arm(precision)
         self.teacher = self._hire(teacher, precision)
         self.average = WeightAverage(self.module, config.ema) if config.ema else None
+        share_statistics(self.module, world)
         self.optimizer = torch.optim.SGD(
             self.module.parameters(),
             lr=config.learning_rate,
@@ -137,13 +143,16 @@ class Run:
         rate = SCHEDULES[self.config.schedule](self.step, self.steps, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rate
-        batch = self._batch(epoch, position)
-        self.module.train()
-        loss = OBJECTIVES[self.config.objective](batch, self.config)
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        total = 0.0
+        for batch in self._batch(epoch, position):
+            self.module.train()
+            loss = OBJECTIVES[self.config.objective](batch, self.config) * batch.share
+            torch.autograd.backward(loss)
+            total += float(loss.detach())
+        self.world.sum_gradients(self.module.parameters())
         self.optimizer.step()
-        self.losses.append(float(loss.detach()))
+        self.losses.append(self.world.total(total))
         self._check_loss(epoch)
         self.step += 1
         if self.average is not None:
@@ -151,7 +160,8 @@ class Run:
         self._watch()
         self.note = f"loss {np.mean(self.losses[-50:]):.3f}"
 
-    def _batch(self, epoch: int, position: int) -> _Batch:
+    def _batch(self, epoch: int, position: int) -> Iterator[_Batch]:
+        """The parts of a step's batch that this process learns from, one after the other."""
         if self.order_epoch != epoch:
             self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train_split))
             self.order_epoch = epoch
@@ -162,7 +172,11 @@ class Run:
         generator = torch.Generator().manual_seed(step_seed)
         torch.manual_seed(step_seed)
         images = augment(batch.images, generator) if self.config.augment else batch.images
-        return _Batch(self, images.to(self.device), batch.labels.to(self.device), positions, generator)
+        drawn = generator.get_state()
+        for rows in self.parts:
+            generator.set_state(drawn)  # every part draws for the whole batch, so that how it is parted changes nothing
+            part = images[rows].to(self.device), batch.labels[rows].to(self.device), positions[rows]
+            yield _Batch(self, *part, generator, rows, len(images))
 
     def _watch(self) -> None:
         """At intervals, see whether single-step training has collapsed; if so, go back and train by PGD."""
@@ -211,7 +225,7 @@ class Run:
         return ToolkitError(
             "the training diverged",
             found=f"loss {self.losses[-1]:.3g} in epoch {epoch}, step {len(self.losses)}",
-            fix=f"lower --learning-rate (now {self.config.learning_rate:g}), or pass --precision float32",
+            fix=f"lower --learning-rate (now {self.config.learning_rate:g}), or pass --train-precision float32",
         )
 
     @property
@@ -291,7 +305,7 @@ class Run:
 
 @dataclass(frozen=True)
 class _Batch:
-    """One batch in training, as objectives see it (`losses.Step`)."""
+    """A batch in training, or one of its parts, as objectives see it (`losses.Step`)."""
 
     run: Run
     images: Tensor
@@ -299,13 +313,24 @@ class _Batch:
     positions: Int64Array
     """Of the images, in the training part."""
     generator: torch.Generator
+    rows: slice
+    """Of the step's whole batch, which has `of` images."""
+    of: int
+
+    @property
+    def share(self) -> float:
+        """Of the whole batch."""
+        return len(self.images) / self.of
 
     def forward(self, images: Tensor) -> Tensor:
         return forward(self.run.module, self.run.form, images)
 
     def attack(self, loss: Loss) -> Tensor:
         assert self.run.adversary is not None  # only objectives in ATTACKED attack
-        return self.run.adversary.attack(self.run.module, self.images, loss, self.run.attack, self.generator)
+        run = self.run
+        return self.run.adversary.attack(
+            run.module, self.images, loss, run.attack, self.generator, rows=self.rows, of=self.of
+        )
 
     def frozen_logits(self) -> Tensor:
         assert self.run.adversary is not None  # as above
