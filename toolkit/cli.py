@@ -279,7 +279,9 @@ QUANTIZE_FLAGS = (*flags.QUANTIZE, *flags.DATA, *flags.MACHINE)
 @flags.with_flags(QUANTIZE_FLAGS, HardenConfig)
 def quantize(
     settings: Settings,
-    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="A float ONNX classifier.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.onnx|MODEL.pt", help="A float ONNX classifier, or a checkpoint.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")] = Path("model.onnx"),
     explained: Annotated[
         bool, typer.Option("--explain", help="Say which layers lose accuracy, and what to try.")
@@ -329,20 +331,23 @@ def quantize(
             found["explanation"] = made.explanation.as_dict()
         if elsewhere:
             found["elsewhere"] = elsewhere.model_dump()
-        print(json.dumps({"output": str(output), "calibration": made.quantized.calibration, **found}))
+        how_made = {"engine": made.quantized.engine, "calibration": made.quantized.calibration}
+        print(json.dumps({"output": str(output), **how_made, **found}))
         return
     rows = [(row.layer, row.kernel, f"{row.macs:,}", "yes" if row.integer else "no") for row in coverage.layers]
     _table(("layer", "kernel after optimisation", "MACs", "integer"), rows)
     print(f"integer coverage {coverage.share:.2%} of MACs, {coverage.kernel_time_share_integer:.1%} of kernel time")
     for island in coverage.islands:
         print(f"no integer kernel: {island.count} {island.operator}, {island.time_share:.1%} of kernel time")
-    print(f"calibration: {made.quantized.calibration}, {made.quantized.calibration_images} images")
+    quantized = made.quantized
+    print(f"calibration: {quantized.calibration} by {quantized.engine}, {quantized.calibration_images} images")
     print(f"same label as the float file: {made.parity.agreement}")
     if made.explanation:
         _print_explanation(made.explanation)
     if elsewhere:
         _print_risks(elsewhere)
-    print(f"\nwritten: {output}\nnext:    toolkit benchmark {file} {output}")
+    measured = f"{file} {output}" if file.suffix == ".onnx" else output
+    print(f"\nwritten: {output}\nnext:    toolkit benchmark {measured}")
 
 
 def _print_explanation(found: Explanation) -> None:

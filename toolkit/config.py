@@ -169,9 +169,11 @@ class ExportConfig(StageConfig):
 
 
 class QuantizeConfig(StageConfig):
-    """Static integer quantisation with ONNX Runtime: int8 symmetric weights, uint8 asymmetric activations."""
+    """Static integer quantisation: int8 symmetric weights, uint8 asymmetric activations."""
 
     int8: bool = False
+    engine: Literal["ort", "inc"] = "ort"
+    """What calibrates and rounds: ONNX Runtime's tools on the float twin, Intel Neural Compressor on the network."""
     precision: Literal["int8", "auto"] = "auto"
     """`int8`: every layer but `keep_float`; `auto`, in `harden`: the fastest assignment within `max_drop`, found by
     measuring."""

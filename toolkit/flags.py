@@ -91,6 +91,12 @@ EXPORT = (
 )
 QUANTIZE = (
     Flag(
+        "--engine",
+        "quantize.engine",
+        "ort: ONNX Runtime; inc: Intel Neural Compressor on the torch network, with --calibrate minmax (its moving "
+        "average), entropy (its kl) or auto.",
+    ),
+    Flag(
         "--calibrate",
         "quantize.calibrate",
         "minmax, moving-average, percentile, entropy, mse, or auto: the best of them.",

@@ -27,10 +27,10 @@ from toolkit.evaluators.portability import writer_of
 from toolkit.evaluators.widths import Candidates, RoundingChoice, choose_rounding, fingerprint
 from toolkit.exporters.calibration import AdversarialShare
 from toolkit.exporters.end_to_end import EndToEndComparison, compare_end_to_end, export_end_to_end
-from toolkit.exporters.engine import QuantizedModel
+from toolkit.exporters.engine import QuantizedModel, Writer
+from toolkit.exporters.engines import make_writer
 from toolkit.exporters.onnx import export_onnx, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
-from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.exporters.variants import Variant
 from toolkit.models.checkpoint import save_checkpoint
@@ -182,7 +182,9 @@ def _quantize(
     attack = PlannedAttack(model, plan, seed=config.seed, precision=resolve_precision(config.finetune.precision))
     share = AdversarialShare(attack, how.calibrate_adversarial) if how.calibrate_adversarial else None
     ranges = graph_ranges(model, learnt, fp32.path, splits.calibration) if learnt else {}
-    quantizer = Quantizer(fp32, splits.calibration, how, input_margin=margin, adversarial=share, ranges=ranges)
+    quantizer = make_writer(
+        fp32, splits.calibration, how, network=model, input_margin=margin, adversarial=share, ranges=ranges
+    )
     provider = config.benchmark.provider
     methods = assignment = None
     if "auto" in (how.calibrate, how.precision):
@@ -198,7 +200,7 @@ def _quantize(
     if not how.calibrate_adversarial:
         return _Integer(made, None, methods, assignment, variants)
     without = how.model_copy(update={"calibrate_adversarial": 0.0, "calibrate": made.calibration})
-    other = Quantizer(fp32, splits.calibration, without, input_margin=margin)
+    other = make_writer(fp32, splits.calibration, without, network=model, input_margin=margin)
     plain = other.write(workspace.scratch("plain.onnx"), keep_float=further)
     compared = compare_calibrations(made, plain, attack, splits.validation, provider=provider)
     return _Integer(made, compared, methods, assignment, variants)
@@ -207,7 +209,7 @@ def _quantize(
 def _assign(
     config: HardenConfig,
     prepared: PreparedAttack,
-    quantizer: Quantizer,
+    quantizer: Writer,
     judge: Judge,
     fp32: OnnxModel,
     workspace: bundle.Workspace,

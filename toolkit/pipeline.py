@@ -23,6 +23,7 @@ from toolkit.evaluators.latency import LatencyRow, benchmark
 from toolkit.evaluators.portability import JudgedImages, Portability, measure_portability
 from toolkit.evaluators.robustness import evaluate_robustness
 from toolkit.evaluators.soundness import Check, alarms, end_to_end_differs
+from toolkit.exporters.engines import check_engine
 from toolkit.exporters.onnx import export_onnx, write_metadata
 from toolkit.exporters.precision import float_weights
 from toolkit.exporters.session import OnnxPredictor
@@ -56,7 +57,7 @@ class HardenResult:
 
 
 def check_settings(config: HardenConfig) -> None:
-    """Refuse what could not be done in the end: a float model.onnx that nobody allowed, attacks that do not exist."""
+    """Refuse what could not be done in the end: a float graph nobody allowed, attacks or engines that are not there."""
     compose(config.attack.attacks, classes=2, norm=config.threat.norm)
     if config.prune.round_to == "auto" and launched():
         raise ToolkitError(
@@ -70,6 +71,8 @@ def check_settings(config: HardenConfig) -> None:
             found="neither --int8 nor --allow-float",
             fix="add --int8 for an integer graph, or --allow-float to ship a float one",
         )
+    if config.quantize.int8:
+        check_engine(config.quantize)
     if config.finetune.qat:
         check_qat(config)
 

@@ -93,7 +93,8 @@ def _calibration_text(config: QuantizeConfig) -> str:
     if not config.int8:
         return "not asked for"
     attacked = f", {config.calibrate_adversarial:.0%} of the images attacked" if config.calibrate_adversarial else ""
-    return f"int8, {config.calibrate}{attacked}"
+    engine = "" if config.engine == "ort" else f" by {config.engine}"
+    return f"int8{engine}, {config.calibrate}{attacked}"
 
 
 def _seconds_per_image(model: TorchModel, config: HardenConfig) -> float:

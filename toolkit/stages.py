@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from toolkit import bundle
-from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Split, TorchModel
+from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Split, Splits, TorchModel
 from toolkit.attacks.threat import ThreatModel, resolve_plan
 from toolkit.config import (
     BenchmarkConfig,
     DataConfig,
     ExportConfig,
     HardenConfig,
+    ModelConfig,
     ModelRunConfig,
     PruneConfig,
     QuantizeConfig,
@@ -33,14 +34,14 @@ from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
 from toolkit.evaluators.debugger import Explanation, explain
 from toolkit.evaluators.latency import LatencyRow, benchmark
 from toolkit.evaluators.portability import JudgedImages, Portability, measure_portability, writer_of
-from toolkit.exporters.engine import QuantizedModel
+from toolkit.exporters.engine import QuantizedModel, Writer
+from toolkit.exporters.engines import make_writer
 from toolkit.exporters.onnx import export_onnx, read_metadata, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
-from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.graphs import search_rounding, with_rounding
 from toolkit.models.checkpoint import save_checkpoint
-from toolkit.models.loading import check_outputs
+from toolkit.models.loading import SHIPPED, check_outputs
 from toolkit.models.registry import build_network
 from toolkit.prepare import describe, load_teacher, prepare, set_threads, warn_of_other_images
 from toolkit.pruning import PruningResult, prune
@@ -50,6 +51,8 @@ from toolkit.training.losses import ATTACKED
 from toolkit.training.records import TrainingResult
 
 EXPLAINED_IMAGES = 512
+CHECKPOINTS = (".pt", ".pth")
+"""Suffixes of torch files."""
 
 
 def training_checkpoint(output: Path) -> Path:
@@ -191,20 +194,64 @@ def quantize_file(
     explained: bool = False,
     risks: bool = False,
 ) -> QuantizedFile:
-    """Quantise a float ONNX classifier with calibration images of `data`.
+    """Quantise a float ONNX classifier, or the network of a checkpoint, with calibration images of `data`.
 
     Args:
-        path: the float file.
-        data: where calibration images come from, and those on which the result is compared.
-        how: to quantise it.
+        path: an ONNX file; or a checkpoint, whose network is exported first, as `export` does.
+        data: where the images come from.
+        how: engine, calibration method, layers left float.
         output: the file to write.
         seed: of the choice of images.
         threads: CPU threads.
-        force: replace an existing output.
+        force: replace an existing file.
         explained: say where accuracy is lost.
         risks: say what changes on other machines and under other settings.
     """
     _refuse_existing(output, force=force)
+    partial = output.with_name(f".{output.name}.tmp")
+    with (
+        tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as scratch,
+        bundle.disk_errors(output),
+        bundle.folders_above(output),
+    ):
+        try:
+            network, path, splits = _to_quantise(path, data, Path(scratch, "float.onnx"), seed, threads)
+            reference, metadata = OnnxPredictor(path), read_metadata(path)
+            trained_on = statistics_in(metadata) or PixelStatistics.of(splits.train)
+            warn_of_other_images(PixelStatistics.of(splits.calibration), trained_on)
+            quantizer = make_writer(
+                OnnxModel(path, "fp32"), splits.calibration, how, network=network, input_margin=_margin(metadata)
+            )
+            if how.calibrate == "auto":
+                folder = Path(scratch, "calibration")
+                folder.mkdir()
+                methods = choose_calibration(quantizer, folder, Judge(path, splits.validation, None))
+                quantizer = quantizer.with_calibration(methods.chosen)
+            quantized = quantizer.write(partial)
+            explanation = None
+            if explained:
+                shown = splits.validation.first(EXPLAINED_IMAGES)
+                explanation = explain(quantizer, path, partial, shown, Judge(path, shown, None))
+            write_metadata(partial, metadata)
+            coverage = integer_coverage(partial)
+            parity = measure_parity(reference, OnnxPredictor(partial), splits.evaluation)
+            portability = _risks(partial, quantizer, splits.evaluation) if risks else None
+            partial.replace(output)
+        finally:
+            partial.unlink(missing_ok=True)
+    return QuantizedFile(quantized, coverage, parity, explanation, portability)
+
+
+def _to_quantise(
+    path: Path, data: DataConfig, exported: Path, seed: int, threads: int | None
+) -> tuple[TorchModel | None, Path, Splits]:
+    """The network, if `path` is a checkpoint, its float graph (written to `exported` then), and images."""
+    if path.suffix in CHECKPOINTS or str(path).startswith(SHIPPED):
+        prepared = prepare(ModelRunConfig(model=ModelConfig(path=path), data=data, seed=seed, threads=threads))
+        metadata = {**describe(prepared.model), "dataset": prepared.source.name.split(":")[0]}
+        metadata |= PixelStatistics.of(prepared.splits.train).as_metadata()
+        export_onnx(prepared.model, exported, ExportConfig(), metadata=metadata)
+        return prepared.model, exported, prepared.splits
     set_threads(threads)
     reference = OnnxPredictor(path)
     if data.source is None:
@@ -217,34 +264,10 @@ def quantize_file(
             found=f"{path} takes {list(reference.input_shape)}, {source.name} has {list(source.train.shape)}",
             fix="name the data set that the network was trained on with --data (and --size)",
         )
-    splits = make_splits(source, data, seed)
-    trained_on = statistics_in(read_metadata(path)) or PixelStatistics.of(splits.train)
-    warn_of_other_images(PixelStatistics.of(splits.calibration), trained_on)
-    partial = output.with_name(f".{output.name}.tmp")
-    with bundle.disk_errors(output), bundle.folders_above(output):
-        try:
-            margin = _margin(read_metadata(path))
-            quantizer = Quantizer(OnnxModel(path, "fp32"), splits.calibration, how, input_margin=margin)
-            if how.calibrate == "auto":
-                with tempfile.TemporaryDirectory(prefix="toolkit-calibration-") as folder:
-                    methods = choose_calibration(quantizer, Path(folder), Judge(path, splits.validation, None))
-                quantizer = quantizer.with_calibration(methods.chosen)
-            quantized = quantizer.write(partial)
-            explanation = None
-            if explained:
-                shown = splits.validation.first(EXPLAINED_IMAGES)
-                explanation = explain(quantizer, path, partial, shown, Judge(path, shown, None))
-            write_metadata(partial, read_metadata(path))
-            coverage = integer_coverage(partial)
-            parity = measure_parity(reference, OnnxPredictor(partial), splits.evaluation)
-            portability = _risks(partial, quantizer, splits.evaluation) if risks else None
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
-    return QuantizedFile(quantized, coverage, parity, explanation, portability)
+    return None, path, make_splits(source, data, seed)
 
 
-def _risks(path: Path, quantizer: Quantizer, evaluation: Split) -> Portability:
+def _risks(path: Path, quantizer: Writer, evaluation: Split) -> Portability:
     with tempfile.TemporaryDirectory(prefix="toolkit-elsewhere-") as folder:
         return measure_portability(path, JudgedImages.of(evaluation), Path(folder), writer_of(quantizer))
 

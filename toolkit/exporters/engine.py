@@ -16,6 +16,7 @@ from toolkit.exporters.calibration import CalibrationReader
 from toolkit.exporters.input_range import input_range
 from toolkit.exporters.onnx import save_onnx
 from toolkit.exporters.precision import COMPUTE, LayerPrecision, layer_precision, named_layers, precision_faults
+from toolkit.exporters.variants import Variant
 
 EngineName = Literal["onnxruntime", "neural-compressor"]
 
@@ -60,6 +61,9 @@ class Writer(Protocol):
 
     def write(self, output: Path, *, keep_float: Collection[str] = ()) -> QuantizedModel:
         """Write the integer graph, with further layers left float."""
+
+    def write_variant(self, output: Path, variant: Variant, *, keep_float: Collection[str] = ()) -> None:
+        """Write it as other machines or runtimes want it, to be compared."""
 
 
 def float_layers(model: ModelProto, patterns: Collection[str], path: Path) -> tuple[str, ...]:

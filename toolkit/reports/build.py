@@ -217,7 +217,7 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
     granularity = "per channel" if config.quantize.per_channel else "per tensor"
     granularity += ", of 7 bits" if config.quantize.reduce_range else ""
     return schema.Quantization(
-        engine="onnxruntime" if quantized else "none",
+        engine=quantized.engine if quantized else "none",
         weights=f"int8 symmetric {granularity}" if quantized else "float32",
         activations="uint8 asymmetric" if quantized else "float32",
         calibration=quantized.calibration if quantized else None,

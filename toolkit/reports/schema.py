@@ -501,7 +501,7 @@ class Portability(Part):
 class Quantization(Part):
     """What of the deployed graph runs in integers, and how it came about."""
 
-    engine: Literal["onnxruntime", "none"]
+    engine: Literal["onnxruntime", "neural-compressor", "none"]
     weights: str
     activations: str
     calibration: str | None

@@ -70,6 +70,12 @@ def check_qat(config: HardenConfig) -> None:
             found=f"--finetune {tuning.objective} --epochs {tuning.epochs}",
             fix="fine-tune (--finetune adversarial --epochs 8), or leave --qat away",
         )
+    if how.engine != "ort":
+        raise ToolkitError(
+            "--qat learns the ranges of activations, which the other engine would calibrate anew",
+            found=f"--qat --engine {how.engine}",
+            fix="leave one of the two away",
+        )
     if not how.per_channel:
         raise ToolkitError(
             "--qat rounds weights with a scale for every output channel",
