@@ -1,6 +1,6 @@
 """What int8 graphs would answer elsewhere: the shipped cnn8, and the same pruned and shortly fine-tuned.
 
-    python benchmarks/portability.py [--data sample] [--images 2000] [--json FILE]
+    python benchmarks/portability.py [--data sample] [--images 2000] [--only adversarial] [--json FILE]
 
 For each network: labels that change against the deployed graph here, clean and under the preset's PGD made on the float
 network: without graph optimisation, on x86 without VNNI (emulated), under the opsets 18 to 23 (converted; and exported
@@ -54,12 +54,18 @@ from toolkit.training.loop import train
 ROUNDS = 30
 
 
-def networks(prepared: PreparedAttack) -> dict[str, TorchModel]:
-    """The networks by name."""
-    pruned = prune(prepared.model, PruneConfig(ratio=0.5)).model
-    how = TrainConfig(objective="standard", epochs=2)
-    tuned = train(pruned, prepared.splits.train, prepared.splits.validation, how, None, seed=0).model
-    return {"cnn8": prepared.model, "cnn8 pruned 0.5, 2 epochs": tuned}
+def networks(prepared: PreparedAttack, only: str) -> dict[str, TorchModel]:
+    """Those networks whose name holds `only`."""
+    found = {"cnn8": prepared.model}
+    for name, how, plan in (
+        ("cnn8 pruned 0.5, 2 epochs", TrainConfig(objective="standard", epochs=2), None),
+        ("cnn8 pruned 0.5, 3 adversarial epochs", TrainConfig(epochs=3), prepared.plan),
+    ):
+        if only in name:
+            pruned = prune(prepared.model, PruneConfig(ratio=0.5)).model
+            splits = prepared.splits
+            found[name] = train(pruned, splits.train, splits.validation, how, plan, seed=0).model
+    return {name: model for name, model in found.items() if only in name}
 
 
 def judged(prepared: PreparedAttack, model: TorchModel, count: int) -> JudgedImages:
@@ -120,13 +126,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="sample")
     parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--only", default="", help="part of the names of the networks that are measured")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     set_quiet(True)
     data = DataConfig(source=arguments.data)
     prepared = prepare_attack(ModelRunConfig(model=ModelConfig(path=Path("shipped:cnn8")), data=data, threads=1))
     results: dict[str, Any] = {}
-    for name, model in networks(prepared).items():
+    for name, model in networks(prepared, arguments.only).items():
         with tempfile.TemporaryDirectory() as folder:
             results[name] = measure(prepared, model, arguments.images, Path(folder))
         print(name, json.dumps(results[name]["time_over_deployed"]), flush=True)
