@@ -458,7 +458,10 @@ def test_a_quantisation_aware_run_is_told(here: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("more", [["--epochs", "0"], ["--per-tensor"], ["--finetune", "none"], ["--engine", "inc"]])
+@pytest.mark.parametrize(
+    "more",
+    [["--epochs", "0"], ["--per-tensor"], ["--finetune", "none"], ["--engine", "inc"], ["--activation-bits", "16"]],
+)
 def test_what_a_quantisation_aware_run_cannot_be(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert tiny.run(*tiny.harden_arguments(), "--qat", *more, "-q") == cli.BAD_INPUT
     assert "--qat" in capsys.readouterr().err and not Path("out").exists()

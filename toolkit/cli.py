@@ -25,6 +25,7 @@ from toolkit.config import (
     PruneConfig,
     QuantizeConfig,
     SearchRunConfig,
+    SimulateRunConfig,
     TrainRunConfig,
     build,
     merge,
@@ -301,6 +302,8 @@ def quantize(
     data = build(DataConfig, values.pop("data", {}), _tails(flags.DATA))
     machine = build(MachineConfig, values, flags.names_by_path(flags.MACHINE))
     from toolkit import stages
+    from toolkit.reports.targets import HEADER, target_cells, untested_words
+    from toolkit.targets import target_record
 
     made = stages.quantize_file(
         file,
@@ -316,7 +319,7 @@ def quantize(
     from toolkit.reports.portability import portability_record
 
     elsewhere = portability_record(made.portability)
-    coverage = made.coverage
+    coverage, targets = made.coverage, [target_record(target) for target in made.targets]
     if as_json:
         layers = [{"layer": row.layer, "kernel": row.kernel, "macs": row.macs} for row in coverage.layers]
         islands = [{"operator": i.operator, "count": i.count, "time_share": i.time_share} for i in coverage.islands]
@@ -326,9 +329,15 @@ def quantize(
             "float_islands": islands,
             "constant_channels": dict(made.quantized.constant_channels),
             "parity": made.parity.as_dict(),
+            "accuracy": {name: share.as_dict() for name, share in made.accuracy.items()},
+            "bytes": dict(made.bytes),
+            "weights": made.quantized.weights,
+            "activations": f"uint{made.quantized.activation_bits} asymmetric",
         }
         if made.explanation:
             found["explanation"] = made.explanation.as_dict()
+        if targets:
+            found["targets"] = [target.model_dump() for target in targets]
         if elsewhere:
             found["elsewhere"] = elsewhere.model_dump()
         how_made = {"engine": made.quantized.engine, "calibration": made.quantized.calibration}
@@ -341,11 +350,18 @@ def quantize(
         print(f"no integer kernel: {island.count} {island.operator}, {island.time_share:.1%} of kernel time")
     quantized = made.quantized
     print(f"calibration: {quantized.calibration} by {quantized.engine}, {quantized.calibration_images} images")
+    print(f"weights: {quantized.weights}; activations: uint{quantized.activation_bits} asymmetric")
     print(f"same label as the float file: {made.parity.agreement}")
+    print(f"accuracy: {made.accuracy['deployed']}; of the float file {made.accuracy['fp32']}")
+    print(f"size: {made.bytes['deployed']:,} bytes; of the float file {made.bytes['fp32']:,}")
     if made.explanation:
         _print_explanation(made.explanation)
     if elsewhere:
         _print_risks(elsewhere)
+    if targets:
+        print()
+        _table(HEADER, target_cells(targets))
+        print("\n".join(filter(None, map(untested_words, targets))))
     measured = f"{file} {output}" if file.suffix == ".onnx" else output
     print(f"\nwritten: {output}\nnext:    toolkit benchmark {measured}")
 
@@ -375,6 +391,33 @@ def _print_risks(found: Portability) -> None:
         _table(OVERFLOW_HEADER, overflow_rows(found))
     for line in warnings(found):
         print(f"WARNING  {line}")
+
+
+SIMULATE_FLAGS = (*flags.SIMULATE, *flags.MODEL, *flags.DATA, *flags.EVALUATION, *flags.THREAT, *flags.MACHINE)
+
+
+@app.command()
+@flags.with_flags(SIMULATE_FLAGS, SimulateRunConfig)
+def simulate(
+    settings: Settings,
+    model: Model,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """SIMULATED int16, int8, int4, int2 and binary: accuracy of the rounded torch network, no graph is written."""
+    _start(quiet, verbose)
+    config = build(
+        SimulateRunConfig, flags.nested(settings | {"model.path": model}), flags.names_by_path(SIMULATE_FLAGS)
+    )
+    from toolkit import simulating
+
+    found = simulating.run_simulation(config)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+        return
+    print(f"{found.caption}\n")
+    _table(simulating.HEADER, found.cells)
 
 
 ATTACK_FLAGS = (

@@ -187,8 +187,19 @@ class QuantizeConfig(StageConfig):
     """Weights of seven bits, which no pair of products overflows 16 bits with: for x86 without VNNI."""
     keep_float: tuple[str, ...] = ()
     """Layers that are not quantised, by their nodes' names in the float twin; `*` stands for anything."""
+    activation_bits: int = 8
+    """8, or 16, which ONNX Runtime stores and then computes in float."""
+    weight_bits: int = 8
+    """8, or 4: of the linear layers; ONNX Runtime has no convolution that multiplies int4."""
+    targets: tuple[str, ...] = ()
+    """Other runtimes for which a file of its own is written beside model.onnx: `tensorrt`, `cuda`."""
     calibrate_adversarial: Share = 0.0
     """Share of the calibration images that is attacked first, by the run's PGD on the float network."""
+
+    @property
+    def searches(self) -> bool:
+        """Whether `harden` looks for the fastest layers; no choice of them makes 16-bit activations run in integers."""
+        return self.precision == "auto" and self.activation_bits == 8
 
 
 class BenchmarkConfig(StageConfig):
@@ -374,6 +385,14 @@ class SearchRunConfig(HardenConfig):
     @property
     def seeds(self) -> tuple[int, ...]:
         return self.search.seeds or (self.seed,)
+
+
+class SimulateRunConfig(ModelRunConfig):
+    """Everything `toolkit simulate` needs."""
+
+    bits: tuple[str, ...] = ("16", "8", "4", "2", "1")
+    """`8`: weights and activations of 8 bits; `4/8`: weights of 4; 32 stays float."""
+    per_channel: bool = True
 
 
 class TrainRunConfig(MachineConfig):

@@ -110,12 +110,27 @@ QUANTIZE = (
         bool,
     ),
     Flag("--keep-float", "quantize.keep_float", "Layers to leave float, e.g. node_conv2d,node_linear*."),
+    Flag("--activation-bits", "quantize.activation_bits", "8, or 16 (which ONNX Runtime computes in float).", int),
+    Flag("--weight-bits", "quantize.weight_bits", "8, or 4 for linear layers; `toolkit simulate` has others.", int),
+    Flag(
+        "--target",
+        "quantize.targets",
+        "Files for other runtimes as well: tensorrt (symmetric int8, model.trt.onnx), cuda (float16, model.fp16.onnx).",
+    ),
     Flag(
         "--calibrate-adversarial",
         "quantize.calibrate_adversarial",
         "Share of the calibration images to attack first; harden alone can, and measures whether it helps.",
         float,
     ),
+)
+SIMULATE = (
+    Flag(
+        "--bits",
+        "bits",
+        "Bits, 1 to 16 (1: binary), of weights and activations; 4/8: of each apart; 32: left float.",
+    ),
+    Flag("--per-channel/--per-tensor", "per_channel", "Granularity of weight scales.", bool),
 )
 PRECISION = (
     Flag("--precision", "quantize.precision", "auto: the fastest layers in integers, by measuring; int8: all layers."),
@@ -152,7 +167,10 @@ MACHINE = (
     Flag("--seed", "seed", "Seed of everything random.", int),
     Flag("--threads", "threads", "CPU threads.", int),
 )
-LISTS = ("model.mean", "model.std", "benchmark.batches", "quantize.keep_float", "search.seeds")
+LISTS = (
+    *("model.mean", "model.std", "benchmark.batches", "quantize.keep_float", "quantize.targets"),
+    *("bits", "search.seeds"),
+)
 """Fields whose flags take several values with commas between."""
 
 

@@ -187,13 +187,13 @@ def _quantize(
     )
     provider = config.benchmark.provider
     methods = assignment = None
-    if "auto" in (how.calibrate, how.precision):
+    if how.calibrate == "auto" or how.searches:
         judge = Judge(fp32.path, splits.validation, attack, provider)
         if how.calibrate == "auto":
             with tempfile.TemporaryDirectory(prefix="toolkit-calibration-") as folder:
                 methods = choose_calibration(quantizer, Path(folder), judge)
             quantizer = quantizer.with_calibration(methods.chosen)
-        if how.precision == "auto":
+        if how.searches:
             assignment = _assign(config, prepared, quantizer, judge, fp32, workspace)
     further = assignment.keep_float if assignment else ()
     made, variants = quantizer.write(path, keep_float=further), writer_of(quantizer, further)

@@ -23,17 +23,27 @@ from toolkit.evaluators.latency import LatencyRow, benchmark
 from toolkit.evaluators.portability import JudgedImages, Portability, measure_portability
 from toolkit.evaluators.robustness import evaluate_robustness
 from toolkit.evaluators.soundness import Check, alarms, end_to_end_differs
+from toolkit.exporters.admission import refuse_bits
 from toolkit.exporters.engines import check_engine
 from toolkit.exporters.onnx import export_onnx, write_metadata
 from toolkit.exporters.precision import float_weights
 from toolkit.exporters.session import OnnxPredictor
+from toolkit.exporters.target_kinds import chosen_targets
 from toolkit.graphs import Graphs, search_rounding, settled, some_pixels, timed, with_rounding, write_graphs
 from toolkit.lineup import Lineup
 from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack, resolved_data, resolved_threat
 from toolkit.pruning import PruningResult, prune
 from toolkit.reports.build import Evidence, build_report
 from toolkit.reports.markdown import render_markdown
-from toolkit.reports.schema import Report
+from toolkit.reports.schema import Report, TargetFile
+from toolkit.targets import (
+    TargetMaker,
+    attack_target,
+    coverage_by_provider,
+    coverage_record,
+    make_beside,
+    target_record,
+)
 from toolkit.training.distributed import joined, launched
 from toolkit.training.loop import train
 from toolkit.training.qat import Rounding, check_qat
@@ -59,6 +69,8 @@ class HardenResult:
 def check_settings(config: HardenConfig) -> None:
     """Refuse what could not be done in the end: a float graph nobody allowed, attacks or engines that are not there."""
     compose(config.attack.attacks, classes=2, norm=config.threat.norm)
+    refuse_bits(config.quantize)
+    chosen_targets(config.quantize)
     if config.prune.round_to == "auto" and launched():
         raise ToolkitError(
             "--round-to auto measures in one process, whose choice the others of a training do not learn",
@@ -200,6 +212,9 @@ def _gather(
         examination = lineup.examine(evaluation, conditions, journals=workspace.journals, resume=resume)
     with watch.stage("profile"):
         coverage = integer_coverage(graphs.deployed.path, provider=config.benchmark.provider)
+        coverages = coverage_by_provider(graphs.deployed.path, coverage)
+    with watch.stage("targets"):
+        targets = _targets(config, prepared, tuned.model, graphs)
     with watch.stage("portability"):
         portability = _portability(config, prepared, tuned.model, graphs)
     checks = end_to_end_differs(graphs.end_to_end)
@@ -225,6 +240,8 @@ def _gather(
         methods=graphs.methods,
         assignment=graphs.assignment,
         coverage=coverage,
+        coverages=tuple(map(coverage_record, coverages)),
+        targets=targets,
         portability=portability,
         latency=latency,
         environment=environment_record(prepared.threads),
@@ -252,12 +269,27 @@ def _lineup(config: HardenConfig, prepared: PreparedAttack, model: TorchModel, g
             model,
             prepared.splits.calibration,
             per_channel=config.quantize.per_channel,
+            activation_bits=config.quantize.activation_bits,
             weight_bits=7 if config.quantize.reduce_range else 8,
             margin=prepared.plan.threat.margin(model.spec.normalization),
             float_weights=float_weights(graphs.fp32.path, graphs.deployed.path),
         )
     changed = config.prune.ratio > 0 or config.finetune.objective != "none"
     return lineup.with_network("original", prepared.model) if changed else lineup
+
+
+def _targets(
+    config: HardenConfig, prepared: PreparedAttack, model: TorchModel, graphs: Graphs
+) -> tuple[TargetFile, ...]:
+    """The files for other runtimes, and what is left of each under the run's PGD."""
+    splits, margin = prepared.splits, prepared.plan.threat.margin(model.spec.normalization)
+    maker = TargetMaker(graphs.fp32, splits.calibration, splits.evaluation, config.quantize, margin)
+    folder, attacked = graphs.deployed.path.parent, splits.evaluation.first(BASELINE_IMAGES)
+    records = []
+    for made in make_beside(maker, chosen_targets(config.quantize), folder, bundle.DEPLOYED):
+        robust = attack_target(folder / made.file, model, attacked, _conditions(config, prepared, model))
+        records.append(target_record(made, robust))
+    return tuple(records)
 
 
 def _portability(config: HardenConfig, prepared: PreparedAttack, model: TorchModel, graphs: Graphs) -> Portability:

@@ -90,11 +90,14 @@ def _gradients(config: HardenConfig, prepared: PreparedAttack, images: int) -> f
 
 
 def _calibration_text(config: QuantizeConfig) -> str:
+    further = f"; files for {', '.join(config.targets)}" if config.targets else ""
     if not config.int8:
-        return "not asked for"
+        return f"not asked for{further}"
     attacked = f", {config.calibrate_adversarial:.0%} of the images attacked" if config.calibrate_adversarial else ""
     engine = "" if config.engine == "ort" else f" by {config.engine}"
-    return f"int8{engine}, {config.calibrate}{attacked}"
+    wide = f", activations of {config.activation_bits} bits" if config.activation_bits != 8 else ""
+    narrow = f", linear layers' weights of {config.weight_bits} bits" if config.weight_bits != 8 else ""
+    return f"int8{engine}{wide}{narrow}, {config.calibrate}{attacked}{further}"
 
 
 def _seconds_per_image(model: TorchModel, config: HardenConfig) -> float:

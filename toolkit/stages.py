@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from toolkit import bundle
-from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Split, Splits, TorchModel
+from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Proportion, Split, Splits, TorchModel
 from toolkit.attacks.threat import ThreatModel, resolve_plan
 from toolkit.config import (
     BenchmarkConfig,
@@ -28,23 +28,27 @@ from toolkit.data.pixels import PixelStatistics, statistics_in
 from toolkit.data.sources import load_source
 from toolkit.data.splits import make_splits
 from toolkit.errors import ToolkitError
+from toolkit.evaluators.accuracy import measure_accuracy
 from toolkit.evaluators.assignment import Judge
 from toolkit.evaluators.calibration_choice import choose_calibration
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
 from toolkit.evaluators.debugger import Explanation, explain
 from toolkit.evaluators.latency import LatencyRow, benchmark
 from toolkit.evaluators.portability import JudgedImages, Portability, measure_portability, writer_of
+from toolkit.exporters.admission import refuse_bits
 from toolkit.exporters.engine import QuantizedModel, Writer
 from toolkit.exporters.engines import make_writer
 from toolkit.exporters.onnx import export_onnx, read_metadata, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
 from toolkit.exporters.session import OnnxPredictor
+from toolkit.exporters.target_kinds import chosen_targets, target_file
 from toolkit.graphs import search_rounding, with_rounding
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import SHIPPED, check_outputs
 from toolkit.models.registry import build_network
 from toolkit.prepare import describe, load_teacher, prepare, set_threads, warn_of_other_images
 from toolkit.pruning import PruningResult, prune
+from toolkit.targets import TargetMaker, TargetResult, make_beside
 from toolkit.training.distributed import follows, joined
 from toolkit.training.loop import train
 from toolkit.training.losses import ATTACKED
@@ -178,8 +182,14 @@ class QuantizedFile:
     parity: Parity
     explanation: Explanation | None
     """Where it was asked for."""
+    accuracy: Mapping[str, Proportion]
+    """Of the float file (`fp32`) and of the integer one (`deployed`) on the evaluation images."""
+    bytes: Mapping[str, int]
+    """The sizes of both files."""
+    targets: tuple[TargetResult, ...]
+    """The files for other runtimes beside it."""
     portability: Portability | None = None
-    """The same; on clean images, for the file alone has no network to attack."""
+    """Where it was asked for; on clean images, for the file alone has no network to attack."""
 
 
 def quantize_file(
@@ -198,8 +208,8 @@ def quantize_file(
 
     Args:
         path: an ONNX file; or a checkpoint, whose network is exported first, as `export` does.
-        data: where the images come from.
-        how: engine, calibration method, layers left float.
+        data: where calibration images come from, and those on which the result is compared.
+        how: to quantise it, and for which other runtimes files are written beside it.
         output: the file to write.
         seed: of the choice of images.
         threads: CPU threads.
@@ -207,7 +217,11 @@ def quantize_file(
         explained: say where accuracy is lost.
         risks: say what changes on other machines and under other settings.
     """
-    _refuse_existing(output, force=force)
+    refuse_bits(how)
+    kinds = chosen_targets(how)
+    beside = {kind.name: output.with_name(target_file(output.name, kind)) for kind in kinds}
+    for file in (output, *beside.values()):
+        _refuse_existing(file, force=force)
     partial = output.with_name(f".{output.name}.tmp")
     with (
         tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as scratch,
@@ -219,8 +233,9 @@ def quantize_file(
             reference, metadata = OnnxPredictor(path), read_metadata(path)
             trained_on = statistics_in(metadata) or PixelStatistics.of(splits.train)
             warn_of_other_images(PixelStatistics.of(splits.calibration), trained_on)
+            margin = _margin(metadata)
             quantizer = make_writer(
-                OnnxModel(path, "fp32"), splits.calibration, how, network=network, input_margin=_margin(metadata)
+                OnnxModel(path, "fp32"), splits.calibration, how, network=network, input_margin=margin
             )
             if how.calibrate == "auto":
                 folder = Path(scratch, "calibration")
@@ -234,12 +249,22 @@ def quantize_file(
                 explanation = explain(quantizer, path, partial, shown, Judge(path, shown, None))
             write_metadata(partial, metadata)
             coverage = integer_coverage(partial)
-            parity = measure_parity(reference, OnnxPredictor(partial), splits.evaluation)
+            files = {"fp32": path, "deployed": partial}
+            sizes = {name: file.stat().st_size for name, file in files.items()}
+            predictors = {name: OnnxPredictor(file) for name, file in files.items()}
+            parity = measure_parity(reference, predictors["deployed"], splits.evaluation)
+            accuracy = {name: measure_accuracy(predictor, splits.evaluation) for name, predictor in predictors.items()}
             portability = _risks(partial, quantizer, splits.evaluation) if risks else None
+            maker = TargetMaker(OnnxModel(path, "fp32"), splits.calibration, splits.evaluation, how, margin)
+            targets = make_beside(maker, kinds, output.parent, partial.name)
+            for made in targets:
+                partial.with_name(made.file).replace(beside[made.kind.name])
             partial.replace(output)
         finally:
-            partial.unlink(missing_ok=True)
-    return QuantizedFile(quantized, coverage, parity, explanation, portability)
+            for file in (partial, *(partial.with_name(target_file(partial.name, kind)) for kind in kinds)):
+                file.unlink(missing_ok=True)
+    targets = tuple(replace(made, file=beside[made.kind.name].name) for made in targets)
+    return QuantizedFile(quantized, coverage, parity, explanation, accuracy, sizes, targets, portability)
 
 
 def _to_quantise(

@@ -217,3 +217,9 @@ def test_activations_that_are_no_numbers_are_refused(made: Made, value: float) -
     broken = _with(made.model, {"3.weight": value})
     with pytest.raises(ToolkitError, match="no finite numbers"):
         TorchQuantizer(broken, made.twin, images(), INC)
+
+
+@pytest.mark.parametrize("bits", [{"activation_bits": 16}, {"weight_bits": 4}])
+def test_other_bits_are_refused_before_work_begins(bits: dict[str, int]) -> None:
+    with pytest.raises(ToolkitError, match="quantises to 8 bits"):
+        check_engine(QuantizeConfig.model_validate({"int8": True, "engine": "inc", **bits}))

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -23,12 +23,13 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from toolkit.config import QuantizeConfig
 from toolkit.exporters.input_folding import fold_normalization, move_quantiser_to_pixels, read_shape_from_image
-from toolkit.exporters.input_range import InputGrid, covering_grid, pixel_map, symmetric_grid
+from toolkit.exporters.input_range import LEVELS, InputGrid, covering_grid, pixel_map, symmetric_grid
 from toolkit.exporters.precision import COMPUTE, between_float
 from toolkit.exporters.qdq import finish, keep_islands_float, keep_logits_float
 from toolkit.exporters.ranges import Interval
 from toolkit.exporters.rewrites import rewrite
 from toolkit.exporters.session import hide_log
+from toolkit.exporters.tensorrt import symmetric_options
 from toolkit.exporters.variants import DEPLOYED, Variant
 from toolkit.exporters.zero_filters import refine_biases
 
@@ -60,6 +61,7 @@ def build_integers(
     margin: float,
     weights: Mapping[str, RoundedWeights] = MappingProxyType({}),
     variant: Variant = DEPLOYED,
+    islands: Collection[str] | None = None,
 ) -> ModelProto:
     """A float graph in QDQ form.
 
@@ -67,23 +69,26 @@ def build_integers(
         plain: the graph as `preprocess` gives it; left as it is.
         source: the graph before that, whose metadata the result gets.
         ranges: what the quantisers of `quantised_tensors` represent; tensors without stay float.
-        config: the granularity of weight scales.
+        config: the granularity of weight scales, and the bits of activations.
         kept: the layers that stay float; layers that read or make a tensor without range must be among them.
         margin: pixels by which images may leave [0, 1]; the input quantiser represents them unclipped.
         weights: by a layer's name; others are rounded here, and all where they are to have seven bits.
         variant: what differs from the graph that ships.
+        islands: of the layers `kept`, those that ONNX Runtime is to leave float; None: all.
     """
     prepared = ModelProto()
     prepared.CopyFrom(plain)
     mapping = pixel_map(prepared)
     readers = {node.name for node in prepared.graph.node if mapping.tensor in node.input}
-    unfolded = variant.signed or bool(readers & set(kept))
+    wide = config.activation_bits == 16 and not variant.signed
+    kind = QuantType.QInt8 if variant.signed else QuantType.QUInt16 if wide else QuantType.QUInt8
+    unfolded = wide or variant.signed or bool(readers & set(kept))  # wide: in float, where folding gains nothing
     folded = None if unfolded else fold_normalization(prepared, mapping, margin)
     ends = float(mapping.of(-margin).min()), float(mapping.of(1 + margin).max())
-    grid = symmetric_grid(*ends) if variant.signed else covering_grid(*ends)
+    grid = symmetric_grid(*ends) if variant.signed else covering_grid(*ends, LEVELS_WIDE if wide else LEVELS)
     if folded is not None:
         grid = InputGrid(np.ones(1), folded.quantiser.zero_point + folded.mean_steps)
-    overrides, given = {mapping.tensor: _activation(grid, variant)}, {}
+    overrides, given = {mapping.tensor: _activation(grid, kind)}, {}
     for node in prepared.graph.node:
         known = node.name in weights and node.name not in kept and not (config.reduce_range or variant.reduce_range)
         factor = _factor(node, plain, prepared) if known else None
@@ -97,15 +102,54 @@ def build_integers(
         *(node.name for node in pixel_map(prepared).nodes),
         *(node.name for node in prepared.graph.node if unknown.intersection((*node.input, *node.output))),
     }
-    quantised = _run_onnxruntime(prepared, ranges, overrides, config, left_float, variant)
+    quantised = _run_onnxruntime(
+        prepared,
+        ranges,
+        {
+            "ActivationSymmetric": variant.signed,
+            "WeightSymmetric": True,
+            # Of 16-bit sums an int32 bias may overflow, and onnxruntime would make weights coarser to prevent it.
+            "QuantizeBias": not (wide or variant.float_bias),
+            "TensorQuantOverrides": overrides,
+        },
+        left_float,
+        per_channel=config.per_channel,
+        activations=kind,
+        reduce_range=config.reduce_range or variant.reduce_range,
+    )
     _set_integers(quantised, given)
     refine_biases(quantised, prepared)
     if folded is not None:
         move_quantiser_to_pixels(quantised, mapping, folded.quantiser)
     keep_logits_float(quantised)
-    keep_islands_float(quantised, kept)
+    keep_islands_float(quantised, kept if islands is None else islands)
     finish(quantised, source)
     return quantised
+
+
+def build_symmetric(
+    plain: ModelProto,
+    source: ModelProto,
+    ranges: Mapping[str, Interval],
+    config: QuantizeConfig,
+    *,
+    kept: Collection[str],
+    margin: float,
+) -> ModelProto:
+    """The symmetric S8S8 graph that TensorRT wants (`exporters.tensorrt`); arguments as of `build_integers`."""
+    prepared = ModelProto()
+    prepared.CopyFrom(plain)
+    made = _run_onnxruntime(
+        prepared,
+        ranges,
+        symmetric_options(pixel_map(prepared), margin),
+        kept,
+        per_channel=config.per_channel,
+        activations=QuantType.QInt8,
+        operators=COMPUTE,
+    )
+    finish(made, source)
+    return made
 
 
 def preprocess(source: ModelProto) -> ModelProto:
@@ -137,10 +181,13 @@ def quantised_tensors(model: ModelProto) -> tuple[str, ...]:
 def _run_onnxruntime(
     prepared: ModelProto,
     ranges: Mapping[str, Interval],
-    overrides: dict[str, list[dict[str, Any]]],
-    config: QuantizeConfig,
+    options: dict[str, Any],
     left_float: Collection[str],
-    variant: Variant,
+    *,
+    per_channel: bool,
+    activations: QuantType,
+    reduce_range: bool = False,
+    operators: Sequence[str] = QUANTISED_OPERATORS,
 ) -> ModelProto:
     known = {name: tuple(np.float32(end) for end in ends) for name, ends in ranges.items()}
     with tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as folder, _silence():
@@ -152,26 +199,27 @@ def _run_onnxruntime(
             after,
             None,
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=QUANTISED_OPERATORS,
+            op_types_to_quantize=list(operators),
             nodes_to_exclude=[*_left_float(prepared), *left_float],
-            per_channel=config.per_channel,
-            reduce_range=config.reduce_range or variant.reduce_range,
-            activation_type=QuantType.QInt8 if variant.signed else QuantType.QUInt8,
+            per_channel=per_channel,
+            reduce_range=reduce_range,
+            activation_type=activations,
             weight_type=QuantType.QInt8,
             calibration_cache_path=cache,
-            extra_options={
-                "ActivationSymmetric": variant.signed,
-                "WeightSymmetric": True,
-                "QuantizeBias": not variant.float_bias,
-                "TensorQuantOverrides": overrides,
-            },
+            extra_options=options,
         )
         return onnx.load(after)
 
 
-def _activation(grid: InputGrid, variant: Variant) -> list[dict[str, Any]]:
-    kind = np.int8 if variant.signed else np.uint8
-    step, zero_point = np.array(grid.step[0], dtype=np.float32), np.array(grid.zero_point, dtype=kind)
+LEVELS_WIDE = 65535
+"""Steps between the ends of a uint16 grid."""
+KINDS = {QuantType.QInt8: np.int8, QuantType.QUInt8: np.uint8, QuantType.QUInt16: np.uint16}
+
+
+def _activation(grid: InputGrid, kind: QuantType) -> list[dict[str, Any]]:
+    step, zero_point = np.array(grid.step[0], dtype=np.float32), np.array(grid.zero_point, dtype=KINDS[kind])
+    if step < grid.step[0]:  # float32 must not round the ends of the range inwards
+        step = np.array(np.nextafter(step, np.float32(np.inf)))
     return [{"scale": step, "zero_point": zero_point}]
 
 

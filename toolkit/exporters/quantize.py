@@ -1,4 +1,7 @@
-"""Static integer quantisation with onnxruntime: int8 symmetric per-channel weights, uint8 asymmetric activations."""
+"""Static integer quantisation with onnxruntime: int8 symmetric per-channel weights, uint8 asymmetric activations.
+
+Where asked for, activations are uint16 (no integer kernel of ONNX Runtime reads them), linear layers' weights int4.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,23 @@ from toolkit import progress
 from toolkit.artifacts import OnnxModel, Split
 from toolkit.config import CalibrationName, QuantizeConfig
 from toolkit.exporters.admission import (
+    COARSE_METHODS,
     fixed_batch,
     refuse_bad_weights,
+    refuse_bits,
     refuse_missing_attack,
     refuse_quantised,
     zero_filters,
 )
 from toolkit.exporters.calibration import AdversarialShare, CalibrationReader, calibration_batch
 from toolkit.exporters.engine import QuantizedModel, float_layers, save_integer_graph
-from toolkit.exporters.integers import build_integers, preprocess, quantised_tensors
+from toolkit.exporters.four_bits import four_bit_layers, pack_four_bits
+from toolkit.exporters.integers import build_integers, build_symmetric, preprocess, quantised_tensors
 from toolkit.exporters.observer import activation_bytes, observe
 from toolkit.exporters.onnx import load_onnx, save_onnx
 from toolkit.exporters.precision import COMPUTE
 from toolkit.exporters.ranges import METHODS, Interval, choose_range, needs_histogram
+from toolkit.exporters.tensorrt import tensorrt_faults
 from toolkit.exporters.variants import DEPLOYED, Variant
 
 
@@ -42,6 +49,9 @@ def quantize_int8(
 ) -> QuantizedModel:
     """Quantise a float graph in QDQ form, so that ONNX Runtime runs its layers in integers: `Quantizer`, used once."""
     return Quantizer(model, calibration, config, input_margin=input_margin, adversarial=adversarial).write(output)
+
+
+"""Of uint16, as `LEVELS` of uint8."""
 
 
 class Quantizer:
@@ -75,6 +85,7 @@ class Quantizer:
         ranges: Mapping[str, Interval] = MappingProxyType({}),
     ) -> None:
         self._config, self._path, self._given = config, model.path, ranges
+        refuse_bits(config)
         refuse_missing_attack(config, adversarial, model.path)
         self._source = load_onnx(model.path)
         refuse_quantised(self._source, model.path)
@@ -83,6 +94,7 @@ class Quantizer:
         self._margin = float(np.max(np.atleast_1d(input_margin)))
         self._plain = preprocess(self._source)
         self._kept = float_layers(self._plain, config.keep_float, model.path)
+        self._four_bit = four_bit_layers(self._plain) if config.weight_bits == 4 else ()
         tensors = quantised_tensors(self._plain)
         self._reader = CalibrationReader(
             calibration,
@@ -108,6 +120,8 @@ class Quantizer:
     @property
     def methods(self) -> tuple[CalibrationName, ...]:
         """The calibration methods that `with_calibration` takes."""
+        if self._config.activation_bits == 16:
+            return tuple(method for method in METHODS if method not in COARSE_METHODS)
         return METHODS
 
     @property
@@ -145,6 +159,8 @@ class Quantizer:
             reader=self._reader,
             per_channel=self._config.per_channel,
             kept=kept,
+            four_bit={*self._four_bit} - kept,
+            activation_bits=self._config.activation_bits,
         )
         return replace(
             written,
@@ -155,6 +171,19 @@ class Quantizer:
     def write_variant(self, output: Path, variant: Variant, *, keep_float: Collection[str] = ()) -> None:
         """Write the integer graph as other machines or runtimes want it, to be compared; see `write`."""
         save_onnx(self._build({*self._kept, *keep_float}, variant), output)
+
+    def write_tensorrt(self, output: Path) -> None:
+        """Write the symmetric S8S8 graph that TensorRT wants, of the same ranges; see `exporters.tensorrt`.
+
+        The layers that the configuration leaves float stay so.
+        """
+        made = build_symmetric(
+            self._plain, self._source, self._chosen_ranges(), self._config, kept=self._kept, margin=self._margin
+        )
+        faults = tensorrt_faults(made, kept=self._kept)
+        if faults:
+            raise RuntimeError(f"the graph for TensorRT is another than was asked for: {'; '.join(faults)}")
+        save_onnx(made, output)
 
     def _chosen_ranges(self) -> dict[str, Interval]:
         method = self._method
@@ -169,15 +198,18 @@ class Quantizer:
         return self._ranges[method]
 
     def _build(self, kept: Collection[str], variant: Variant = DEPLOYED) -> ModelProto:
-        return build_integers(
+        four = {*self._four_bit} - {*kept}
+        built = build_integers(
             self._plain,
             self._source,
             self._chosen_ranges(),
             self._config,
-            kept=kept,
+            kept={*kept, *four},
             margin=self._margin,
             variant=variant,
+            islands=kept,
         )
+        return pack_four_bits(built, four) if four else built
 
 
 def _notice_constant(activations: Mapping[str, int], filters: Mapping[str, int]) -> None:

@@ -177,6 +177,12 @@ def check_settings(config: QuantizeConfig) -> tuple[CalibrationName, ...]:
     """
     for package in ("torchao", "neural_compressor"):
         require(package)
+    if (config.weight_bits, config.activation_bits) != (8, 8):
+        raise ToolkitError(
+            "the engine inc quantises to 8 bits",
+            found=f"--engine inc with weights of {config.weight_bits} and activations of {config.activation_bits} bits",
+            fix="leave the bits at 8, or choose --engine ort",
+        )
     if config.calibrate == "auto":
         return tuple(METHODS)
     if config.calibrate not in METHODS:

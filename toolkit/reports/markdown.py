@@ -8,6 +8,7 @@ from toolkit.evaluators.timing import BUSY
 from toolkit.reports.portability import portability_section
 from toolkit.reports.robustness import JUDGES, marked, robust_text, robustness_section
 from toolkit.reports.schema import Assignment, CalibrationComparison, Latency, Model, Quantization, Report, Share
+from toolkit.reports.targets import coverage_text, targets_section
 from toolkit.reports.words import percent, table, threat_text
 from toolkit.training.qat import FLOAT_SHARE
 
@@ -23,6 +24,7 @@ def render_markdown(report: Report) -> str:
         _roundings(report.model),
         _speed(report),
         _integers(report),
+        targets_section(report.targets),
         _methods(report.quantization),
         _assignment(report.quantization.assignment),
         _calibrations(report.quantization.calibration_comparison),
@@ -189,7 +191,8 @@ def _integers(report: Report) -> str:
         f"calibration {found.calibration or 'none'} on {found.calibration_images} images{learnt}.{input_text}\n\n"
         f"In the graph after ONNX Runtime's optimisation ({found.provider}): **{found.integer_coverage:.2%}** of the "
         f"multiply-accumulates and {found.kernel_time.integer_share:.1%} of the kernel time run in integers. "
-        f"Float islands: {islands or 'none'}. Conversions left: {left}.\n\n"
+        f"Float islands: {islands or 'none'}. Conversions left: {left}. {coverage_text(found)}".rstrip()
+        + "\n\n"
         f"{table(('layer', 'kernel', 'multiply-accumulates', 'integer'), rows)}"
     )
 

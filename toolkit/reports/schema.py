@@ -438,6 +438,42 @@ class Assignment(Part):
     """Whether the choice is faster than the float twin beyond doubt."""
 
 
+class ProviderCoverage(Part):
+    """How much of the deployed graph runs in integers on one provider."""
+
+    provider: str
+    integer_coverage: float | None
+    """null: not run there."""
+    untested: str | None
+    """Why."""
+
+
+class TargetFile(Part):
+    """A file for another runtime than the one that runs model.onnx (`--target`)."""
+
+    file: str
+    target: Literal["tensorrt", "cuda"]
+    precision: str
+    bytes: int
+    accuracy: Share
+    """Clean, by ONNX Runtime on the CPU."""
+    robust_accuracy: Share | None
+    """Right when clean and under the run's PGD, on the first evaluation images; null: there is no network to attack."""
+    attacked_on: list[str]
+    """The networks on which that attack was made; the worst counts, per image."""
+    agreement: Share
+    """Same label as the float twin, on the CPU."""
+    relative: float
+    """Largest logit difference over the standard deviation of the float twin's logits, on the CPU."""
+    integer_coverage: float
+    """On the CPU, where the file is only checked."""
+    largest_activation: float | None
+    """Of float16, whose largest number is 65,504: the largest magnitude on calibration images."""
+    tested_on: list[str]
+    untested: dict[str, str]
+    """The provider that it is for, if it was not run there, and why."""
+
+
 class ElsewhereRow(Part):
     """The deployed graph in another setting, against itself on the machine's CPU, on the same images."""
 
@@ -518,6 +554,8 @@ class Quantization(Part):
     """Where `--calibrate auto` searched; `calibration` is the one taken."""
     assignment: Assignment | None = None
     """Where `--precision auto` searched."""
+    coverage: list[ProviderCoverage] = []
+    """The integer coverage on every provider, measured where it ran here."""
     elsewhere: Portability | None = None
     """What changes on other machines and under other settings."""
     constant_channels: dict[str, int] = {}
@@ -605,6 +643,7 @@ class Report(Robustness):
     parity: list[ParityRecord]
     end_to_end: EndToEnd | None
     quantization: Quantization
+    targets: list[TargetFile] = []
     latency: list[Latency]
     gates: list[Gate]
     environment: dict[str, Any]

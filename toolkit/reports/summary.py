@@ -19,6 +19,7 @@ from toolkit.reports.robustness import (
     twin_text,
 )
 from toolkit.reports.schema import AttackReport, Report
+from toolkit.reports.targets import untested_words
 from toolkit.reports.words import percent, threat_text
 
 
@@ -61,6 +62,7 @@ def render_summary(report: Report, folder: Path) -> str:
         *(f"WARNING  {line}" for line in warnings(report.quantization.elsewhere)),
         f"attack:  {report.worst_case.attacks}, worst case per image; {threat_text(report.threat)}",
         f"integer: {report.quantization.verdict}",
+        *(f"target:  {file.file}, {file.precision}; {untested_words(file)}".rstrip("; ") for file in report.targets),
         *(
             f"GATE     {gate.name} {gate.limit:g}: measured {gate.value:.4f}, {'met' if gate.met else 'NOT MET'}"
             for gate in report.gates

@@ -76,6 +76,12 @@ def check_qat(config: HardenConfig) -> None:
             found=f"--qat --engine {how.engine}",
             fix="leave one of the two away",
         )
+    if (how.weight_bits, how.activation_bits) != (8, 8):
+        raise ToolkitError(
+            "--qat trains for 8 bits",
+            found=f"--qat with weights of {how.weight_bits} and activations of {how.activation_bits} bits",
+            fix="leave the bits at 8, or leave --qat away",
+        )
     if not how.per_channel:
         raise ToolkitError(
             "--qat rounds weights with a scale for every output channel",
