@@ -17,6 +17,9 @@ OWNERS = {
     "typer": {"cli.py", "flags.py"},
     "onnxruntime_extensions": {"exporters/end_to_end.py"},
     "yaml": {"config.py"},
+    "optuna": {"search/sampler.py", "search/storage.py"},
+    "ray": {"search/cluster.py"},
+    "matplotlib": {"search/plot.py"},
 }
 
 

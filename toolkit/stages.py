@@ -17,6 +17,7 @@ from toolkit.config import (
     BenchmarkConfig,
     DataConfig,
     ExportConfig,
+    HardenConfig,
     ModelConfig,
     ModelRunConfig,
     PruneConfig,
@@ -38,6 +39,7 @@ from toolkit.exporters.engines import make_writer
 from toolkit.exporters.onnx import export_onnx, read_metadata, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
 from toolkit.exporters.session import OnnxPredictor
+from toolkit.graphs import search_rounding, with_rounding
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import SHIPPED, check_outputs
 from toolkit.models.registry import build_network
@@ -139,9 +141,12 @@ def _save(model: TorchModel, output: Path) -> None:
 
 
 def prune_file(config: ModelRunConfig, how: PruneConfig, output: Path, *, force: bool) -> PruningResult:
-    """Prune a network and write it as a checkpoint."""
+    """Prune a network and write it as a checkpoint; where widths are to be timed, with integer graphs."""
     _refuse_existing(output, force=force)
-    result = prune(prepare(config).model, how)
+    prepared = prepare(config)
+    run = HardenConfig(**dict(config), prune=how, quantize=QuantizeConfig(int8=True))
+    found = search_rounding(run, prepared.model, prepared.splits)
+    result = prune(prepared.model, with_rounding(how, found))
     _save(result.model, output)
     return result
 

@@ -35,6 +35,8 @@ class QuantizedModel:
     adversarial_images: int = 0
     """Of the calibration images, those that came attacked."""
     engine: EngineName = "onnxruntime"
+    learnt_ranges: int = 0
+    """Tensors whose ranges a training learnt; calibration set those of the others."""
     constant_channels: Mapping[str, int] = field(default_factory=dict)
     """By layer: channels of what it reads that are constant on the calibration images."""
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from onnx import ModelProto
@@ -56,6 +57,7 @@ class Quantizer:
         input_margin: pixels by which images may leave [0, 1]; the input quantiser represents them unclipped. Of several
             (one per channel) the largest counts.
         adversarial: the attack for `config.calibrate_adversarial`; needed where that is above 0.
+        ranges: by tensor of the float graph, given in the place of what calibration finds.
 
     Raises:
         ToolkitError: the graph is quantised already, has weights that are no numbers, there are no images, or
@@ -70,8 +72,9 @@ class Quantizer:
         *,
         input_margin: tuple[float, ...] | float = 0.0,
         adversarial: AdversarialShare | None = None,
+        ranges: Mapping[str, Interval] = MappingProxyType({}),
     ) -> None:
-        self._config, self._path = config, model.path
+        self._config, self._path, self._given = config, model.path, ranges
         refuse_missing_attack(config, adversarial, model.path)
         self._source = load_onnx(model.path)
         refuse_quantised(self._source, model.path)
@@ -143,7 +146,11 @@ class Quantizer:
             per_channel=self._config.per_channel,
             kept=kept,
         )
-        return replace(written, constant_channels={name: count for name, count in self._constant.items() if count})
+        return replace(
+            written,
+            learnt_ranges=len(self._given.keys() & self._observed.keys()),
+            constant_channels={name: count for name, count in self._constant.items() if count},
+        )
 
     def write_variant(self, output: Path, variant: Variant, *, keep_float: Collection[str] = ()) -> None:
         """Write the integer graph as other machines or runtimes want it, to be compared; see `write`."""
@@ -154,7 +161,9 @@ class Quantizer:
         assert method is not None
         if method not in self._ranges:
             self._ranges[method] = {
-                name: choose_range(observed, method, self._config.percentile)
+                name: self._given[name]
+                if name in self._given
+                else choose_range(observed, method, self._config.percentile)
                 for name, observed in self._observed.items()
             }
         return self._ranges[method]
