@@ -290,6 +290,7 @@ def test_bits_out_of_range_are_refused(bits: dict[str, int]) -> None:
         ({"finetune": {"objective": "none"}}, "is a way of fine-tuning", "--finetune none"),
         ({"finetune": {"epochs": 0}}, "is a way of fine-tuning", "--epochs 0"),
         ({"quantize": {"per_channel": False}}, "scale for every output channel", "--per-tensor"),
+        ({"quantize": {"engine": "inc"}}, "the engine ort writes", "--engine inc"),
         ({"quantize": {"calibrate_adversarial": 0.5}}, "would change nothing", "--calibrate-adversarial 0.5"),
     ],
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from toolkit.artifacts import OnnxModel, Split, TorchModel
@@ -14,7 +15,17 @@ from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.quantize_torch import TorchQuantizer, check_settings
 from toolkit.exporters.ranges import Interval
 
-Margin = tuple[float, ...] | float
+
+@dataclass(frozen=True)
+class Subject:
+    """What is quantised, and by which images."""
+
+    twin: OnnxModel
+    calibration: Split
+    network: TorchModel | None
+    margin: tuple[float, ...] | float
+    adversarial: AdversarialShare | None
+    ranges: Mapping[str, Interval]
 
 
 def make_writer(
@@ -23,7 +34,7 @@ def make_writer(
     config: QuantizeConfig,
     *,
     network: TorchModel | None,
-    input_margin: Margin = 0.0,
+    input_margin: tuple[float, ...] | float = 0.0,
     adversarial: AdversarialShare | None = None,
     ranges: Mapping[str, Interval] = MappingProxyType({}),
 ) -> Writer:
@@ -36,21 +47,13 @@ def make_writer(
         network: what the graph was exported from; None: there is a file alone.
         input_margin: pixels by which images may leave [0, 1].
         adversarial: the attack for `config.calibrate_adversarial`.
-        ranges: of tensors by name that need no calibration, because a training learnt them; for the engine ort.
+        ranges: by tensor, given in the place of what calibration finds; the engine ort alone takes them.
 
     Raises:
         ToolkitError: the engine needs the network, or bad input of its own; see `Quantizer` and `TorchQuantizer`.
     """
-    if config.engine == "ort":
-        return Quantizer(twin, calibration, config, input_margin=input_margin, adversarial=adversarial, ranges=ranges)
-    if network is None:
-        raise ToolkitError(
-            "--engine inc calibrates the torch network",
-            found=f"an ONNX file alone: {twin.path}",
-            fix="give the checkpoint: `toolkit quantize MODEL.pt --engine inc` (model.pt of a bundle), or quantise the "
-            "file with --engine ort",
-        )
-    return TorchQuantizer(network, twin, calibration, config, input_margin=input_margin, adversarial=adversarial)
+    subject = Subject(twin, calibration, network, input_margin, adversarial, ranges)
+    return ENGINES[config.engine](subject, config)
 
 
 def check_engine(config: QuantizeConfig) -> None:
@@ -61,3 +64,31 @@ def check_engine(config: QuantizeConfig) -> None:
     """
     if config.engine == "inc":
         check_settings(config)
+
+
+def _ort(of: Subject, config: QuantizeConfig) -> Writer:
+    return Quantizer(
+        of.twin,
+        of.calibration,
+        config,
+        input_margin=of.margin,
+        adversarial=of.adversarial,
+        ranges=of.ranges,
+    )
+
+
+def _inc(of: Subject, config: QuantizeConfig) -> Writer:
+    if of.network is None:
+        raise ToolkitError(
+            "--engine inc calibrates the torch network",
+            found=f"an ONNX file alone: {of.twin.path}",
+            fix="give the checkpoint: `toolkit quantize MODEL.pt --engine inc` (model.pt of a bundle), or quantise the "
+            "file with --engine ort",
+        )
+    return TorchQuantizer(
+        of.network, of.twin, of.calibration, config, input_margin=of.margin, adversarial=of.adversarial
+    )
+
+
+ENGINES: Mapping[str, Callable[[Subject, QuantizeConfig], Writer]] = {"ort": _ort, "inc": _inc}
+"""By the value of `--engine`."""

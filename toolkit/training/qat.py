@@ -72,9 +72,9 @@ def check_qat(config: HardenConfig) -> None:
         )
     if how.engine != "ort":
         raise ToolkitError(
-            "--qat learns the ranges of activations, which the other engine would calibrate anew",
+            "the ranges that --qat learns stand in the graph that the engine ort writes",
             found=f"--qat --engine {how.engine}",
-            fix="leave one of the two away",
+            fix="leave --engine or --qat away",
         )
     if (how.weight_bits, how.activation_bits) != (8, 8):
         raise ToolkitError(
