@@ -76,13 +76,19 @@ class FakeWork:
     def __call__(self, job: Job) -> Outcome:
         self._note("begin", job)
         time.sleep(self.seconds)
-        if job.trial == self.dies_at and not Path(f"{self.log}.died").exists():
-            Path(f"{self.log}.died").touch()
+        if job.trial == self.dies_at and self._is_first():
             os.kill(os.getpid(), signal.SIGKILL)
         if job.trial == self.fails_at:
             return Outcome(job, problem=Problem("it failed", "a reason", "a fix", self.fatal))
         self._note("end", job)
         return Outcome(job, measured(job))
+
+    def _is_first(self) -> bool:
+        try:
+            Path(f"{self.log}.died").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def _note(self, what: str, job: Job) -> None:
         with Path(self.log).open("a") as file:

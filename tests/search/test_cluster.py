@@ -17,7 +17,9 @@ from toolkit.search.runner import run_trials
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
 
 
-def test_workers_share_the_trials_and_one_that_is_killed_costs_none(tmp_path: Path) -> None:
+def test_workers_share_the_trials_and_one_that_is_killed_costs_none(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     log, space = tmp_path / "log", a_space()
     study = a_study(f"sqlite:///{tmp_path / 'study.sqlite'}", space)
     workers = RayCluster("local", FakeWork(str(log), seconds=0.3, dies_at=2), Needs(cpus=1), workers=2)
@@ -28,6 +30,7 @@ def test_workers_share_the_trials_and_one_that_is_killed_costs_none(tmp_path: Pa
         workers.close()
     tried = study.tried()
     study.close()
+    assert capfd.readouterr().out == "", "stdout is for results"
     assert len(tried) == 6 and all(one.result is not None and len(one.result) == 2 for one in tried)
     begun, ended = noted(log, "begin"), noted(log, "end")
     assert Path(f"{log}.died").exists()

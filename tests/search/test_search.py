@@ -250,14 +250,14 @@ def job(**changes: Any) -> Job:
 
 def test_a_worker_without_the_data(here: Path) -> None:
     Path("data.npz").unlink()
-    outcome = work_on(Workbench(str(here), str(here / "out"), 10, "pgd", quiet=True), job())
+    outcome = work_on(Workbench(str(here), str(here / "out"), 10, "pgd"), job())
     assert outcome.problem is not None and outcome.problem.fatal and outcome.measurement is None
     error = outcome.problem.error()
     assert "on the worker" in error.found and "every worker needs the model's file and the data set" in error.fix
 
 
 def test_a_worker_without_the_folder(here: Path) -> None:
-    outcome = work_on(Workbench(str(here / "gone"), str(here / "out"), 10, "pgd", quiet=True), job())
+    outcome = work_on(Workbench(str(here / "gone"), str(here / "out"), 10, "pgd"), job())
     assert outcome.problem is not None and outcome.problem.fatal
     assert "a folder of the search is not there" in outcome.problem.problem
 

@@ -14,10 +14,11 @@ from tests.search import fakes
 from tests.search.fakes import FakeWork, a_space, a_study, noted, plan
 from toolkit.errors import ToolkitError
 from toolkit.search import ownership, sampler, storage
+from toolkit.search.database import forget, quiet
 from toolkit.search.executors import InProcess
 from toolkit.search.objective import Job
 from toolkit.search.runner import points_of, run_trials
-from toolkit.search.storage import Study, Ticket, forget
+from toolkit.search.storage import Study, Ticket
 
 VALUES = {"clean": 0.9, "robust": 0.7, "ratio": 0.5, "bytes": 10.0}
 
@@ -131,7 +132,7 @@ def test_what_is_given_back_is_asked_again_however_often(url: str) -> None:
 
 def test_a_trial_that_died_while_it_was_drawn_is_dropped(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     study = a_study(url)
-    with storage._quiet():
+    with quiet():
         study._study.ask()  # no owner, no settings
     assert study.ask(1) is None, "it may be somebody's who is about to say so"
     monkeypatch.setattr(storage, "GRACE_S", 0)

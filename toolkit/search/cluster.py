@@ -5,16 +5,18 @@ Ray starts a task again whose worker died; whoever waits for it gets one result,
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
 import socket
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
+from toolkit import progress
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.environment import allowed_cpus
-from toolkit.progress import notice
 from toolkit.search.executors import Work
 from toolkit.search.objective import Job, Outcome, Problem
 
@@ -56,7 +58,14 @@ class RayCluster:
 
         self._ray: Any = ray  # parts of its interface have no types
         cpus = workers * needs.cpus if workers else max(allowed_cpus(), needs.cpus)
-        _connect(address, cpus)
+        # Ray reports workers that died on stdout, where results belong
+        self._redirected = contextlib.ExitStack()
+        self._redirected.enter_context(contextlib.redirect_stdout(sys.stderr))
+        try:
+            _connect(address, cpus)
+        except BaseException:
+            self._redirected.close()
+            raise
         self._running: dict[Any, Job] = {}
         room = _room(self._ray.cluster_resources(), needs)
         if room < 1:
@@ -71,7 +80,7 @@ class RayCluster:
             num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=RETRIES, retry_exceptions=False
         )
         self._work = ray.put(work)
-        notice(f"Ray: {self.slots} trial(s) at a time, {needs.cpus} CPU(s) and {needs.gpus:g} GPU(s) each")
+        progress.notice(f"Ray: {self.slots} trial(s) at a time, {needs.cpus} CPU(s) and {needs.gpus:g} GPU(s) each")
 
     def submit(self, job: Job) -> None:
         self._running[self._task.remote(self._work, job)] = job
@@ -93,10 +102,12 @@ class RayCluster:
             self._ray.cancel(reference, force=True)
         self._running.clear()
         self._ray.shutdown()
+        self._redirected.close()
 
 
 def work_on(work: Work, job: Job) -> Outcome:
     """Do a job in a worker; a problem says which worker met it."""
+    progress.set_quiet(True)
     outcome = work(job)
     if outcome.problem is None or not outcome.problem.fatal:
         return outcome

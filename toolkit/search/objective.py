@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from toolkit import bundle, progress
+from toolkit import bundle
 from toolkit.artifacts import OnnxModel, Predictor, Proportion, TorchModel
 from toolkit.attacks.ensemble import compose
 from toolkit.config import HardenConfig
@@ -232,12 +232,9 @@ class Workbench:
     """Of the search."""
     images: int
     attacks: str
-    quiet: bool = False
 
     def __call__(self, job: Job) -> Outcome:
         """Do `job`; a `ToolkitError` becomes a problem."""
-        if self.quiet:
-            progress.set_quiet(True)
         start = time.perf_counter()
         try:
             laboratory = self.laboratory(job.config)

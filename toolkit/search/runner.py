@@ -102,7 +102,7 @@ def _take(outcome: Outcome, under_way: dict[int, _UnderWay], study: Study, plan:
     notice(
         f"trial {point.trial}: clean {point.clean.value:.1%}, robust {point.robust.value:.1%}, "
         f"{point.milliseconds:.4g} ms ({point.ratio.value:.2f} of the original's), {point.bytes:,} bytes; "
-        f"{seconds:.0f} s{late}"
+        f"{seconds:.0f} s; {study.made} of {plan.trials}{late}"
     )
 
 

@@ -23,6 +23,7 @@ from toolkit.pipeline import check_settings
 from toolkit.progress import notice
 from toolkit.pruning import find_groups
 from toolkit.search import cluster
+from toolkit.search.database import forget
 from toolkit.search.executors import Executor, InProcess
 from toolkit.search.finals import full_evidence
 from toolkit.search.front import Limits
@@ -32,7 +33,7 @@ from toolkit.search.plot import plot_front
 from toolkit.search.report import DATA, MARKDOWN, PICTURE, SearchResult, record, render_markdown
 from toolkit.search.runner import Plan, run_trials
 from toolkit.search.space import Anatomy, Space
-from toolkit.search.storage import Study, forget
+from toolkit.search.storage import Study
 
 SETTINGS = "search.yaml"
 STORAGE = "study.sqlite"
@@ -93,7 +94,7 @@ def prepare_search(config: SearchRunConfig, output: Path) -> Search:
     compose(config.attack.attacks, classes=2, norm=config.threat.norm)
     first = config.model_copy(update={"seed": config.seeds[0]})
     how = config.search
-    bench = Workbench(str(Path.cwd()), str(output.absolute()), how.images, how.attacks, quiet=how.address is not None)
+    bench = Workbench(str(Path.cwd()), str(output.absolute()), how.images, how.attacks)
     base = build(HardenConfig, first.model_dump(mode="json", exclude={"search"}))
     laboratory = Laboratory(base, output.absolute(), images=how.images, attacks=how.attacks)
     layers = named_layers(load_onnx(laboratory.original.path), ["*"])

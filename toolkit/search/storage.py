@@ -6,23 +6,21 @@ asked again, and whatever that process might still tell of it is refused. So eve
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
 import numpy as np
 import optuna
-import sqlalchemy
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from toolkit.errors import ToolkitError
 from toolkit.progress import notice
+from toolkit.search.database import open_storage, quiet, storage_errors
 from toolkit.search.ownership import this_process, vanished
 from toolkit.search.sampler import SeededSampler
 from toolkit.search.space import Dimension, Parameters, Space, digest
@@ -82,8 +80,8 @@ class Study:
         self._space, self._seed = space, seed
         self._distributions = {dimension.name: _distribution(dimension) for dimension in space.dimensions}
         self._held: dict[int, optuna.Trial] = {}
-        with _storage_errors(url):
-            self._storage = _open(url, self._gone)
+        with storage_errors(url):
+            self._storage = open_storage(url, self._gone, heartbeat_s=HEARTBEAT_S, grace_s=GRACE_S)
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=name,
@@ -110,10 +108,10 @@ class Study:
         """A trial that nobody has made or is making; None if `wanted` are made or under way, or none is left."""
         repeats = 0
         self.reap()
-        while self._made() < wanted:
+        while len(self._counted()) < wanted:
             if repeats >= REPEATS and not self._enqueue_untried():
                 return None
-            with _quiet():
+            with quiet():
                 trial = self._study.ask(self._distributions)
             trial.set_user_attr(OWNER, this_process())
             name = digest(self._space.config(trial.params))
@@ -164,7 +162,7 @@ class Study:
 
     def reap(self) -> None:
         """Release the trials of processes that died."""
-        with _quiet():
+        with quiet():
             optuna.storages.fail_stale_trials(self._study)
         for trial in self._trials():
             theirs = trial.state == TrialState.RUNNING and trial.number not in self._held
@@ -175,6 +173,11 @@ class Study:
         """How many trials other processes are making, or have left to be made."""
         states = (TrialState.RUNNING, TrialState.WAITING)
         return sum(trial.state in states and trial.number not in self._held for trial in self._trials())
+
+    @property
+    def made(self) -> int:
+        """How many trials are done, by whatever process."""
+        return len(self.tried())
 
     def tried(self) -> tuple[Tried, ...]:
         """All trials that are done, each configuration once."""
@@ -223,9 +226,6 @@ class Study:
             if trial.state in (TrialState.COMPLETE, TrialState.RUNNING) or _is_hopeless(trial)
         ]
 
-    def _made(self) -> int:
-        return len(self._counted())
-
     def _state(self, number: int) -> TrialState:
         return self._trial(number).state
 
@@ -266,63 +266,6 @@ class Study:
                 self._study.enqueue_trial(point)
                 return True
         return False
-
-
-def forget(url: str, name: str) -> None:
-    """Remove a study from its storage, if it is there.
-
-    Raises:
-        ToolkitError: the storage cannot be used.
-    """
-    with _storage_errors(url), contextlib.suppress(KeyError):
-        optuna.delete_study(study_name=name, storage=url)
-
-
-def _open(url: str, gone: Callable[[optuna.Study, FrozenTrial], None]) -> optuna.storages.RDBStorage:
-    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    with _quiet():
-        return optuna.storages.RDBStorage(
-            url,
-            engine_kwargs=engine,
-            heartbeat_interval=HEARTBEAT_S,
-            grace_period=GRACE_S,
-            heartbeat_stale_trial_callback=gone,
-        )
-
-
-@contextlib.contextmanager
-def _storage_errors(url: str) -> Iterator[None]:
-    """Turn what goes wrong on opening a data base into a `ToolkitError`."""
-    try:
-        yield
-    except (
-        sqlalchemy.exc.SQLAlchemyError,
-        optuna.exceptions.OptunaError,
-        ImportError,
-        ValueError,
-        RuntimeError,
-    ) as error:
-        raise ToolkitError(
-            "the storage cannot be used",
-            found=f"{_without_password(url)}: {type(error).__name__}: {str(error).splitlines()[0]}",
-            fix="give --storage sqlite:///FILE, or the URL of a data base that runs and whose driver is installed",
-        ) from error
-
-
-def _without_password(url: str) -> str:
-    try:
-        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        return url.rpartition("@")[2]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Optuna calls heartbeats experimental, and does not know that ours beats."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        warnings.filterwarnings("ignore", "Heartbeat of storage")
-        yield
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:
