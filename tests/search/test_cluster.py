@@ -43,15 +43,25 @@ def test_workers_share_the_trials_and_one_that_is_killed_costs_none(
     assert len({process for _, _, process in ended}) >= 2, "several processes did the work"
 
 
-@pytest.mark.parametrize("address", ["auto", "127.0.0.1:{port}", "ray://127.0.0.1:{port}", "nowhere"])
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "nowhere"])
 def test_an_address_where_no_cluster_is(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ToolkitError, match="the Ray cluster cannot be reached") as caught:
         RayCluster(address.format(port=port), FakeWork(str(tmp_path / "log")), Needs(1))
     assert "--address" in caught.value.found and "ray start --head" in caught.value.fix
+
+
+def test_no_cluster_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*_: object, **__: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr("ray.init", nothing)  # another test's cluster may be there
+    with pytest.raises(ToolkitError, match="the Ray cluster cannot be reached") as caught:
+        RayCluster("auto", FakeWork(str(tmp_path / "log")), Needs(1))
+    assert "--address auto" in caught.value.found
 
 
 def test_a_trial_that_no_worker_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,5 +135,5 @@ def save_integer_graph(
         input_range(output),
         reader.adversarial_images,
         engine,
-        activation_bits,
+        activation_bits=activation_bits,
     )
