@@ -25,7 +25,7 @@ from toolkit.config import (
 from toolkit.errors import ToolkitError
 
 HARDEN: dict[str, Any] = {"model": {"path": "model.pt"}}
-FLAGS = {"prune.ratio": "--prune", "threat.eps": "--eps", "model.path": "MODEL"}
+FLAGS = {"prune.ratio": "--prune", "prune.round_to": "--round-to", "threat.eps": "--eps", "model.path": "MODEL"}
 
 nested = st.recursive(st.integers() | st.text(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner))
 mappings = st.dictionaries(st.sampled_from("abc"), nested)
@@ -51,6 +51,9 @@ def test_a_setting_cannot_be_changed() -> None:
         ({"prune": {"ratio": 1}}, "--prune has no usable value", "prune.ratio = 1: "),
         ({"prune": {"ratio": -0.1}}, "--prune has no usable value", "prune.ratio = -0.1: "),
         ({"prune": {"ratio": "half"}}, "--prune has no usable value", "prune.ratio = 'half': "),
+        ({"prune": {"round_to": 0}}, "--round-to has no usable value", "prune.round_to = 0: a whole number"),
+        ({"prune": {"round_to": "even"}}, "--round-to has no usable value", "prune.round_to = 'even': a whole number"),
+        ({"prune": {"round_to": 1.5}}, "--round-to has no usable value", "prune.round_to = 1.5: a whole number"),
         ({"threat": {"eps": "8/0"}}, "--eps has no usable value", "threat.eps = '8/0': "),
         ({"seed": -1}, "the setting 'seed' has no usable value", "seed = -1: "),
         ({"prune": {"rate": 0.5}}, "the setting 'prune.rate' has no usable value", "extra inputs"),
@@ -76,6 +79,12 @@ def test_fractions(top: int, bottom: int) -> None:
 @pytest.mark.parametrize("value", ["a/b", "1/0", "1/2/3", "0.5", 0.5, None])
 def test_what_is_no_fraction_is_left_to_pydantic(value: object) -> None:
     assert parse_fraction(value) is value
+
+
+def test_a_multiple_that_is_to_be_found_is_no_number_yet() -> None:
+    assert PruneConfig.model_validate({"round_to": "16"}).multiple == PruneConfig(round_to=16).multiple == 16
+    with pytest.raises(ValueError, match="no multiple is chosen"):
+        _ = PruneConfig(round_to="auto").multiple
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])

@@ -58,9 +58,14 @@ class Workspace:
         return self.root / "assignment.json"
 
     @property
+    def rounding(self) -> Path:
+        """To which multiple widths are rounded, for the same reason: what is trained has these widths."""
+        return self.root / "rounding.json"
+
+    @property
     def kept(self) -> tuple[Path, ...]:
         """What a run that is cut short leaves for the next one."""
-        return (self.training_checkpoint, self.journals, self.assignment)
+        return (self.training_checkpoint, self.journals, self.assignment, self.rounding)
 
     @property
     def resumable(self) -> bool:

@@ -24,6 +24,7 @@ from toolkit.config import (
     ModelRunConfig,
     PruneConfig,
     QuantizeConfig,
+    SearchRunConfig,
     SimulateRunConfig,
     TrainRunConfig,
     build,
@@ -71,6 +72,7 @@ HARDEN_FLAGS = (
     *flags.PRUNE,
     flags.Flag("--int8", "quantize.int8", "Quantise to int8; without it --allow-float is needed.", bool),
     *flags.under("finetune", flags.TRAINING),
+    flags.Flag("--qat", "finetune.qat", "Round weights and activations in the last part of the fine-tuning.", bool),
     *flags.MODEL,
     *flags.DATA,
     *flags.EVALUATION,
@@ -107,16 +109,7 @@ def harden(
 ) -> None:
     """The whole pipeline: prune, fine-tune, export, quantise, attack, benchmark, bundle."""
     _start(quiet, verbose)
-    given = flags.nested(settings | ({"model.path": model} if model else {}))
-    saved = read_settings(config) if config else {}
-    if "threat" in given and isinstance(saved.get("threat"), dict):
-        saved["threat"] = override_threat(saved["threat"], given["threat"])
-    values = merge(saved, given)
-    if "model" not in values:
-        raise ToolkitError(
-            "no model is named", found="neither MODEL nor --config", fix="toolkit harden model.pt --prune 0.5 --int8"
-        )
-    resolved = build(HardenConfig, values, flags.names_by_path(HARDEN_FLAGS))
+    resolved = build(HardenConfig, _merged(settings, model, config), flags.names_by_path(HARDEN_FLAGS))
     from toolkit import bundle, pipeline
     from toolkit.training.distributed import follows
 
@@ -140,6 +133,34 @@ def harden(
     result = pipeline.harden(resolved, output, force=force, resume=resume)
     _print_report(result.report, output, as_json)
     if not result.gates_met:
+        raise typer.Exit(GATE_UNMET)
+
+
+SEARCH_FLAGS = (*flags.GATES[:2], *flags.SEARCH, *(flag for flag in HARDEN_FLAGS if flag not in flags.GATES))
+
+
+@app.command()
+@flags.with_flags(SEARCH_FLAGS, SearchRunConfig)
+def search(
+    settings: Settings,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Checkpoint, or shipped:cnn8.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the search.")] = Path("search-out"),
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A config.yaml; flags win over it.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """The best compression under your limits: trials, the front as bundles, which to ship and why."""
+    _start(quiet, verbose)
+    resolved = build(SearchRunConfig, _merged(settings, model, config), flags.names_by_path(SEARCH_FLAGS))
+    from toolkit.search import report
+    from toolkit.search.search import search as run_search
+
+    _say_on_interrupt(lambda: f"trials are kept; continue with: toolkit {shlex.join(_without_force())}")
+    found = run_search(resolved, output, force=force)
+    print(json.dumps(report.record(found)) if as_json else report.render(found))
+    if not found.limits_kept:
         raise typer.Exit(GATE_UNMET)
 
 
@@ -259,7 +280,9 @@ QUANTIZE_FLAGS = (*flags.QUANTIZE, *flags.DATA, *flags.MACHINE)
 @flags.with_flags(QUANTIZE_FLAGS, HardenConfig)
 def quantize(
     settings: Settings,
-    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="A float ONNX classifier.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.onnx|MODEL.pt", help="A float ONNX classifier, or a checkpoint.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")] = Path("model.onnx"),
     explained: Annotated[
         bool, typer.Option("--explain", help="Say which layers lose accuracy, and what to try.")
@@ -317,15 +340,17 @@ def quantize(
             found["targets"] = [target.model_dump() for target in targets]
         if elsewhere:
             found["elsewhere"] = elsewhere.model_dump()
-        print(json.dumps({"output": str(output), "calibration": made.quantized.calibration, **found}))
+        how_made = {"engine": made.quantized.engine, "calibration": made.quantized.calibration}
+        print(json.dumps({"output": str(output), **how_made, **found}))
         return
     rows = [(row.layer, row.kernel, f"{row.macs:,}", "yes" if row.integer else "no") for row in coverage.layers]
     _table(("layer", "kernel after optimisation", "MACs", "integer"), rows)
     print(f"integer coverage {coverage.share:.2%} of MACs, {coverage.kernel_time_share_integer:.1%} of kernel time")
     for island in coverage.islands:
         print(f"no integer kernel: {island.count} {island.operator}, {island.time_share:.1%} of kernel time")
-    print(f"calibration: {made.quantized.calibration}, {made.quantized.calibration_images} images")
-    print(f"weights: {made.quantized.weights}; activations: uint{made.quantized.activation_bits} asymmetric")
+    quantized = made.quantized
+    print(f"calibration: {quantized.calibration} by {quantized.engine}, {quantized.calibration_images} images")
+    print(f"weights: {quantized.weights}; activations: uint{quantized.activation_bits} asymmetric")
     print(f"same label as the float file: {made.parity.agreement}")
     print(f"accuracy: {made.accuracy['deployed']}; of the float file {made.accuracy['fp32']}")
     print(f"size: {made.bytes['deployed']:,} bytes; of the float file {made.bytes['fp32']:,}")
@@ -337,7 +362,8 @@ def quantize(
         print()
         _table(HEADER, target_cells(targets))
         print("\n".join(filter(None, map(untested_words, targets))))
-    print(f"\nwritten: {output}\nnext:    toolkit benchmark {file} {output}")
+    measured = f"{file} {output}" if file.suffix == ".onnx" else output
+    print(f"\nwritten: {output}\nnext:    toolkit benchmark {measured}")
 
 
 def _print_explanation(found: Explanation) -> None:
@@ -557,6 +583,20 @@ def _model_run(values: Mapping[str, Any], known: Sequence[flags.Flag]) -> ModelR
     return build(ModelRunConfig, dict(values), flags.names_by_path(known))
 
 
+def _merged(settings: Settings, model: str | None, config: Path | None) -> dict[str, Any]:
+    """The settings of a config file with what the command line says in their place."""
+    given = flags.nested(settings | ({"model.path": model} if model else {}))
+    saved = read_settings(config) if config else {}
+    if "threat" in given and isinstance(saved.get("threat"), dict):
+        saved["threat"] = override_threat(saved["threat"], given["threat"])
+    values = merge(saved, given)
+    if "model" not in values:
+        raise ToolkitError(
+            "no model is named", found="neither MODEL nor --config", fix="toolkit harden model.pt --prune 0.5 --int8"
+        )
+    return values
+
+
 def _tails(group: Sequence[flags.Flag]) -> dict[str, str]:
     """Flags by the last part of their path, for a configuration that is built on its own."""
     return {flag.path.split(".")[-1]: flag.name.split("/")[0] for flag in group}
@@ -592,6 +632,10 @@ def _say_on_interrupt(hint: Callable[[], str]) -> None:
 def _continue_with(state: str) -> str:
     arguments = [argument for argument in _arguments if argument != "--resume"]
     return f"{state}; continue with: toolkit {shlex.join([*arguments, '--resume'])}"
+
+
+def _without_force() -> list[str]:
+    return [argument for argument in _arguments if argument != "--force"]
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 
 from toolkit import bundle
-from toolkit.artifacts import OnnxModel, Split, TorchModel
+from toolkit.artifacts import OnnxModel, Split, Splits, TorchModel
 from toolkit.attacks.planned import PlannedAttack
 from toolkit.attacks.surrogate import resolve_precision
-from toolkit.config import BenchmarkConfig, HardenConfig
+from toolkit.config import BenchmarkConfig, HardenConfig, PruneConfig
 from toolkit.data.pixels import PixelStatistics
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.assignment import Assignment, Judge, find_assignment
@@ -24,16 +24,18 @@ from toolkit.evaluators.calibration import CalibrationComparison, compare_calibr
 from toolkit.evaluators.calibration_choice import CalibrationChoice, choose_calibration
 from toolkit.evaluators.latency import ImageArray, Stopclock
 from toolkit.evaluators.portability import writer_of
+from toolkit.evaluators.widths import Candidates, RoundingChoice, choose_rounding, fingerprint
 from toolkit.exporters.calibration import AdversarialShare
 from toolkit.exporters.end_to_end import EndToEndComparison, compare_end_to_end, export_end_to_end
-from toolkit.exporters.engine import QuantizedModel
+from toolkit.exporters.engine import QuantizedModel, Writer
+from toolkit.exporters.engines import make_writer
 from toolkit.exporters.onnx import export_onnx, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
-from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.exporters.variants import Variant
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.prepare import PreparedAttack, describe, warn_of_other_images
+from toolkit.training.qat import LearntRanges, graph_ranges
 from toolkit.watch import Stopwatch
 
 END_TO_END_IMAGES = 100
@@ -66,6 +68,8 @@ def write_graphs(
     original: OnnxModel,
     workspace: bundle.Workspace,
     watch: Stopwatch,
+    *,
+    learnt: LearntRanges | None = None,
 ) -> Graphs:
     """Write all ONNX files of a bundle, and measure that they are what they should be.
 
@@ -76,6 +80,7 @@ def write_graphs(
         original: the network that came in.
         workspace: where the bundle grows.
         watch: of the stages.
+        learnt: the ranges of activations that the fine-tuning learnt, if it rounded.
     """
     files, evaluation = workspace.files, prepared.splits.evaluation
     trained_on = PixelStatistics.of(prepared.splits.train)
@@ -92,7 +97,7 @@ def write_graphs(
     deployed_path = files / bundle.DEPLOYED
     with watch.stage("quantize"):
         if config.quantize.int8:
-            made = _quantize(config, prepared, model, fp32, workspace)
+            made = _quantize(config, prepared, model, fp32, workspace, learnt)
             write_metadata(deployed_path, metadata)
         ships = made is not None and not (made.assignment and not made.assignment.pays and config.allow_float)
         if not ships:
@@ -117,6 +122,42 @@ def write_graphs(
     )
 
 
+def search_rounding(
+    config: HardenConfig, model: TorchModel, splits: Splits, kept: Path | None = None
+) -> RoundingChoice | None:
+    """The multiple for widths where `--round-to auto` asks for one, on this machine.
+
+    Args:
+        config: how the run prunes, exports, quantises and times.
+        model: the network that is to be pruned.
+        splits: calibration images, and validation images to time with.
+        kept: a file that keeps what was found for a run that goes on.
+
+    Returns:
+        None: there is nothing to search, or to prune.
+    """
+    if config.prune.round_to != "auto" or config.prune.ratio == 0:
+        return None
+    key = fingerprint(model, config.prune)
+    known = RoundingChoice.read(kept, key) if kept else None
+    if known is not None:
+        return known
+    clock = Stopclock(timed(config), some_pixels(config, splits.validation), seed=config.seed)
+    with tempfile.TemporaryDirectory(prefix="toolkit-widths-") as folder:
+        candidates = Candidates(config.prune, config.export, config.quantize, splits.calibration, Path(folder))
+        found = choose_rounding(model, candidates, clock, seed=config.seed)
+    if kept:
+        found.write(kept, key)
+    return found
+
+
+def with_rounding(config: PruneConfig, found: RoundingChoice | None) -> PruneConfig:
+    """`config` with the multiple that was found; where nothing is pruned, the default stands for it."""
+    if config.round_to != "auto":
+        return config
+    return config.model_copy(update={"round_to": found.chosen if found else PruneConfig().round_to})
+
+
 @dataclass(frozen=True)
 class _Integer:
     """The integer graph, and what was compared on the way to it."""
@@ -129,13 +170,21 @@ class _Integer:
 
 
 def _quantize(
-    config: HardenConfig, prepared: PreparedAttack, model: TorchModel, fp32: OnnxModel, workspace: bundle.Workspace
+    config: HardenConfig,
+    prepared: PreparedAttack,
+    model: TorchModel,
+    fp32: OnnxModel,
+    workspace: bundle.Workspace,
+    learnt: LearntRanges | None,
 ) -> _Integer:
     splits, how, plan = prepared.splits, config.quantize, prepared.plan
     path, margin = workspace.files / bundle.DEPLOYED, plan.threat.margin(model.spec.normalization)
     attack = PlannedAttack(model, plan, seed=config.seed, precision=resolve_precision(config.finetune.precision))
     share = AdversarialShare(attack, how.calibrate_adversarial) if how.calibrate_adversarial else None
-    quantizer = Quantizer(fp32, splits.calibration, how, input_margin=margin, adversarial=share)
+    ranges = graph_ranges(model, learnt, fp32.path, splits.calibration) if learnt else {}
+    quantizer = make_writer(
+        fp32, splits.calibration, how, network=model, input_margin=margin, adversarial=share, ranges=ranges
+    )
     provider = config.benchmark.provider
     methods = assignment = None
     if how.calibrate == "auto" or how.searches:
@@ -151,7 +200,7 @@ def _quantize(
     if not how.calibrate_adversarial:
         return _Integer(made, None, methods, assignment, variants)
     without = how.model_copy(update={"calibrate_adversarial": 0.0, "calibrate": made.calibration})
-    other = Quantizer(fp32, splits.calibration, without, input_margin=margin)
+    other = make_writer(fp32, splits.calibration, without, network=model, input_margin=margin)
     plain = other.write(workspace.scratch("plain.onnx"), keep_float=further)
     compared = compare_calibrations(made, plain, attack, splits.validation, provider=provider)
     return _Integer(made, compared, methods, assignment, variants)
@@ -160,7 +209,7 @@ def _quantize(
 def _assign(
     config: HardenConfig,
     prepared: PreparedAttack,
-    quantizer: Quantizer,
+    quantizer: Writer,
     judge: Judge,
     fp32: OnnxModel,
     workspace: bundle.Workspace,

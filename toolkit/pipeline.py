@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolkit import bundle
@@ -24,11 +24,12 @@ from toolkit.evaluators.portability import JudgedImages, Portability, measure_po
 from toolkit.evaluators.robustness import evaluate_robustness
 from toolkit.evaluators.soundness import Check, alarms, end_to_end_differs
 from toolkit.exporters.admission import refuse_bits
+from toolkit.exporters.engines import check_engine
 from toolkit.exporters.onnx import export_onnx, write_metadata
 from toolkit.exporters.precision import float_weights
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.exporters.target_kinds import chosen_targets
-from toolkit.graphs import Graphs, settled, some_pixels, timed, write_graphs
+from toolkit.graphs import Graphs, search_rounding, settled, some_pixels, timed, with_rounding, write_graphs
 from toolkit.lineup import Lineup
 from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack, resolved_data, resolved_threat
 from toolkit.pruning import PruningResult, prune
@@ -43,8 +44,9 @@ from toolkit.targets import (
     make_beside,
     target_record,
 )
-from toolkit.training.distributed import joined
+from toolkit.training.distributed import joined, launched
 from toolkit.training.loop import train
+from toolkit.training.qat import Rounding, check_qat
 from toolkit.training.records import TrainingResult
 from toolkit.watch import Stopwatch
 
@@ -65,16 +67,26 @@ class HardenResult:
 
 
 def check_settings(config: HardenConfig) -> None:
-    """Refuse what could not be done in the end: a float model.onnx that nobody allowed, attacks that do not exist."""
+    """Refuse what could not be done in the end: a float graph nobody allowed, attacks or engines that are not there."""
     compose(config.attack.attacks, classes=2, norm=config.threat.norm)
     refuse_bits(config.quantize)
     chosen_targets(config.quantize)
+    if config.prune.round_to == "auto" and launched():
+        raise ToolkitError(
+            "--round-to auto measures in one process, whose choice the others of a training do not learn",
+            found="a run of several processes with --round-to auto",
+            fix="name the multiple, say --round-to 8, or start it without torchrun",
+        )
     if not config.quantize.int8 and not config.allow_float:
         raise ToolkitError(
             "model.onnx would be a float graph",
             found="neither --int8 nor --allow-float",
             fix="add --int8 for an integer graph, or --allow-float to ship a float one",
         )
+    if config.quantize.int8:
+        check_engine(config.quantize)
+    if config.finetune.qat:
+        check_qat(config)
 
 
 def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: bool = False) -> HardenResult:
@@ -97,15 +109,18 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
             teacher = load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
         config = resolve(config, prepared)
         with watch.stage("prune"):
+            rounding = search_rounding(config, prepared.model, prepared.splits, workspace.rounding)
+            config = config.model_copy(update={"prune": with_rounding(config.prune, rounding)})
             pruned = prune(prepared.model, config.prune)
         with watch.stage("export"):  # first, so that what cannot be exported or run is not trained in vain
             original = export_onnx(prepared.model, workspace.scratch("original.onnx"), config.export)
             OnnxPredictor(original.path, provider=config.benchmark.provider)
         with watch.stage("finetune"):
             tuned = _finetune(config, prepared, pruned.model, teacher, workspace.training_checkpoint, resume=resume)
-        graphs = write_graphs(config, prepared, tuned.model, original, workspace, watch)
+        graphs = write_graphs(config, prepared, tuned.model, original, workspace, watch, learnt=tuned.learnt)
         config = settled(config, graphs)
         evidence = _gather(config, prepared, pruned, tuned, graphs, workspace, watch, resume=resume)
+        evidence = replace(evidence, rounding=rounding)
         report = build_report(config, evidence)
         _write_documents(config, prepared, report, workspace)
     return HardenResult(output, report)
@@ -142,12 +157,21 @@ def _finetune(
                 checkpoint=checkpoint,
                 resume=resume,
                 teacher=teacher,
+                rounding=_rounding(config, prepared),
                 world=world,
             )
     except ToolkitError:
         if not resume and checkpoint is not None:  # it would only diverge again
             checkpoint.unlink(missing_ok=True)
         raise
+
+
+def _rounding(config: HardenConfig, prepared: PreparedAttack) -> Rounding | None:
+    """What the fine-tuning rounds to: what the integer graph will."""
+    if not config.finetune.qat:
+        return None
+    margin = prepared.plan.threat.margin(prepared.model.spec.normalization)
+    return Rounding(weight_bits=7 if config.quantize.reduce_range else 8, margin=margin)
 
 
 def resolve(config: HardenConfig, prepared: PreparedAttack) -> HardenConfig:

@@ -15,15 +15,19 @@ from toolkit.attacks.surrogate import Surrogate, resolve_precision
 from toolkit.config import HardenConfig, QuantizeConfig
 from toolkit.evaluators.portability import IMAGES
 from toolkit.evaluators.probes import PROBED_IMAGES, RADII, STEPS
+from toolkit.graphs import with_rounding
 from toolkit.pipeline import BASELINE_IMAGES, check_settings, resolve
 from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack
 from toolkit.pruning import prune
 from toolkit.training.losses import cost_per_image
+from toolkit.training.sites import find_sites
 
 QUERY_COST = 0.3
 """Of a query in gradients."""
 NEAR_SHARE = 0.1
 """Of the images, about, that short attacks bring near the boundary, so that long ones follow."""
+SEARCH_S = 60.0
+"""Of the widths that are fastest, about."""
 PROBES = sum(STEPS) + len(RADII) + 1
 """Attacks with the plan's number of steps that the probes amount to."""
 
@@ -43,17 +47,20 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
     prepared = prepare_attack(config)
     load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
     config = resolve(config, prepared)
-    pruned = prune(prepared.model, config.prune)
+    pruned = prune(prepared.model, with_rounding(config.prune, None))
+    if config.finetune.qat:
+        find_sites(pruned.model)
     gradient, forward = (_seconds_per_image(model, config) for model in (prepared.model, pruned.model))
     tuning, evaluated = config.finetune, len(prepared.splits.evaluation)
     images = tuning.epochs * len(prepared.splits.train)
     baseline = prepared.plan.steps * prepared.plan.restarts * min(BASELINE_IMAGES, evaluated)
     estimates = {
         f"prune      {config.prune.ratio:g} of the filters per {config.prune.scope}: "
-        f"{pruned.parameters_before:,} -> {pruned.parameters_after:,} parameters": 1.0,
-        f"fine-tune  {tuning.objective}, {tuning.epochs} epoch(s) of {len(prepared.splits.train):,} images": images
-        * cost_per_image(tuning)
-        * forward,
+        f"{pruned.parameters_before:,} -> {pruned.parameters_after:,} parameters": SEARCH_S
+        if config.prune.round_to == "auto"
+        else 1.0,
+        f"fine-tune  {tuning.objective}, {tuning.epochs} epoch(s) of {len(prepared.splits.train):,} images"
+        f"{', quantisation-aware' if tuning.qat else ''}": images * cost_per_image(tuning) * forward,
         f"export     opset {config.export.opset}, parity, end-to-end graph": 5.0,
         f"quantise   {_calibration_text(config.quantize)}": 2.0,
         f"evaluate   PGD-{prepared.plan.steps} on all surrogates, {config.attack.attacks}; {evaluated:,} images": (
@@ -87,9 +94,10 @@ def _calibration_text(config: QuantizeConfig) -> str:
     if not config.int8:
         return f"not asked for{further}"
     attacked = f", {config.calibrate_adversarial:.0%} of the images attacked" if config.calibrate_adversarial else ""
+    engine = "" if config.engine == "ort" else f" by {config.engine}"
     wide = f", activations of {config.activation_bits} bits" if config.activation_bits != 8 else ""
     narrow = f", linear layers' weights of {config.weight_bits} bits" if config.weight_bits != 8 else ""
-    return f"int8{wide}{narrow}, {config.calibrate}{attacked}{further}"
+    return f"int8{engine}{wide}{narrow}, {config.calibrate}{attacked}{further}"
 
 
 def _seconds_per_image(model: TorchModel, config: HardenConfig) -> float:

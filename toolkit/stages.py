@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 
 from toolkit import bundle
-from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Proportion, Split, TorchModel
+from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Proportion, Split, Splits, TorchModel
 from toolkit.attacks.threat import ThreatModel, resolve_plan
 from toolkit.config import (
     BenchmarkConfig,
     DataConfig,
     ExportConfig,
+    HardenConfig,
+    ModelConfig,
     ModelRunConfig,
     PruneConfig,
     QuantizeConfig,
@@ -34,14 +36,15 @@ from toolkit.evaluators.debugger import Explanation, explain
 from toolkit.evaluators.latency import LatencyRow, benchmark
 from toolkit.evaluators.portability import JudgedImages, Portability, measure_portability, writer_of
 from toolkit.exporters.admission import refuse_bits
-from toolkit.exporters.engine import QuantizedModel
+from toolkit.exporters.engine import QuantizedModel, Writer
+from toolkit.exporters.engines import make_writer
 from toolkit.exporters.onnx import export_onnx, read_metadata, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
-from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.exporters.target_kinds import chosen_targets, target_file
+from toolkit.graphs import search_rounding, with_rounding
 from toolkit.models.checkpoint import save_checkpoint
-from toolkit.models.loading import check_outputs
+from toolkit.models.loading import SHIPPED, check_outputs
 from toolkit.models.registry import build_network
 from toolkit.prepare import describe, load_teacher, prepare, set_threads, warn_of_other_images
 from toolkit.pruning import PruningResult, prune
@@ -52,6 +55,8 @@ from toolkit.training.losses import ATTACKED
 from toolkit.training.records import TrainingResult
 
 EXPLAINED_IMAGES = 512
+CHECKPOINTS = (".pt", ".pth")
+"""Suffixes of torch files."""
 
 
 def training_checkpoint(output: Path) -> Path:
@@ -140,9 +145,12 @@ def _save(model: TorchModel, output: Path) -> None:
 
 
 def prune_file(config: ModelRunConfig, how: PruneConfig, output: Path, *, force: bool) -> PruningResult:
-    """Prune a network and write it as a checkpoint."""
+    """Prune a network and write it as a checkpoint; where widths are to be timed, with integer graphs."""
     _refuse_existing(output, force=force)
-    result = prune(prepare(config).model, how)
+    prepared = prepare(config)
+    run = HardenConfig(**dict(config), prune=how, quantize=QuantizeConfig(int8=True))
+    found = search_rounding(run, prepared.model, prepared.splits)
+    result = prune(prepared.model, with_rounding(how, found))
     _save(result.model, output)
     return result
 
@@ -196,16 +204,16 @@ def quantize_file(
     explained: bool = False,
     risks: bool = False,
 ) -> QuantizedFile:
-    """Quantise a float ONNX classifier with calibration images of `data`.
+    """Quantise a float ONNX classifier, or the network of a checkpoint, with calibration images of `data`.
 
     Args:
-        path: the float file.
+        path: an ONNX file; or a checkpoint, whose network is exported first, as `export` does.
         data: where calibration images come from, and those on which the result is compared.
         how: to quantise it, and for which other runtimes files are written beside it.
         output: the file to write.
         seed: of the choice of images.
         threads: CPU threads.
-        force: replace an existing output.
+        force: replace an existing file.
         explained: say where accuracy is lost.
         risks: say what changes on other machines and under other settings.
     """
@@ -214,36 +222,32 @@ def quantize_file(
     beside = {kind.name: output.with_name(target_file(output.name, kind)) for kind in kinds}
     for file in (output, *beside.values()):
         _refuse_existing(file, force=force)
-    set_threads(threads)
-    reference = OnnxPredictor(path)
-    if data.source is None:
-        known = read_metadata(path).get("dataset")
-        data = data.model_copy(update={"source": known if known and known not in ("folder", "npz") else None})
-    source = load_source(data)
-    if reference.input_shape != source.train.shape and None not in reference.input_shape:
-        raise ToolkitError(
-            "the file and the data set disagree in the shape of images",
-            found=f"{path} takes {list(reference.input_shape)}, {source.name} has {list(source.train.shape)}",
-            fix="name the data set that the network was trained on with --data (and --size)",
-        )
-    splits = make_splits(source, data, seed)
-    trained_on = statistics_in(read_metadata(path)) or PixelStatistics.of(splits.train)
-    warn_of_other_images(PixelStatistics.of(splits.calibration), trained_on)
     partial = output.with_name(f".{output.name}.tmp")
-    with bundle.disk_errors(output), bundle.folders_above(output):
+    with (
+        tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as scratch,
+        bundle.disk_errors(output),
+        bundle.folders_above(output),
+    ):
         try:
-            margin = _margin(read_metadata(path))
-            quantizer = Quantizer(OnnxModel(path, "fp32"), splits.calibration, how, input_margin=margin)
+            network, path, splits = _to_quantise(path, data, Path(scratch, "float.onnx"), seed, threads)
+            reference, metadata = OnnxPredictor(path), read_metadata(path)
+            trained_on = statistics_in(metadata) or PixelStatistics.of(splits.train)
+            warn_of_other_images(PixelStatistics.of(splits.calibration), trained_on)
+            margin = _margin(metadata)
+            quantizer = make_writer(
+                OnnxModel(path, "fp32"), splits.calibration, how, network=network, input_margin=margin
+            )
             if how.calibrate == "auto":
-                with tempfile.TemporaryDirectory(prefix="toolkit-calibration-") as folder:
-                    methods = choose_calibration(quantizer, Path(folder), Judge(path, splits.validation, None))
+                folder = Path(scratch, "calibration")
+                folder.mkdir()
+                methods = choose_calibration(quantizer, folder, Judge(path, splits.validation, None))
                 quantizer = quantizer.with_calibration(methods.chosen)
             quantized = quantizer.write(partial)
             explanation = None
             if explained:
                 shown = splits.validation.first(EXPLAINED_IMAGES)
                 explanation = explain(quantizer, path, partial, shown, Judge(path, shown, None))
-            write_metadata(partial, read_metadata(path))
+            write_metadata(partial, metadata)
             coverage = integer_coverage(partial)
             files = {"fp32": path, "deployed": partial}
             sizes = {name: file.stat().st_size for name, file in files.items()}
@@ -263,7 +267,32 @@ def quantize_file(
     return QuantizedFile(quantized, coverage, parity, explanation, accuracy, sizes, targets, portability)
 
 
-def _risks(path: Path, quantizer: Quantizer, evaluation: Split) -> Portability:
+def _to_quantise(
+    path: Path, data: DataConfig, exported: Path, seed: int, threads: int | None
+) -> tuple[TorchModel | None, Path, Splits]:
+    """The network, if `path` is a checkpoint, its float graph (written to `exported` then), and images."""
+    if path.suffix in CHECKPOINTS or str(path).startswith(SHIPPED):
+        prepared = prepare(ModelRunConfig(model=ModelConfig(path=path), data=data, seed=seed, threads=threads))
+        metadata = {**describe(prepared.model), "dataset": prepared.source.name.split(":")[0]}
+        metadata |= PixelStatistics.of(prepared.splits.train).as_metadata()
+        export_onnx(prepared.model, exported, ExportConfig(), metadata=metadata)
+        return prepared.model, exported, prepared.splits
+    set_threads(threads)
+    reference = OnnxPredictor(path)
+    if data.source is None:
+        known = read_metadata(path).get("dataset")
+        data = data.model_copy(update={"source": known if known and known not in ("folder", "npz") else None})
+    source = load_source(data)
+    if reference.input_shape != source.train.shape and None not in reference.input_shape:
+        raise ToolkitError(
+            "the file and the data set disagree in the shape of images",
+            found=f"{path} takes {list(reference.input_shape)}, {source.name} has {list(source.train.shape)}",
+            fix="name the data set that the network was trained on with --data (and --size)",
+        )
+    return None, path, make_splits(source, data, seed)
+
+
+def _risks(path: Path, quantizer: Writer, evaluation: Split) -> Portability:
     with tempfile.TemporaryDirectory(prefix="toolkit-elsewhere-") as folder:
         return measure_portability(path, JudgedImages.of(evaluation), Path(folder), writer_of(quantizer))
 

@@ -16,6 +16,7 @@ from toolkit.artifacts import OnnxModel, Proportion, Split
 from toolkit.attacks.planned import PlannedAttack
 from toolkit.attacks.threat import PgdPlan, ThreatModel
 from toolkit.config import ExportConfig, QuantizeConfig
+from toolkit.errors import ToolkitError
 from toolkit.evaluators.portability import (
     IMAGES,
     LIMIT,
@@ -185,6 +186,20 @@ def test_what_has_no_twin_or_no_other_opset_is_said(tmp_path: Path) -> None:
     cells = {row[0]: row for row in elsewhere_rows(record)}
     assert cells["opset 18"][1] == "not measured" and "opset 20 to 23" in cells
     assert "Hardmax" in portability_section(record)
+
+
+def test_a_form_that_cannot_be_written_is_a_row_with_the_reason(tmp_path: Path) -> None:
+    def fail(_: Path, variant: Any) -> None:
+        if variant.signed:
+            raise ToolkitError("no", found="no such kernel\nand more", fix="none")
+        raise RuntimeError
+
+    path = save(qdq_classifier(), tmp_path / "m.onnx")
+    images = torch.rand(10, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    result = measure_portability(path, JudgedImages([images], [], torch.zeros(10, dtype=torch.int64)), tmp_path, fail)
+    notes = {row.setting: row.note for row in result.rows if row.changed is None}
+    assert notes["s8s8"] == "cannot be written or run: no such kernel"
+    assert notes["reduce_range"] == notes["float_bias"] == "cannot be written or run: RuntimeError"
 
 
 def row(setting: Any, changed: int, attacked: int | None = None, total: int = 500) -> Elsewhere:

@@ -24,6 +24,7 @@ from toolkit.errors import ToolkitError
 from toolkit.training import distributed
 from toolkit.training.distributed import ALONE, SharedBatchNorm, World, joined, share_statistics
 from toolkit.training.loop import TrainingResult, train
+from toolkit.training.qat import Rounding
 from toolkit.training.run import Run
 
 IMAGES = torch.rand(11, 3, 5, 5, generator=torch.Generator().manual_seed(0))
@@ -215,6 +216,18 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(objective: str) -> N
 def test_more_parts_than_images_are_refused() -> None:
     with pytest.raises(ToolkitError, match="fewer images than parts"):
         run(config={"accumulate": 33})
+
+
+def test_training_with_rounding_stays_in_one_process() -> None:
+    with pytest.raises(ToolkitError, match="--qat trains in one process") as raised:
+        run(world=World(0, 2), rounding=Rounding())
+    assert raised.value.found == "2 processes"
+
+
+def test_rounding_begins_once_whatever_the_parts() -> None:
+    whole, parted = (run("standard", rounding=Rounding(), config={"accumulate": parts}) for parts in (1, 2))
+    assert whole.learnt is not None and parted.learnt is not None
+    assert whole.learnt.ends.keys() == parted.learnt.ends.keys()
 
 
 def test_torchrun_trains_one_network_and_one_process_speaks(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import right
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
 from toolkit.evaluators.saturation_emulation import Overflows, SaturatingTwin, Spared, saturates_here
-from toolkit.evaluators.surrogate import UnconvertibleGraph, build_twin
+from toolkit.evaluators.surrogate import build_twin
 from toolkit.exporters.onnx import load_onnx, save_onnx
 from toolkit.exporters.qoperator import to_qdq
 from toolkit.exporters.session import OnnxPredictor
@@ -180,11 +180,7 @@ def measure_portability(
             bar.advance()
         if variants is not None:
             for setting, variant in VARIANTS.items():
-                path = folder / f"{setting}.onnx"
-                variants(path, variant)
-                rows.append(measured.written(setting, path))
-                if variant.reduce_range:
-                    rows += _emulate(path, images).rows("reduce_range_without_vnni", measured.reference)
+                rows += measured.anew(setting, variants, variant)
                 bar.advance()
     accuracy, robust = measured.reference.accuracy(images.labels)
     return Portability(
@@ -222,14 +218,32 @@ class _Measured:
         try:
             save_onnx(convert_opset(load_onnx(self._deployed), opset), path)
             answers = Answers.of(OnnxPredictor(path), self._images)
-        except (ToolkitError, RuntimeError, onnx.checker.ValidationError) as error:
-            reason = error.found if isinstance(error, ToolkitError) else str(error)
-            return Elsewhere("opset", opset, note=f"cannot be converted: {reason.strip().splitlines()[0][:160]}")
+        except FAILURES as error:
+            return Elsewhere("opset", opset, note=f"cannot be converted: {_reason(error)}")
         return compare(answers, self.reference, self._images, "opset", opset=opset)
 
-    def written(self, setting: Setting, path: Path) -> Elsewhere:
-        answers = Answers.of(OnnxPredictor(path), self._images)
-        return compare(answers, self.reference, self._images, setting, integer_coverage=integer_coverage(path).share)
+    def anew(self, setting: Setting, write: Callable[[Path, Variant], None], variant: Variant) -> list[Elsewhere]:
+        """The graph in another form; of weights of seven bits without VNNI too."""
+        path = self._folder / f"{setting}.onnx"
+        try:
+            write(path, variant)
+            answers = Answers.of(OnnxPredictor(path), self._images)
+            coverage = integer_coverage(path).share
+        except FAILURES as error:
+            return [Elsewhere(setting, note=f"cannot be written or run: {_reason(error)}")]
+        found = [compare(answers, self.reference, self._images, setting, integer_coverage=coverage)]
+        if variant.reduce_range:
+            found += _emulate(path, self._images).rows("reduce_range_without_vnni", self.reference)
+        return found
+
+
+FAILURES = (ToolkitError, RuntimeError, onnx.checker.ValidationError)
+"""What converters and sessions raise of a graph that has no such form: a row of its own, and no end of the run."""
+
+
+def _reason(error: Exception) -> str:
+    text = error.found if isinstance(error, ToolkitError) else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def compare(
@@ -306,7 +320,7 @@ def _emulate(path: Path, images: JudgedImages) -> _Emulation:
     shape: tuple[int, int, int] = tuple(images.clean[0].shape[1:])  # type: ignore[assignment]
     try:
         twin = build_twin(path, input_shape=shape)
-    except UnconvertibleGraph as error:
+    except ToolkitError as error:
         return _Emulation(images, note=f"not emulated: {error.found}")
     saturating = SaturatingTwin(twin, to_qdq(load_onnx(path)), integer)
     saturated = Answers.of(saturating, images)

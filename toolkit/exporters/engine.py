@@ -16,6 +16,7 @@ from toolkit.exporters.calibration import CalibrationReader
 from toolkit.exporters.input_range import input_range
 from toolkit.exporters.onnx import save_onnx
 from toolkit.exporters.precision import COMPUTE, LayerPrecision, layer_precision, named_layers, precision_faults
+from toolkit.exporters.variants import Variant
 
 EngineName = Literal["onnxruntime", "neural-compressor"]
 
@@ -34,6 +35,8 @@ class QuantizedModel:
     adversarial_images: int = 0
     """Of the calibration images, those that came attacked."""
     engine: EngineName = "onnxruntime"
+    learnt_ranges: int = 0
+    """Tensors whose ranges a training learnt; calibration set those of the others."""
     activation_bits: int = 8
     constant_channels: Mapping[str, int] = field(default_factory=dict)
     """By layer: channels of what it reads that are constant on the calibration images."""
@@ -69,6 +72,9 @@ class Writer(Protocol):
 
     def write(self, output: Path, *, keep_float: Collection[str] = ()) -> QuantizedModel:
         """Write the integer graph, with further layers left float."""
+
+    def write_variant(self, output: Path, variant: Variant, *, keep_float: Collection[str] = ()) -> None:
+        """Write it as other machines or runtimes want it, to be compared."""
 
 
 def float_layers(model: ModelProto, patterns: Collection[str], path: Path) -> tuple[str, ...]:
@@ -129,5 +135,5 @@ def save_integer_graph(
         input_range(output),
         reader.adversarial_images,
         engine,
-        activation_bits,
+        activation_bits=activation_bits,
     )

@@ -76,6 +76,15 @@ def observe(
     return found
 
 
+def no_finite_numbers(name: str) -> ToolkitError:
+    """The error for a tensor that overflows."""
+    return ToolkitError(
+        "the network's activations are no finite numbers",
+        found=f"at '{name}' on the calibration images",
+        fix="the training diverged: train again with a lower --learning-rate, or take an earlier checkpoint",
+    )
+
+
 def activation_bytes(model: ModelProto, tensors: Iterable[str]) -> int:
     """Memory that the tensors of one image take, as far as their shapes can be inferred."""
     graph = onnx.shape_inference.infer_shapes(model).graph
@@ -124,12 +133,7 @@ class _Ends:
             lows, highs = _ends_of_channels(values)
             low, high = float(lows.amin()), float(highs.amax())
             if not (np.isfinite(low) and np.isfinite(high)):
-                raise ToolkitError(
-                    "the network's activations are no finite numbers",
-                    found=f"at '{name}' on the calibration images",
-                    fix="the training diverged: train again with a lower --learning-rate, or take an earlier "
-                    "checkpoint",
-                )
+                raise no_finite_numbers(name)
             least, largest, sum_low, sum_high, count = self._found.get(name, (low, high, 0.0, 0.0, 0))
             self._found[name] = (min(least, low), max(largest, high), sum_low + low, sum_high + high, count + 1)
             before = self._channels.get(name, (lows, highs))

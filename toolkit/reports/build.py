@@ -19,6 +19,7 @@ from toolkit.evaluators.latency import LatencyRow
 from toolkit.evaluators.portability import Portability
 from toolkit.evaluators.soundness import Check
 from toolkit.evaluators.timing import Interval
+from toolkit.evaluators.widths import RoundingChoice
 from toolkit.exporters.end_to_end import EndToEndComparison
 from toolkit.exporters.engine import QuantizedModel
 from toolkit.exporters.parity import Parity
@@ -63,6 +64,8 @@ class Evidence:
     latency: tuple[LatencyRow, ...]
     environment: Mapping[str, Any]
     timings: Mapping[str, float]
+    rounding: RoundingChoice | None = None
+    """Where `--round-to auto` searched."""
 
 
 def build_report(config: HardenConfig, evidence: Evidence) -> Report:
@@ -90,6 +93,7 @@ def build_report(config: HardenConfig, evidence: Evidence) -> Report:
             ],
             best_epoch=tuned.best_epoch,
             precision=tuned.precision,
+            qat=tuned.learnt is not None,
         ),
         baseline=schema.Baseline(
             accuracy=Share.of(evidence.baseline_accuracy), robust_accuracy=Share.of(evidence.baseline_robust)
@@ -132,9 +136,32 @@ def _model(config: HardenConfig, evidence: Evidence) -> schema.Model:
         bytes=Change(before=evidence.bytes[0], after=evidence.bytes[1]),
         prune_ratio=config.prune.ratio,
         prune_scope=config.prune.scope,
-        round_to=config.prune.round_to,
+        round_to=config.prune.multiple,
+        prune_importance=config.prune.importance,
+        prune_ratios=dict(config.prune.ratios),
         layers=layers,
+        roundings=_roundings(evidence.rounding),
     )
+
+
+def _roundings(found: RoundingChoice | None) -> list[schema.RoundingRecord]:
+    if found is None:
+        return []
+    return [
+        schema.RoundingRecord(
+            round_to=one.round_to,
+            macs=one.macs,
+            ratio=one.time.value,
+            ratio_low=one.time.low,
+            ratio_high=one.time.high,
+            float_ratio=one.float_time.value,
+            per_mac=one.per_mac.value,
+            graph=one.graph,
+            admitted=one.admitted,
+            chosen=one.round_to == found.chosen,
+        )
+        for one in found.tried
+    ]
 
 
 def _layer_parameters(model: TorchModel) -> dict[str, int]:
@@ -192,11 +219,12 @@ def _end_to_end(found: EndToEndComparison | None) -> schema.EndToEnd | None:
 def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantization:
     coverage, quantized = evidence.coverage, evidence.quantized
     return schema.Quantization(
-        engine="onnxruntime" if quantized else "none",
+        engine=quantized.engine if quantized else "none",
         weights=_weights(config, quantized) if quantized else "float32",
         activations=f"uint{quantized.activation_bits} asymmetric" if quantized else "float32",
         calibration=quantized.calibration if quantized else None,
         calibration_images=quantized.calibration_images if quantized else 0,
+        learnt_ranges=quantized.learnt_ranges if quantized else 0,
         input_range=list(quantized.input_range) if quantized and quantized.input_range else None,
         clipped_share=evidence.examination.robustness.clipped_share,
         calibration_comparison=_calibrations(config.quantize.calibrate_adversarial, quantized, evidence.calibrations),

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from toolkit.evaluators.timing import BUSY
 from toolkit.reports.portability import portability_section
 from toolkit.reports.robustness import JUDGES, marked, robust_text, robustness_section
-from toolkit.reports.schema import Assignment, CalibrationComparison, Latency, Quantization, Report, Share
+from toolkit.reports.schema import Assignment, CalibrationComparison, Latency, Model, Quantization, Report, Share
 from toolkit.reports.targets import coverage_text, targets_section
 from toolkit.reports.words import percent, table, threat_text
+from toolkit.training.qat import FLOAT_SHARE
 
 
 def render_markdown(report: Report) -> str:
@@ -20,6 +21,7 @@ def render_markdown(report: Report) -> str:
         _accuracy(report),
         robustness_section(report, {"fp32": report.robust_accuracy.fp32, **_deployed(report)}),
         _size(report),
+        _roundings(report.model),
         _speed(report),
         _integers(report),
         targets_section(report.targets),
@@ -103,6 +105,38 @@ def _size(report: Report) -> str:
     )
 
 
+def _roundings(model: Model) -> str:
+    if not model.roundings:
+        return ""
+    rows = [
+        (
+            f"**{row.round_to}**" if row.chosen else row.round_to,
+            f"{row.macs:,}",
+            f"{row.ratio:.2f} [{row.ratio_low:.2f}, {row.ratio_high:.2f}]",
+            f"{row.float_ratio:.2f}",
+            f"{row.per_mac:.2f}",
+            row.graph,
+            "yes" if row.admitted else "no",
+        )
+        for row in model.roundings
+    ]
+    header = (
+        "multiple",
+        "multiply-accumulates",
+        "time",
+        "float time",
+        "time per multiply-accumulate",
+        "graph",
+        "counts",
+    )
+    return (
+        "## Widths\n\nPruned by the same ratio, with widths rounded to these multiples, networks were timed side by "
+        "side on this machine; the one in bold was taken. Time: over that of widths not rounded, geometric mean over "
+        "the batch sizes; per multiply-accumulate: over that of the best of those that count, which keep the "
+        f"multiply-accumulates asked for, or are wider in no more time.\n\n{table(header, rows)}"
+    )
+
+
 LATENCY_HEADER = ("file", "batch", "p50", "p90", "p99", "images/s", "ratio")
 
 
@@ -148,12 +182,13 @@ def _integers(report: Report) -> str:
         if found.input_range is None
         else f" The input quantiser represents {found.input_range[0]:.3f} to {found.input_range[1]:.3f}.{clipped}"
     )
+    learnt = f" but for {found.learnt_ranges} tensors, whose ranges fine-tuning learnt" if found.learnt_ranges else ""
     constant = sum(found.constant_channels.values())
     dead = ", ".join(f"{count} read by `{name}`" for name, count in found.constant_channels.items())
     input_text += f" Channels that are constant on the calibration images: {constant} ({dead})." if constant else ""
     return (
         f"## Integer arithmetic\n\nEngine {found.engine}; weights {found.weights}; activations {found.activations}; "
-        f"calibration {found.calibration or 'none'} on {found.calibration_images} images.{input_text}\n\n"
+        f"calibration {found.calibration or 'none'} on {found.calibration_images} images{learnt}.{input_text}\n\n"
         f"In the graph after ONNX Runtime's optimisation ({found.provider}): **{found.integer_coverage:.2%}** of the "
         f"multiply-accumulates and {found.kernel_time.integer_share:.1%} of the kernel time run in integers. "
         f"Float islands: {islands or 'none'}. Conversions left: {left}. {coverage_text(found)}".rstrip()
@@ -268,9 +303,15 @@ def _training(report: Report) -> str:
         (e.epoch, f"{e.loss:.4f}", percent(e.accuracy), percent(e.robust) if e.robust else "not measured")
         for e in tuning.epochs
     ]
+    rounded = (
+        f" Quantisation-aware: its last {1 - FLOAT_SHARE:.0%} computed, and were attacked, on weights and activations "
+        "rounded as in `model.onnx`; epochs before that are not kept."
+        if tuning.qat
+        else ""
+    )
     return (
         f"## Fine-tuning\n\nObjective {tuning.objective}, {tuning.precision}; epoch {tuning.best_epoch} was kept "
-        f"(the last that is not clearly worse than the best on the validation images).\n\n"
+        f"(the last that is not clearly worse than the best on the validation images).{rounded}\n\n"
         f"{table(('epoch', 'loss', 'validation, clean', 'validation, attacked'), rows)}"
     )
 

@@ -91,7 +91,7 @@ def _cells(row: ElsewhereRow) -> tuple[str, ...]:
     if row.overflows is not None:
         more.append(f"{row.overflows:,} overflows")
     if row.integer_coverage is not None:
-        more.append(f"integer coverage {row.integer_coverage:.1%}")
+        more.append(f"integer coverage {row.integer_coverage:.2%}")
     return (
         _count(row.changed),
         _count(row.changed_attacked),

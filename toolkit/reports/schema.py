@@ -53,6 +53,25 @@ class Layer(Part):
     macs: Change
 
 
+class RoundingRecord(Part):
+    """Widths rounded to one multiple: what such a network costs, as the graph that ships."""
+
+    round_to: int
+    macs: int
+    ratio: float
+    """Time over that of widths that are not rounded; geometric mean over the batch sizes."""
+    ratio_low: float
+    ratio_high: float
+    float_ratio: float
+    """The same of the float graphs."""
+    per_mac: float
+    """Time per multiply-accumulate over that of the best candidate."""
+    graph: str
+    admitted: bool
+    """Its multiply-accumulates are near enough to those asked for, or it is wider for nothing."""
+    chosen: bool
+
+
 class Model(Part):
     """The network: what it is, and what pruning and quantisation made of it."""
 
@@ -68,7 +87,12 @@ class Model(Part):
     prune_ratio: float
     prune_scope: str
     round_to: int
+    prune_importance: str = "l1"
+    prune_ratios: dict[str, float] = {}
+    """Of single layers, by name, where they differ from `prune_ratio`."""
     layers: list[Layer]
+    roundings: list[RoundingRecord] = []
+    """What `--round-to auto` tried; empty where it was not asked for."""
 
 
 class SplitRecord(Part):
@@ -118,6 +142,8 @@ class Finetuning(Part):
     epochs: list[Epoch]
     best_epoch: int
     precision: str
+    qat: bool = False
+    """Whether its last part computed on rounded weights and activations."""
 
 
 class Accuracy(Part):
@@ -511,11 +537,13 @@ class Portability(Part):
 class Quantization(Part):
     """What of the deployed graph runs in integers, and how it came about."""
 
-    engine: Literal["onnxruntime", "none"]
+    engine: Literal["onnxruntime", "neural-compressor", "none"]
     weights: str
     activations: str
     calibration: str | None
     calibration_images: int
+    learnt_ranges: int = 0
+    """Tensors whose ranges were learnt in a quantisation-aware fine-tuning; calibration set those of the others."""
     input_range: list[float] | None
     """Pixels that the input quantiser represents."""
     clipped_share: float | None

@@ -11,6 +11,7 @@ from toolkit.config import TrainConfig
 from toolkit.progress import task
 from toolkit.training.distributed import ALONE, World
 from toolkit.training.interrupt import deferred_interrupt
+from toolkit.training.qat import Rounding
 from toolkit.training.records import TrainingResult
 from toolkit.training.resume import load_state, save_state
 from toolkit.training.run import Run
@@ -33,6 +34,7 @@ def train(
     checkpoint: Path | None = None,
     resume: bool = False,
     teacher: TorchModel | None = None,
+    rounding: Rounding | None = None,
     world: World = ALONE,
 ) -> TrainingResult:
     """Train a copy of `model` and return its last good epoch; 0 epochs or objective `none` return it unchanged.
@@ -45,15 +47,16 @@ def train(
         seed: fixes order, attack starts and dropout.
         checkpoint: file that is kept up to date and removed by nobody; with `resume` the run goes on from it.
         teacher: whose soft labels the objective `distill` learns; with the same classes and shape of images.
+        rounding: to what the last part of the training rounds weights and activations (`training.qat`); None: nothing.
         world: the processes that train together; all call this with the same arguments, the first one writes.
 
     Raises:
-        ToolkitError: the loss became NaN or diverged, the network cannot be trained or attacked, the batch is larger
-            than the data, or the checkpoint is of another run.
+        ToolkitError: the loss became NaN or diverged, the network cannot be trained, attacked or rounded, the batch is
+            larger than the data, or the checkpoint is of another run.
     """
     if config.objective == "none" or config.epochs == 0:
         return TrainingResult(model.copy(), (), 0, "none")
-    run = Run(model, train_split, validation, config, plan, seed, teacher, world)
+    run = Run(model, train_split, validation, config, plan, seed, teacher, rounding, world)
     if resume:
         kept = checkpoint if world.leads and checkpoint is not None and checkpoint.is_file() else None
         state = world.lead(load_state(kept, run.fingerprint) if kept else None)
