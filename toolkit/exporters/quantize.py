@@ -23,6 +23,7 @@ from toolkit import progress
 from toolkit.artifacts import OnnxModel, Split
 from toolkit.config import CalibrationName, QuantizeConfig
 from toolkit.exporters.admission import fixed_batch, refuse_bad_weights, refuse_missing_attack, refuse_quantised
+from toolkit.exporters.affine import norms_to_convolutions
 from toolkit.exporters.calibration import AdversarialShare, CalibrationReader, calibration_batch
 from toolkit.exporters.engine import QuantizedModel, float_layers, save_integer_graph
 from toolkit.exporters.input_folding import fold_normalization, move_quantiser_to_pixels, read_shape_from_image
@@ -172,6 +173,9 @@ class Quantizer:
         if folded is not None:
             grid = InputGrid(np.ones(1), folded.quantiser.zero_point + folded.mean_steps)
         left_float = {*kept, *between_float(prepared, kept), *(node.name for node in pixel_map(prepared).nodes)}
+        left_float |= set(_left_float(prepared))
+        if config.per_channel:  # one scale for all channels would round factors of very different size
+            norms_to_convolutions(prepared, keep=left_float)
         quantised = _run_onnxruntime(
             prepared, self._chosen_ranges(), _options(mapping.tensor, grid), config, left_float
         )
@@ -200,7 +204,7 @@ def _tensors(model: ModelProto) -> tuple[str, ...]:
     found = dict.fromkeys(
         name
         for node in graph.node
-        if node.op_type in QUANTISED_OPERATORS
+        if node.op_type in (*QUANTISED_OPERATORS, "BatchNormalization")
         for name in (*node.input, *node.output)
         if kinds.get(name) == TensorProto.FLOAT and name not in constants
     )
@@ -225,7 +229,7 @@ def _run_onnxruntime(
             None,
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=QUANTISED_OPERATORS,
-            nodes_to_exclude=[*_left_float(prepared), *left_float],
+            nodes_to_exclude=[*left_float],
             per_channel=config.per_channel,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
