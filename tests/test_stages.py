@@ -138,7 +138,7 @@ def test_quantize_explains_itself_and_chooses_its_calibration(capsys: pytest.Cap
     assert found["explanation"]["logit_error"] < 0.01 and len(found["explanation"]["tensors"]) >= 2
     assert tiny.run(*how, "--force", "--output", "int8.onnx", "-q") == cli.DONE
     page = capsys.readouterr().out
-    assert f"calibration: {found['calibration']}, 30 images" in page and "error of the logits" in page
+    assert f"calibration: {found['calibration']} by onnxruntime, 30 images" in page and "error of the logits" in page
     assert all(row["layer"] in page for row in layers)
 
 
