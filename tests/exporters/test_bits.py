@@ -16,6 +16,7 @@ from toolkit.config import ExportConfig, QuantizeConfig
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.cost import integer_coverage
 from toolkit.evaluators.fake_quantised import fake_quantise
+from toolkit.evaluators.surrogate import build_twin
 from toolkit.exporters.admission import refuse_bits
 from toolkit.exporters.four_bits import four_bit_layers, pack_four_bits
 from toolkit.exporters.onnx import export_onnx, load_onnx
@@ -175,3 +176,15 @@ def test_a_graph_of_int4_alone_says_so(tmp_path: Path) -> None:
     made = quantize_int8(twin, tmp_path / "m.onnx", pictures(16, (1, 8, 8)), QuantizeConfig(weight_bits=4))
     assert made.weights == "int4 symmetric per channel" and integer_coverage(made.model.path).share == 1
     assert {layer.precision for layer in layer_precision(load_onnx(made.model.path))} == {"int4"}
+
+
+def test_the_twin_of_16_bit_activations_looks_at_no_ties(
+    network: OnnxModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nearly every value lies near one, so that each would be summed again as the float kernel does."""
+    made = quantize_int8(network, tmp_path / "m.onnx", pictures(32, (1, 8, 8)), QuantizeConfig(activation_bits=16))
+    monkeypatch.setattr("toolkit.evaluators.twin.quantised.settle_ties", lambda *_, **__: pytest.fail("a tie settled"))
+    images = pictures(32, (1, 8, 8), seed=1).take(np.arange(32, dtype=np.int64)).images
+    wanted = OnnxPredictor(made.model.path).predict(images)
+    found = build_twin(made.model.path).predict(images)
+    assert float((found - wanted).abs().max()) < 1e-3 * float(wanted.std())

@@ -24,6 +24,9 @@ from toolkit.evaluators.twin.values import (
     round_to_grid,
 )
 
+EIGHT_BITS = 255
+"""Steps of a grid so coarse that few values lie near a tie. Of 16 bits nearly all do, for a difference of no weight."""
+
 
 def quantize(
     value: Any,
@@ -61,7 +64,7 @@ def quantize(
         return Codes(round_to_grid(values, step, least, most, divide=True, edge=exact), point)
     if isinstance(value, Scaled):
         edge = None
-        if value.kernel is not None and step.ndim == 0:
+        if value.kernel is not None and step.ndim == 0 and ends[1] - ends[0] <= EIGHT_BITS:
             edge = functools.partial(settle_ties, kernel=value.kernel, step=step)
         return Codes(round_to_grid(values, value.scale / step, least, most, divide=False, edge=edge), point)
     return Codes(round_to_grid(values, step, least, most, divide=True), point)
