@@ -10,7 +10,7 @@ from toolkit.attacks.threat import PgdPlan
 from toolkit.config import TrainConfig
 from toolkit.progress import task
 from toolkit.training.interrupt import deferred_interrupt
-from toolkit.training.records import TrainingResult
+from toolkit.training.records import Observer, TrainingResult
 from toolkit.training.resume import load_state, save_state
 from toolkit.training.run import Run
 
@@ -32,6 +32,7 @@ def train(
     checkpoint: Path | None = None,
     resume: bool = False,
     teacher: TorchModel | None = None,
+    observer: Observer | None = None,
 ) -> TrainingResult:
     """Train a copy of `model` and return its last good epoch; 0 epochs or objective `none` return it unchanged.
 
@@ -43,6 +44,7 @@ def train(
         seed: fixes order, attack starts and dropout.
         checkpoint: file that is kept up to date and removed by nobody; with `resume` the run goes on from it.
         teacher: whose soft labels the objective `distill` learns; with the same classes and shape of images.
+        observer: sees the batches pass through the network while it learns.
 
     Raises:
         ToolkitError: the loss became NaN or diverged, the network cannot be trained or attacked, the batch is larger
@@ -50,7 +52,7 @@ def train(
     """
     if config.objective == "none" or config.epochs == 0:
         return TrainingResult(model.copy(), (), 0, "none")
-    run = Run(model, train_split, validation, config, plan, seed, teacher)
+    run = Run(model, train_split, validation, config, plan, seed, teacher, observer)
     if resume and checkpoint is not None and checkpoint.is_file():
         run.restore(load_state(checkpoint, run.fingerprint))
     steps = run.steps_per_epoch * config.epochs
