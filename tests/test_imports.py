@@ -17,6 +17,8 @@ OWNERS = {
     "typer": {"cli.py", "flags.py"},
     "onnxruntime_extensions": {"exporters/end_to_end.py"},
     "yaml": {"config.py"},
+    "matplotlib": {"reproduce/plots.py"},
+    "sklearn": {"reproduce/embedding.py"},
 }
 
 

@@ -58,5 +58,5 @@ def network(classes: int, shape: tuple[int, int, int]) -> nn.Module:
 
 
 def settings(work: Path, target: str = "table3", **changes: Any) -> ReproduceConfig:
-    values = {"target": target, "seeds": (0,), "threads": 1, "work": work, "attack_images": 20, **changes}
+    values = {"target": target, "seeds": (0,), "threads": 1, "work": work, "attack_images": 20} | changes
     return ReproduceConfig.model_validate(values)

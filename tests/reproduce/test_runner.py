@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests import tiny
 from tests.reproduce import small
+from toolkit import cli
 from toolkit.attacks.threat import PgdPlan
 from toolkit.errors import ToolkitError
-from toolkit.reproduce import command, paper, runner, targets, workers
+from toolkit.reproduce import command, paper, runner, targets, workers, world
 from toolkit.reproduce.document import documents
 from toolkit.reproduce.recipes import Measure, Recipe
 from toolkit.reproduce.runner import Runner
@@ -60,9 +62,7 @@ def test_a_data_set_that_is_named_must_be_there(tmp_path: Path) -> None:
 
 
 def test_data_without_the_papers_radius_are_refused(tmp_path: Path) -> None:
-    from tests.tiny import write_archive
-
-    write_archive(tmp_path / "data.npz")
+    tiny.write_archive(tmp_path / "data.npz")
     with pytest.raises(ToolkitError, match="have no radius for this data set") as error:
         Runner(small.settings(tmp_path / "work", data={"source": f"npz:{tmp_path / 'data.npz'}"}))
     assert "fashion-mnist" in error.value.fix
@@ -75,6 +75,29 @@ def test_a_data_set_that_only_the_table_names_leaves_empty_cells(tmp_path: Path)
     cells = documents(found)[0]["panels"][0]["cells"]
     assert cells and all(cell["missing"] == {"all": "CIFAR-10 is not on this machine"} for cell in cells)
     assert all(cell["paper"] for cell in cells)
+
+
+def test_the_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny.run("reproduce", "figure5", "--work", tmp_path) == cli.BAD_INPUT
+    assert "did you mean 'figure" in capsys.readouterr().err
+    assert tiny.run("reproduce", "table2", "--seeds", "0,x", "--work", tmp_path) == cli.BAD_INPUT
+    assert "--seeds has no usable value" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small_world")
+def test_the_command_line_shows_what_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("reproduce", "table2", "--data", "fashion-mnist", "--seeds", "0,4", "--work", tmp_path / "work", "-q")
+    assert tiny.run(*command, "--max-runs", "0", "--output", tmp_path / "out") == cli.DONE
+    shown = capsys.readouterr().out
+    assert "| standard | none | not run: not yet: run the same command again | 90.49 ± 0.22 |" in shown
+    assert "stopped: --max-runs 0 is reached" in shown and "seeds 0, 4" in shown
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"table2.md", "table2.json"}
+    assert (tmp_path / "out" / "table2.md").read_text() in shown
+    assert tiny.run(*command, "--max-runs", "0", "--json") == cli.DONE
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["panels"][0]["cells"][0]["paper"]["test"] == {"mean": 90.49, "error": 0.22}
+    assert tiny.run(*command, "--dry-run") == cli.DONE
+    assert "fashion-mnist, cnn8, seed 4: robust network   about" in capsys.readouterr().out
 
 
 # The plan
@@ -108,6 +131,21 @@ def test_a_plan_runs_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["reproduce.json"]
     steps = json.loads(command.plan(Runner(small.settings(tmp_path, "table2")), as_json=True))
     assert all(step["seconds"] > 0 for step in steps)
+
+
+@pytest.mark.usefixtures("small_world")
+def test_the_papers_resnet_alone_is_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "load_source", lambda config: replace(small.source(config), threat_key="cifar10"))
+
+    def epochs(protocol: str = "paper", **changes: Any) -> list[int]:
+        changes |= {"data": {"source": "cifar10"}, "protocol": protocol}
+        found = Runner(small.settings(tmp_path / protocol, "table2", **changes))
+        steps = found.panels[0].planners[0].network_of(Recipe("robust")).walk()
+        return [step.settings["config"]["epochs"] for step in steps]
+
+    assert epochs() == [300, 3], "the robust network starts from the standard one"
+    assert epochs(network="cnn8") == [3]
+    assert epochs("fast") == [3, 3]
 
 
 # Running

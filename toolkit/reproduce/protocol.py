@@ -94,17 +94,15 @@ class Experiment:
     pruned: float
     """The chosen share of the filters of every layer."""
     pretraining: int | None
-    """Epochs of the standard network, where they are not those of the protocol."""
-    from_pretrained: bool
-    """Whether the robust network starts from the standard one."""
+    """Epochs of the standard network, where they are not those of the protocol; the robust one then starts from it."""
     training_share: float
     """Of the training images, those that train under the paper's protocol: its code holds out a fifth of CIFAR-10."""
     l2: float
     """Radius in l2, in pixels; ours."""
 
 
-FASHION_MNIST = Experiment("fashion-mnist", "Fashion-MNIST", "cnn8", 0.8, None, False, 1.0, l2=1.0)
-CIFAR10 = Experiment("cifar10", "CIFAR-10", "resnet18", 0.5, 300, True, 0.8, l2=0.5)
+FASHION_MNIST = Experiment("fashion-mnist", "Fashion-MNIST", "cnn8", 0.8, None, 1.0, l2=1.0)
+CIFAR10 = Experiment("cifar10", "CIFAR-10", "resnet18", 0.5, 300, 0.8, l2=0.5)
 EXPERIMENTS: Mapping[str, Experiment] = {"fashion-mnist": FASHION_MNIST, "cifar10": CIFAR10}
 """By the key of the data set's presets of threat models; the embedded sample has those of Fashion-MNIST."""
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

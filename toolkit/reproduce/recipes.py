@@ -124,13 +124,18 @@ class Planner:
     def _name(self) -> str:
         return f"{self.source}, {self.network}, seed {self.seed}"
 
+    @property
+    def _pretrained(self) -> bool:
+        """As the paper's ResNet-18: the standard network is trained for longer, and the robust one starts from it."""
+        return self.experiment.pretraining is not None and self.network == self.experiment.network
+
     def _base(self, start: str) -> Step:
         objective = "standard" if start == "standard" else "adversarial"
         settings = self._training("base", objective)
         parents: tuple[Step, ...] = ()
-        if start == "standard" and self.experiment.pretraining and self.protocol.name == "paper":
+        if start == "standard" and self._pretrained and self.protocol.name == "paper":
             settings = {**settings, "config": {**settings["config"], "epochs": self.experiment.pretraining}}
-        if start == "robust" and self.experiment.from_pretrained:
+        if start == "robust" and self._pretrained:
             parents = (self._base("standard"),)
         origin = {} if parents else {"network": self.network}
         return Step("train", f"{self._name}: {start} network", {**settings, **origin}, parents)
@@ -173,6 +178,6 @@ class Planner:
         objective = "adversarial"
         settings = self._training("base", objective)
         changed = {**settings["config"], "learning_rate": 0.01, "momentum": 0.9}
-        parents = (self._base("standard"),) if self.experiment.from_pretrained else ()
+        parents = (self._base("standard"),) if self._pretrained else ()
         label = f"{self._name}: quantisation-aware training, int{recipe.bits}"
         return Step("qat", label, {**settings, "config": changed, "bits": recipe.bits}, parents)
