@@ -70,7 +70,7 @@ def test_data_without_the_papers_radius_are_refused(tmp_path: Path) -> None:
 
 def test_a_data_set_that_only_the_table_names_leaves_empty_cells(tmp_path: Path) -> None:
     data = {"data_dir": tmp_path / "nowhere"}
-    found = Runner(small.settings(tmp_path / "work", "table5", data=data, max_runs=0))
+    found = Runner(small.settings(tmp_path / "work", "table5", data=data))
     assert found.run() == "everything that can be run is done"
     cells = documents(found)[0]["panels"][0]["cells"]
     assert cells and all(cell["missing"] == {"all": "CIFAR-10 is not on this machine"} for cell in cells)
@@ -90,7 +90,7 @@ def test_the_command_line_shows_what_is_known(tmp_path: Path, capsys: pytest.Cap
     assert tiny.run(*command, "--max-runs", "0", "--output", tmp_path / "out") == cli.DONE
     shown = capsys.readouterr().out
     assert "| standard | none | not run: not yet: run the same command again | 90.49 ± 0.22 |" in shown
-    assert "stopped: --max-runs 0 is reached" in shown and "seeds 0, 4" in shown
+    assert "stopped: --max-runs 0: nothing was run" in shown and "seeds 0, 4" in shown
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"table2.md", "table2.json"}
     assert (tmp_path / "out" / "table2.md").read_text() in shown
     assert tiny.run(*command, "--max-runs", "0", "--json") == cli.DONE

@@ -50,6 +50,19 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         Store(tmp_path / "file" / "work", PAPER)
 
 
+def test_two_runs_do_not_fill_one_folder(tmp_path: Path) -> None:
+    first, second = Store(tmp_path, PAPER), Store(tmp_path, PAPER)
+    with (
+        first.locked(),
+        pytest.raises(ToolkitError, match="another run is filling this work folder") as error,
+        second.locked(),
+    ):
+        pass
+    assert error.value.found == str(tmp_path) and "--max-runs 0" in error.value.fix
+    with second.locked():  # the first is done
+        pass
+
+
 def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
     store = Store(tmp_path, PAPER)
     store.folder(STEP).mkdir()

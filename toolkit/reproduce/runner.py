@@ -208,6 +208,12 @@ class Runner:
         Args:
             after_each: called after every step, to show what is known.
         """
+        if self.config.max_runs == 0:
+            return "--max-runs 0: nothing was run"
+        with self.store.locked():
+            return self._run(after_each)
+
+    def _run(self, after_each: Callable[[], object]) -> str:
         budget, limit = self.config.budget, self.config.max_runs
         deadline = None if budget is None else time.monotonic() + 60 * budget
         runs, done = 0, set[Step]()

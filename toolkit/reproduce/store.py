@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from toolkit.reproduce.protocol import Protocol
 from toolkit.reproduce.steps import Step
 
 FORMAT = 1
-MARKER, RESULT, STEP, SITTINGS = "reproduce.json", "result.json", "step.json", "sittings.json"
+MARKER, LOCK = "reproduce.json", "lock"
+RESULT, STEP, SITTINGS = "result.json", "step.json", "sittings.json"
 
 
 def default_folder(protocol: str) -> Path:
@@ -73,6 +75,29 @@ class Store:
                 found=f"{root} was filled under {other}, and this run is under {protocol.name}",
                 fix="name another folder with --work DIR, or leave --work away",
             )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder while steps are done; on systems without such locks nothing is kept out.
+
+        Raises:
+            ToolkitError: another run is filling it.
+        """
+        if sys.platform == "win32":
+            yield
+            return
+        import fcntl
+
+        with (self.root / LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+            except OSError as error:
+                raise ToolkitError(
+                    "another run is filling this work folder",
+                    found=str(self.root),
+                    fix="wait for it, name another folder with --work DIR, or show what is known with --max-runs 0",
+                ) from error
+            yield
 
     def folder(self, step: Step) -> Path:
         """Where the step's files lie."""
