@@ -124,6 +124,16 @@ def test_seeds_come_one_after_the_other_within_a_tier(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_world")
+def test_everything_at_once_runs_nothing_twice(tmp_path: Path) -> None:
+    found = Runner(small.settings(tmp_path, "all", seeds=(0, 1)))
+    plan = [step.text for step in found.plan()]
+    assert len(plan) == len(set(plan)) and len(found.targets) == 9
+    alone = {step.text for step in Runner(small.settings(tmp_path, "table3", seeds=(0, 1))).plan()}
+    assert alone < set(plan)
+    assert sum("t-SNE" in text for text in plan) == 1, "of the first seed alone"
+
+
+@pytest.mark.usefixtures("small_world")
 def test_a_plan_runs_nothing(tmp_path: Path) -> None:
     found = Runner(small.settings(tmp_path, "figure4"))
     text = command.plan(found, as_json=False)

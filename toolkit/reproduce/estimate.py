@@ -31,9 +31,15 @@ class Estimator:
 
     def __init__(self) -> None:
         self._gradient: dict[tuple[str, tuple[int, int, int]], float] = {}
+        self._seconds: dict[Step, float] = {}
 
     def seconds(self, step: Step, planner: Planner, world: World) -> float:
         """Of the step alone, without what it needs."""
+        if step not in self._seconds:
+            self._seconds[step] = self._estimate(step, planner, world)
+        return self._seconds[step]
+
+    def _estimate(self, step: Step, planner: Planner, world: World) -> float:
         if step.kind not in ("train", "measure"):
             return SMALL_S
         share = _share_left(step)

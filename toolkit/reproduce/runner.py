@@ -27,7 +27,7 @@ from toolkit.reproduce.workers import WORKERS, lacking
 from toolkit.reproduce.world import World, open_world
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Place:
     """One cell of one seed: the step that fills it."""
 
@@ -97,9 +97,9 @@ class Panel:
         for rank, (seed, planner) in enumerate(self.planners.items()):
             found += [Place(self.step(cell, seed), planner, cell.tier, rank) for cell in self.cells]
             recipes = [recipe for curve in self.curves for recipe in curve.points.values()]
-            found += [Place(planner.measure(recipe, "pgd-paper"), planner, 0, rank) for recipe in recipes]
+            found += [Place(planner.measure(recipe, "pgd-paper"), planner, 1, rank) for recipe in recipes]
             if self.recipes and rank == 0:
-                found.append(Place(planner.embed(self.recipes, targets.EMBEDDED_CLASS), planner, 1, rank))
+                found.append(Place(planner.embed(self.recipes, targets.EMBEDDED_CLASS), planner, 2, rank))
         return found
 
 
@@ -127,6 +127,7 @@ class Runner:
         self.targets = targets.find_targets(config.target)
         _check_seeds(config.seeds)
         self.threads = set_threads(config.threads)
+        self._planners: dict[tuple[str, int], Planner] = {}
         self.panels = self._open_panels()
         self.store = Store(config.work or default_folder(config.protocol), self.protocol)
         self.failed: dict[Step, str] = {}
@@ -156,18 +157,17 @@ class Runner:
             experiment = EXPERIMENTS[data]
             return Panel(target, experiment, self.config.network or experiment.network, None, world.problem)
         experiment = world.experiment
-        panel = Panel(target, experiment, self.config.network or experiment.network, world)
+        network = self.config.network or experiment.network
+        planners = {}
         for seed in self.config.seeds:
-            panel.planners[seed] = Planner(
-                experiment,
-                self.protocol,
-                panel.network,
-                world.source.name,
-                world.splits(seed),
-                seed,
-                self.config.attack_images,
-            )
-        return panel
+            key = (world.source.name, seed)
+            if key not in self._planners:
+                splits, images = world.splits(seed), self.config.attack_images
+                self._planners[key] = Planner(
+                    experiment, self.protocol, network, world.source.name, splits, seed, images
+                )
+            planners[seed] = self._planners[key]
+        return Panel(target, experiment, network, world, planners=planners)
 
     def plan(self) -> list[PlannedStep]:
         """The steps that would be done, in their order, with estimates."""
@@ -186,11 +186,12 @@ class Runner:
         """
         waiting = [(place, panel.world) for panel in self.panels for place in panel.places() if panel.world]
         waiting = [(place, world) for place, world in waiting if lacking(place.step) is None]
-        known = {step for place, _ in waiting for step in place.step.walk() if self.store.result(step) is not None}
+        needs = {place: tuple(place.step.walk()) for place, _ in waiting}
+        known = {step for steps in needs.values() for step in steps if self.store.result(step) is not None}
 
         def cost(item: tuple[Place, World]) -> tuple[int, int, float]:
             place, world = item
-            steps = [step for step in place.step.walk() if step not in known and step not in done]
+            steps = [step for step in needs[place] if step not in known and step not in done]
             seconds = sum(estimator.seconds(step, place.planner, world) for step in steps)
             return place.tier, place.rank, seconds
 
