@@ -8,7 +8,15 @@ import typer
 from pydantic import BaseModel
 
 from toolkit import cli, flags
-from toolkit.config import AttackRunConfig, BenchmarkConfig, HardenConfig, StageConfig, TrainRunConfig, build
+from toolkit.config import (
+    AttackRunConfig,
+    BenchmarkConfig,
+    HardenConfig,
+    SimulateRunConfig,
+    StageConfig,
+    TrainRunConfig,
+    build,
+)
 from toolkit.flags import Flag
 
 COMMANDS: dict[str, tuple[Sequence[Flag], type[StageConfig]]] = {
@@ -17,12 +25,14 @@ COMMANDS: dict[str, tuple[Sequence[Flag], type[StageConfig]]] = {
     "prune": (cli.PRUNE_FLAGS, HardenConfig),
     "export": (cli.EXPORT_FLAGS, HardenConfig),
     "quantize": (cli.QUANTIZE_FLAGS, HardenConfig),
+    "simulate": (cli.SIMULATE_FLAGS, SimulateRunConfig),
     "attack": (cli.ATTACK_FLAGS, AttackRunConfig),
     "benchmark": (cli.BENCHMARK_FLAGS, HardenConfig),
 }
 REQUIRED: dict[type[StageConfig], dict[str, Any]] = {
     HardenConfig: {"model": {"path": "model.pt"}},
     AttackRunConfig: {"model": {"path": "model.pt"}},
+    SimulateRunConfig: {"model": {"path": "model.pt"}},
     TrainRunConfig: {"arch": "cnn8"},
 }
 EVERY_FLAG = [pytest.param(name, flag, id=f"{name} {flag.name}") for name, (own, _) in COMMANDS.items() for flag in own]

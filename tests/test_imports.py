@@ -17,6 +17,10 @@ OWNERS = {
     "typer": {"cli.py", "flags.py"},
     "onnxruntime_extensions": {"exporters/end_to_end.py"},
     "yaml": {"config.py"},
+    "optuna": {"search/database.py", "search/sampler.py", "search/storage.py"},
+    "sqlalchemy": {"search/database.py"},
+    "ray": {"search/cluster.py"},
+    "matplotlib": {"search/plot.py"},
 }
 
 

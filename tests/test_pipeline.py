@@ -44,6 +44,21 @@ def test_a_bundle_holds_every_file_and_nothing_else_is_left(hardened: World) -> 
     assert left == {"data.npz", "layers.py", "model.pt", "net.py", "out"}
 
 
+def test_it_says_what_changes_elsewhere(hardened: World) -> None:
+    quantization = report_of(hardened.bundle)["quantization"]
+    found = quantization["elsewhere"]
+    assert found["images"] == found["attacked"] == tiny.TEST
+    assert {row["setting"] for row in found["rows"]} == {
+        "unoptimised", "without_vnni", "opset", "reduce_range", "reduce_range_without_vnni", "s8s8", "float_bias"
+    }  # fmt: skip
+    assert all(row["changed"]["total"] == row["changed_attacked"]["total"] == tiny.TEST for row in found["rows"])
+    assert {row["layer"] for row in found["layers"]} == {row["layer"] for row in quantization["layers"]}
+    assert "## Elsewhere" in (hardened.bundle / "report.md").read_text()
+    said = {entry.key: entry.value for entry in onnx.load(hardened.bundle / "model.fp32.onnx").metadata_props}
+    statistics = json.loads(said["pixel_statistics"])
+    assert statistics["images"] == 500 and 0.2 < statistics["mean"][0] < 0.3
+
+
 def test_the_input_is_as_it_was(hardened: World) -> None:
     with tiny.working_folder(hardened.folder):
         assert torch.load("model.pt", weights_only=True)["spec"]["pruning"] == ()
@@ -426,6 +441,32 @@ def test_a_resumed_run_searches_no_second_time(here: Path, monkeypatch: pytest.M
     assert len(searched) == 1 and report_of(here / "out")["quantization"]["assignment"]["tried"] >= 1
 
 
+def test_a_quantisation_aware_run_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*tiny.harden_arguments(precision="auto"), "--qat", "--keep-float", "node_linear", "--threads", "1"]
+    assert tiny.run(*command, "--dry-run") == cli.DONE
+    assert "2 epoch(s) of 540 images, quantisation-aware" in capsys.readouterr().out
+    assert tiny.run(*command, "-q") == cli.DONE
+    report = report_of(here / "out")
+    assert report["finetuning"]["qat"] and report["finetuning"]["best_epoch"] == 2
+    assert report["quantization"]["learnt_ranges"] >= 2 and report["quantization"]["integer_coverage"] > 0.5
+    page = Path("out/report.md").read_text()
+    assert "Quantisation-aware: its last 50%" in page and "whose ranges fine-tuning learnt" in page
+    assert yaml.safe_load(Path("out/config.yaml").read_text())["finetune"]["qat"] is True
+    again = [*tiny.harden_arguments("twice", model="out/model.pt", epochs=0), "--threads", "1", "-q"]
+    assert tiny.run(*again) == cli.DONE  # the checkpoint is an ordinary network
+    assert not report_of(Path("twice"))["finetuning"]["qat"]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "more",
+    [["--epochs", "0"], ["--per-tensor"], ["--finetune", "none"], ["--engine", "inc"], ["--activation-bits", "16"]],
+)
+def test_what_a_quantisation_aware_run_cannot_be(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny.run(*tiny.harden_arguments(), "--qat", *more, "-q") == cli.BAD_INPUT
+    assert "--qat" in capsys.readouterr().err and not Path("out").exists()
+
+
 def test_a_search_for_the_widths_is_told_and_not_repeated(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(widths, "MULTIPLES", (1, 8))
     searched: list[int] = []
@@ -449,6 +490,16 @@ def test_a_search_for_the_widths_is_told_and_not_repeated(here: Path, monkeypatc
     assert tiny.run("harden", "--config", "out/config.yaml", "--output", "again", "-q") == cli.DONE
     assert report_of(here / "again")["model"]["roundings"] == [] and len(searched) == 1
     assert Path("again/model.onnx").read_bytes() == Path("out/model.onnx").read_bytes()
+
+
+@pytest.mark.usefixtures("here")
+def test_widths_are_not_searched_by_several_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = [*tiny.harden_arguments(epochs=0), "--round-to", "auto", "-q"]
+    assert tiny.run(*command) == cli.BAD_INPUT
+    assert "name the multiple" in capsys.readouterr().err
 
 
 def test_where_nothing_is_pruned_no_widths_are_searched(here: Path) -> None:

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.toys import GREY, RGB, wrap
-from toolkit.artifacts import TorchModel
+from toolkit.artifacts import Normalization, TorchModel
 from toolkit.config import PruneConfig
 from toolkit.errors import ToolkitError
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import assemble, read_model_file
 from toolkit.models.networks import cnn8, resnet18
 from toolkit.models.registry import build_network
-from toolkit.pruning import PruningResult, find_classifier, prune, replay, rounded_width
+from toolkit.pruning import PruningResult, find_classifier, find_groups, prune, replay, rounded_width
 
 SHAPE = (1, 12, 12)
 
@@ -302,3 +302,50 @@ def test_a_history_of_another_network_is_refused() -> None:
     with pytest.raises(ToolkitError, match="pruning history does not fit") as caught:
         replay(resnet18(10, (3, 16, 16)), history, (3, 16, 16))
     assert "--arch" in caught.value.fix
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "geometric-median"])
+def test_each_importance_keeps_the_filters_that_it_ranks_highest(importance: str) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.Flatten(), nn.Linear(4 * 64, 10))
+    # l1 norms 4, 2.2, 3, 2.1; l2 norms alike in order 4, 1.6, 3, 2.1; the geometric median keeps what is far from all
+    layer = nn.Conv2d(2, 4, 1, bias=False)
+    layer.weight = nn.Parameter(torch.tensor([[4.0, 0.0], [1.1, 1.1], [0.0, 3.0], [2.1, 0.0]]).view(4, 2, 1, 1))
+    network[0] = layer
+    model = wrap(network, shape=(2, 8, 8), normalization=Normalization((0.5, 0.5), (0.5, 0.5)))
+    config = PruneConfig.model_validate({"ratio": 0.5, "round_to": 1, "importance": importance})
+    result = prune(model, config)
+    rows = layer.weight.detach().flatten(1)
+    scores = {
+        "l1": rows.abs().sum(1),
+        "l2": rows.square().sum(1).sqrt(),
+        "geometric-median": torch.cdist(rows, rows).sum(1),
+    }[importance]
+    kept = sorted(scores.argsort(descending=True)[:2].tolist())
+    pruned = result.model.network[0].weight.detach().flatten(1)  # type: ignore[index]
+    assert torch.equal(pruned, rows[kept])
+    assert result.model.spec.pruning[0]["importance"] == importance
+
+
+def test_groups_have_ratios_of_their_own() -> None:
+    model = reference("resnet18")
+    groups = find_groups(model)
+    names = [name for group in groups for name in group]
+    assert len(names) == len(set(names)) and "fc" not in names
+    together = next(group for group in groups if len(group) > 1)
+    result = prune(model, PruneConfig(ratio=0.5, ratios={together[1]: 0.25}))
+    share = {layer.name: layer.after / layer.before for layer in result.layers}
+    assert all(share[name] == 0.75 for name in together), "layers that go together follow the one named"
+    assert {share[name] for name in names if name not in together} == {0.5}
+
+
+def test_a_ratio_of_one_layer_alone_prunes_that_layer_alone() -> None:
+    model = reference("cnn8")
+    (first, *others) = [group[0] for group in find_groups(model)]
+    result = prune(model, PruneConfig(ratio=0, ratios={first: 0.5}))
+    share = {layer.name: layer.after / layer.before for layer in result.layers}
+    assert share[first] == 0.5 and {share[name] for name in others} == {1.0}
+
+
+def test_a_ratio_for_no_layer() -> None:
+    with pytest.raises(ToolkitError, match="unknown layer"):
+        prune(reference("cnn8"), PruneConfig(ratios={"nowhere": 0.5}))

@@ -138,8 +138,50 @@ def test_quantize_explains_itself_and_chooses_its_calibration(capsys: pytest.Cap
     assert found["explanation"]["logit_error"] < 0.01 and len(found["explanation"]["tensors"]) >= 2
     assert tiny.run(*how, "--force", "--output", "int8.onnx", "-q") == cli.DONE
     page = capsys.readouterr().out
-    assert f"calibration: {found['calibration']}, 30 images" in page and "error of the logits" in page
+    assert f"calibration: {found['calibration']} by onnxruntime, 30 images" in page and "error of the logits" in page
     assert all(row["layer"] in page for row in layers)
+
+
+@pytest.mark.usefixtures("here")
+def test_quantize_says_what_changes_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    result(capsys, "export", "model.pt", "--output", "float.onnx")
+    how = ("quantize", "float.onnx", *DATA, "--reduce-range", "--risks", "--threads", "1", "--output", "int8.onnx")
+    found = result(capsys, *how)
+    assert found["float_islands"] == [] and set(found["constant_channels"]) <= {row["layer"] for row in found["layers"]}
+    rows = {row["setting"]: row for row in found["elsewhere"]["rows"]}
+    assert rows["without_vnni"]["overflows"] == 0 and rows["without_vnni"]["changed"]["total"] == tiny.TEST
+    assert found["elsewhere"]["attacked"] == 0 and {row["layer"] for row in found["elsewhere"]["layers"]} == {
+        row["layer"] for row in found["layers"]
+    }
+    assert tiny.run(*how, "--force", "-q") == cli.DONE
+    page = capsys.readouterr().out
+    assert "x86 without VNNI (emulated)" in page and "opset 18 to 23" in page and "0 overflows" in page
+
+
+@pytest.mark.usefixtures("here")
+def test_quantize_warns_of_images_of_another_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    """The file knows what it was trained on; the archive that calibrates it is another."""
+    result(capsys, "export", "model.pt", "--output", "float.onnx")
+    with np.load("data.npz") as archive:
+        parts = {name: 255 - archive[name] if name.startswith("x") else archive[name] for name in archive.files}
+    np.savez("other.npz", allow_pickle=False, **parts)
+    command = ("quantize", "float.onnx", "--threads", "1", "--output", "int8.onnx", "--force", "-q")
+    assert tiny.run(*command, "--data", "npz:data.npz") == cli.DONE
+    assert "do not look like" not in capsys.readouterr().err
+    assert tiny.run(*command, "--data", "npz:other.npz") == cli.DONE
+    said = capsys.readouterr().err
+    assert "do not look like the training images" in said and "mean 0.7" in said and "--data" in said
+
+
+@pytest.mark.usefixtures("here")
+def test_operators_without_integer_kernels_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    result(capsys, "export", "model.pt", "--output", "float.onnx")
+    command = ("quantize", "float.onnx", *DATA, "--keep-float", "node_conv2d", "--threads", "1", "--output", "q.onnx")
+    found = result(capsys, *command)
+    assert {row["operator"] for row in found["float_islands"]} & {"Conv", "FusedConv"}
+    assert tiny.run(*command, "--force", "-q") == cli.DONE
+    page = capsys.readouterr().out
+    assert "no integer kernel: 1 " in page and "% of kernel time" in page
 
 
 DISTILL = ("train", "net.py:net", "--objective", "distill", "--eps", "0.1", *DATA, "--output", "new.pt")

@@ -158,6 +158,7 @@ def _of_bundle(config: AttackRunConfig, target: Path | None) -> tuple[AttackRunC
             model,
             prepared.splits.calibration,
             per_channel=saved.quantize.per_channel,
+            activation_bits=saved.quantize.activation_bits,
             margin=plan.threat.margin(model.spec.normalization),
             float_weights=float_weights(folder / bundle.FLOAT_TWIN, folder / bundle.DEPLOYED),
         )

@@ -24,6 +24,8 @@ from toolkit.config import (
     ModelRunConfig,
     PruneConfig,
     QuantizeConfig,
+    SearchRunConfig,
+    SimulateRunConfig,
     TrainRunConfig,
     build,
     merge,
@@ -34,7 +36,7 @@ from toolkit.errors import ToolkitError
 
 if TYPE_CHECKING:
     from toolkit.evaluators.debugger import Explanation
-    from toolkit.reports.schema import Report
+    from toolkit.reports.schema import Portability, Report
 
 DONE, DEFECT, BAD_INPUT, GATE_UNMET, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -70,6 +72,7 @@ HARDEN_FLAGS = (
     *flags.PRUNE,
     flags.Flag("--int8", "quantize.int8", "Quantise to int8; without it --allow-float is needed.", bool),
     *flags.under("finetune", flags.TRAINING),
+    flags.Flag("--qat", "finetune.qat", "Round weights and activations in the last part of the fine-tuning.", bool),
     *flags.MODEL,
     *flags.DATA,
     *flags.EVALUATION,
@@ -106,17 +109,9 @@ def harden(
 ) -> None:
     """The whole pipeline: prune, fine-tune, export, quantise, attack, benchmark, bundle."""
     _start(quiet, verbose)
-    given = flags.nested(settings | ({"model.path": model} if model else {}))
-    saved = read_settings(config) if config else {}
-    if "threat" in given and isinstance(saved.get("threat"), dict):
-        saved["threat"] = override_threat(saved["threat"], given["threat"])
-    values = merge(saved, given)
-    if "model" not in values:
-        raise ToolkitError(
-            "no model is named", found="neither MODEL nor --config", fix="toolkit harden model.pt --prune 0.5 --int8"
-        )
-    resolved = build(HardenConfig, values, flags.names_by_path(HARDEN_FLAGS))
+    resolved = build(HardenConfig, _merged(settings, model, config), flags.names_by_path(HARDEN_FLAGS))
     from toolkit import bundle, pipeline
+    from toolkit.training.distributed import follows
 
     if dry_run:
         from toolkit import planning
@@ -130,10 +125,42 @@ def harden(
         total = sum(step.seconds for step in steps)
         print(f"in all about {total / 60:.1f} minutes; the bundle would be written to {output}")
         return
+    if follows():
+        progress.set_quiet(True)
+        pipeline.assist(resolved, resume=resume)
+        return
     _resume_hint(lambda: bundle.workspace_of(output).resumable, str(output))
     result = pipeline.harden(resolved, output, force=force, resume=resume)
     _print_report(result.report, output, as_json)
     if not result.gates_met:
+        raise typer.Exit(GATE_UNMET)
+
+
+SEARCH_FLAGS = (*flags.GATES[:2], *flags.SEARCH, *(flag for flag in HARDEN_FLAGS if flag not in flags.GATES))
+
+
+@app.command()
+@flags.with_flags(SEARCH_FLAGS, SearchRunConfig)
+def search(
+    settings: Settings,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Checkpoint, or shipped:cnn8.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the search.")] = Path("search-out"),
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A config.yaml; flags win over it.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """The best compression under your limits: trials, the front as bundles, which to ship and why."""
+    _start(quiet, verbose)
+    resolved = build(SearchRunConfig, _merged(settings, model, config), flags.names_by_path(SEARCH_FLAGS))
+    from toolkit.search import report
+    from toolkit.search.search import search as run_search
+
+    _say_on_interrupt(lambda: f"trials are kept; continue with: toolkit {shlex.join(_without_force())}")
+    found = run_search(resolved, output, force=force)
+    print(json.dumps(report.record(found)) if as_json else report.render(found))
+    if not found.limits_kept:
         raise typer.Exit(GATE_UNMET)
 
 
@@ -163,7 +190,12 @@ def train(
     values = flags.nested(settings | {"arch": arch})
     config = build(TrainRunConfig, values, flags.names_by_path(TRAIN_FLAGS))
     from toolkit import stages
+    from toolkit.training.distributed import follows
 
+    if follows():
+        progress.set_quiet(True)
+        stages.train_network(config, output, force=force, resume=resume)
+        return
     _resume_hint(lambda: stages.training_checkpoint(output).is_file(), str(output))
     result = stages.train_network(config, output, force=force, resume=resume)
     best = next((epoch for epoch in result.epochs if epoch.epoch == result.best_epoch), None)
@@ -248,10 +280,15 @@ QUANTIZE_FLAGS = (*flags.QUANTIZE, *flags.DATA, *flags.MACHINE)
 @flags.with_flags(QUANTIZE_FLAGS, HardenConfig)
 def quantize(
     settings: Settings,
-    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="A float ONNX classifier.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.onnx|MODEL.pt", help="A float ONNX classifier, or a checkpoint.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")] = Path("model.onnx"),
     explained: Annotated[
         bool, typer.Option("--explain", help="Say which layers lose accuracy, and what to try.")
+    ] = False,
+    risks: Annotated[
+        bool, typer.Option("--risks", help="Say what changes elsewhere: without VNNI, unoptimised, other opsets, S8S8.")
     ] = False,
     force: Force = False,
     as_json: Json = False,
@@ -265,26 +302,68 @@ def quantize(
     data = build(DataConfig, values.pop("data", {}), _tails(flags.DATA))
     machine = build(MachineConfig, values, flags.names_by_path(flags.MACHINE))
     from toolkit import stages
+    from toolkit.reports.targets import HEADER, target_cells, untested_words
+    from toolkit.targets import target_record
 
     made = stages.quantize_file(
-        file, data, how, output, seed=machine.seed, threads=machine.threads, force=force, explained=explained
+        file,
+        data,
+        how,
+        output,
+        seed=machine.seed,
+        threads=machine.threads,
+        force=force,
+        explained=explained,
+        risks=risks,
     )
-    coverage = made.coverage
+    from toolkit.reports.portability import portability_record
+
+    elsewhere = portability_record(made.portability)
+    coverage, targets = made.coverage, [target_record(target) for target in made.targets]
     if as_json:
         layers = [{"layer": row.layer, "kernel": row.kernel, "macs": row.macs} for row in coverage.layers]
-        found = {"integer_coverage": coverage.share, "layers": layers, "parity": made.parity.as_dict()}
+        islands = [{"operator": i.operator, "count": i.count, "time_share": i.time_share} for i in coverage.islands]
+        found = {
+            "integer_coverage": coverage.share,
+            "layers": layers,
+            "float_islands": islands,
+            "constant_channels": dict(made.quantized.constant_channels),
+            "parity": made.parity.as_dict(),
+            "accuracy": {name: share.as_dict() for name, share in made.accuracy.items()},
+            "bytes": dict(made.bytes),
+            "weights": made.quantized.weights,
+            "activations": f"uint{made.quantized.activation_bits} asymmetric",
+        }
         if made.explanation:
             found["explanation"] = made.explanation.as_dict()
-        print(json.dumps({"output": str(output), "calibration": made.quantized.calibration, **found}))
+        if targets:
+            found["targets"] = [target.model_dump() for target in targets]
+        if elsewhere:
+            found["elsewhere"] = elsewhere.model_dump()
+        how_made = {"engine": made.quantized.engine, "calibration": made.quantized.calibration}
+        print(json.dumps({"output": str(output), **how_made, **found}))
         return
     rows = [(row.layer, row.kernel, f"{row.macs:,}", "yes" if row.integer else "no") for row in coverage.layers]
     _table(("layer", "kernel after optimisation", "MACs", "integer"), rows)
     print(f"integer coverage {coverage.share:.2%} of MACs, {coverage.kernel_time_share_integer:.1%} of kernel time")
-    print(f"calibration: {made.quantized.calibration}, {made.quantized.calibration_images} images")
+    for island in coverage.islands:
+        print(f"no integer kernel: {island.count} {island.operator}, {island.time_share:.1%} of kernel time")
+    quantized = made.quantized
+    print(f"calibration: {quantized.calibration} by {quantized.engine}, {quantized.calibration_images} images")
+    print(f"weights: {quantized.weights}; activations: uint{quantized.activation_bits} asymmetric")
     print(f"same label as the float file: {made.parity.agreement}")
+    print(f"accuracy: {made.accuracy['deployed']}; of the float file {made.accuracy['fp32']}")
+    print(f"size: {made.bytes['deployed']:,} bytes; of the float file {made.bytes['fp32']:,}")
     if made.explanation:
         _print_explanation(made.explanation)
-    print(f"\nwritten: {output}\nnext:    toolkit benchmark {file} {output}")
+    if elsewhere:
+        _print_risks(elsewhere)
+    if targets:
+        print()
+        _table(HEADER, target_cells(targets))
+        print("\n".join(filter(None, map(untested_words, targets))))
+    measured = f"{file} {output}" if file.suffix == ".onnx" else output
+    print(f"\nwritten: {output}\nnext:    toolkit benchmark {measured}")
 
 
 def _print_explanation(found: Explanation) -> None:
@@ -300,6 +379,45 @@ def _print_explanation(found: Explanation) -> None:
     _table(("layer", "error gone", "so far", "own", "clipped", "try"), rows)
     if not any(blame.advice for blame in found.layers):
         print("no layer's part in the error is worth a remedy")
+
+
+def _print_risks(found: Portability) -> None:
+    from toolkit.reports.portability import HEADER, OVERFLOW_HEADER, elsewhere_rows, overflow_rows, warnings
+
+    print(f"\nelsewhere, on {found.images} clean evaluation images against this machine's answers:\n")
+    _table(HEADER, elsewhere_rows(found))
+    if found.layers or found.spared:
+        print("\nsums of two products in 16 bits, on x86 without VNNI:\n")
+        _table(OVERFLOW_HEADER, overflow_rows(found))
+    for line in warnings(found):
+        print(f"WARNING  {line}")
+
+
+SIMULATE_FLAGS = (*flags.SIMULATE, *flags.MODEL, *flags.DATA, *flags.EVALUATION, *flags.THREAT, *flags.MACHINE)
+
+
+@app.command()
+@flags.with_flags(SIMULATE_FLAGS, SimulateRunConfig)
+def simulate(
+    settings: Settings,
+    model: Model,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """SIMULATED int16, int8, int4, int2 and binary: accuracy of the rounded torch network, no graph is written."""
+    _start(quiet, verbose)
+    config = build(
+        SimulateRunConfig, flags.nested(settings | {"model.path": model}), flags.names_by_path(SIMULATE_FLAGS)
+    )
+    from toolkit import simulating
+
+    found = simulating.run_simulation(config)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+        return
+    print(f"{found.caption}\n")
+    _table(simulating.HEADER, found.cells)
 
 
 ATTACK_FLAGS = (
@@ -465,6 +583,20 @@ def _model_run(values: Mapping[str, Any], known: Sequence[flags.Flag]) -> ModelR
     return build(ModelRunConfig, dict(values), flags.names_by_path(known))
 
 
+def _merged(settings: Settings, model: str | None, config: Path | None) -> dict[str, Any]:
+    """The settings of a config file with what the command line says in their place."""
+    given = flags.nested(settings | ({"model.path": model} if model else {}))
+    saved = read_settings(config) if config else {}
+    if "threat" in given and isinstance(saved.get("threat"), dict):
+        saved["threat"] = override_threat(saved["threat"], given["threat"])
+    values = merge(saved, given)
+    if "model" not in values:
+        raise ToolkitError(
+            "no model is named", found="neither MODEL nor --config", fix="toolkit harden model.pt --prune 0.5 --int8"
+        )
+    return values
+
+
 def _tails(group: Sequence[flags.Flag]) -> dict[str, str]:
     """Flags by the last part of their path, for a configuration that is built on its own."""
     return {flag.path.split(".")[-1]: flag.name.split("/")[0] for flag in group}
@@ -500,6 +632,10 @@ def _say_on_interrupt(hint: Callable[[], str]) -> None:
 def _continue_with(state: str) -> str:
     arguments = [argument for argument in _arguments if argument != "--resume"]
     return f"{state}; continue with: toolkit {shlex.join([*arguments, '--resume'])}"
+
+
+def _without_force() -> list[str]:
+    return [argument for argument in _arguments if argument != "--force"]
 
 
 def main() -> None:

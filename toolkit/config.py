@@ -9,7 +9,16 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from toolkit import paths
@@ -93,13 +102,17 @@ class ThreatConfig(StageConfig):
 
 
 class PruneConfig(StageConfig):
-    """Structured filter pruning by l1 norm."""
+    """Structured filter pruning."""
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
     scope: Literal["layer", "global"] = "layer"
     round_to: Multiple = 8
     """Widths are rounded to the nearest multiple of this; 8 keeps the integer kernels' columns full. 1: no rounding.
     `auto`: the multiple with which this machine takes least time per multiply-accumulate, found by measuring."""
+    importance: Literal["l1", "l2", "geometric-median"] = "l1"
+    """Which filters go: those of least norm, or those that the others of their layer can best stand in for."""
+    ratios: Mapping[str, Annotated[float, Field(ge=0, lt=1)]] = {}
+    """Shares of single layers, by module name; layers that can only be pruned together follow the one named."""
 
     @property
     def multiple(self) -> int:
@@ -119,6 +132,9 @@ class TrainConfig(StageConfig):
     objective: Literal["adversarial", "fgsm", "trades", "distill", "standard", "none"] = "adversarial"
     epochs: Annotated[int, Field(ge=0)] = 24
     batch_size: Annotated[int, Field(ge=1)] = 128
+    """Images of an optimiser step, over all processes."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Parts in which a step's images (of this process) go through the network, to save memory; gradients are summed."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
@@ -139,6 +155,8 @@ class TrainConfig(StageConfig):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the exponential moving average of the weights, which is shipped in their place; 0: none."""
     precision: PrecisionChoice = "auto"
+    qat: bool = False
+    """Whether, in `harden`, the last part of the training computes on rounded weights and activations."""
     augment: bool = False
     """Random horizontal flips and shifts of up to an eighth of the side."""
 
@@ -151,9 +169,11 @@ class ExportConfig(StageConfig):
 
 
 class QuantizeConfig(StageConfig):
-    """Static integer quantisation with ONNX Runtime: int8 symmetric weights, uint8 asymmetric activations."""
+    """Static integer quantisation: int8 symmetric weights, uint8 asymmetric activations."""
 
     int8: bool = False
+    engine: Literal["ort", "inc"] = "ort"
+    """What calibrates and rounds: ONNX Runtime's tools on the float twin, Intel Neural Compressor on the network."""
     precision: Literal["int8", "auto"] = "auto"
     """`int8`: every layer but `keep_float`; `auto`, in `harden`: the fastest assignment within `max_drop`, found by
     measuring."""
@@ -163,10 +183,23 @@ class QuantizeConfig(StageConfig):
     """`auto`: the method that loses least on validation images."""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     per_channel: bool = True
+    reduce_range: bool = False
+    """Weights of seven bits, which no pair of products overflows 16 bits with: for x86 without VNNI."""
     keep_float: tuple[str, ...] = ()
     """Layers that are not quantised, by their nodes' names in the float twin; `*` stands for anything."""
+    activation_bits: int = 8
+    """8, or 16, which ONNX Runtime stores and then computes in float."""
+    weight_bits: int = 8
+    """8, or 4: of the linear layers; ONNX Runtime has no convolution that multiplies int4."""
+    targets: tuple[str, ...] = ()
+    """Other runtimes for which a file of its own is written beside model.onnx: `tensorrt`, `cuda`."""
     calibrate_adversarial: Share = 0.0
     """Share of the calibration images that is attacked first, by the run's PGD on the float network."""
+
+    @property
+    def searches(self) -> bool:
+        """Whether `harden` looks for the fastest layers; no choice of them makes 16-bit activations run in integers."""
+        return self.precision == "auto" and self.activation_bits == 8
 
 
 class BenchmarkConfig(StageConfig):
@@ -243,6 +276,123 @@ class AttackRunConfig(ModelRunConfig):
     attack: AttackConfig = AttackConfig()
     budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Seconds that the attacks may take; None: as long as they need."""
+
+
+class RangeConfig(StageConfig):
+    """Numbers that a search may try: from `low` to `high`, both included, `step` apart."""
+
+    low: float
+    high: float
+    step: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+    @model_validator(mode="after")
+    def _check_order(self) -> RangeConfig:
+        if not self.low < self.high:
+            raise ValueError(f"{self.low:g} is not below {self.high:g}")
+        return self
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Every number, free of the rounding that repeated addition brings."""
+        count = int((self.high - self.low) / self.step + 1e-9) + 1
+        return tuple(round(self.low + index * self.step, 10) for index in range(count))
+
+
+Options = RangeConfig | Annotated[tuple[Any, ...], Field(min_length=1)]
+
+
+def parse_space(value: object) -> object:
+    """Turn `prune.ratio=0.2:0.8:0.1; quantize.calibrate=minmax,mse` into a mapping; leave what is no text."""
+    if not isinstance(value, str):
+        return value
+    found: dict[str, Any] = {}
+    for part in filter(None, map(str.strip, value.split(";"))):
+        name, sign, options = map(str.strip, part.partition("="))
+        if not (name and sign and options) or name in found:
+            raise ValueError(f"'{part}' is no NAME=LOW:HIGH:STEP or NAME=ONE,OTHER,... (each name once)")
+        numbers = options.split(":")
+        if len(numbers) == 3:
+            found[name] = dict(zip(("low", "high", "step"), numbers, strict=True))
+        else:
+            found[name] = [yaml.safe_load(option) for option in options.split(",")]
+    return found
+
+
+def parse_bytes(value: object) -> object:
+    """Turn `500k` or `2M` into a number of bytes; leave what is no such text."""
+    units = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
+    if isinstance(value, str) and value[-1:].lower() in units:
+        with contextlib.suppress(ValueError):
+            return round(float(value[:-1]) * units[value[-1].lower()])
+    return value
+
+
+class SearchConfig(StageConfig):
+    """What `toolkit search` varies, how far it looks, and what limits hold beside those of `gates`."""
+
+    space: Annotated[Mapping[str, Options], BeforeValidator(parse_space), Field(min_length=1)] = {
+        "prune.ratio": RangeConfig(low=0.2, high=0.8, step=0.1),
+        "prune.importance": ("l1", "l2", "geometric-median"),
+        "precision": ("int8", "first-float", "ends-float", "float"),
+        "quantize.calibrate": ("minmax", "percentile", "mse"),
+        "finetune.radius": (1.0, 1.25, 1.5),
+    }
+    """Settings of `harden` by dotted name, with what each may be; `precision` is which layers stay float."""
+    per_group: bool = False
+    """Whether every group of layers that are pruned together has a ratio of its own, from those of `prune.ratio`."""
+    trials: Annotated[int, Field(ge=1)] = 24
+    budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Seconds after which no trial begins; None: all `trials` are made."""
+    images: Annotated[int, Field(ge=1)] = 512
+    """Validation images of the cheap evidence."""
+    attacks: str = "fast"
+    """Of the cheap evidence; the front gets those of `attack.attacks`."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] | None = None
+    """Every trial is trained with each of them, and their mean counts; None: the run's own seed."""
+    bundles: Annotated[int, Field(ge=1)] = 4
+    """At most so many points of the front get full evidence."""
+    storage: str | None = None
+    """URL of the data base that keeps the trials; None: an SQLite file in the output's folder."""
+    study: str = "search"
+    """Name of the search in its storage."""
+    address: str | None = None
+    """Ray cluster that runs the trials: `auto`, `local` or HOST:PORT; None: this process runs them."""
+    workers: Annotated[int, Field(ge=1)] | None = None
+    """Trainings at a time, on Ray; None: as many as the cluster's CPUs and GPUs allow."""
+    gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """GPUs that each of them needs, on Ray."""
+    max_latency: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Most milliseconds per call of model.onnx, at the first of the benchmark's batch sizes."""
+    max_size: Annotated[int, Field(gt=0), BeforeValidator(parse_bytes)] | None = None
+    """Most bytes of model.onnx."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, seeds: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        twice = sorted({seed for seed in seeds or () if (seeds or ()).count(seed) > 1})
+        if twice:
+            raise ValueError(f"seed {twice[0]} stands there more than once; each may count once")
+        if seeds == ():
+            raise ValueError("there is no seed")
+        return seeds
+
+
+class SearchRunConfig(HardenConfig):
+    """Everything `toolkit search` needs: what `harden` does where nothing is varied, and the search itself."""
+
+    search: SearchConfig = SearchConfig()
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return self.search.seeds or (self.seed,)
+
+
+class SimulateRunConfig(ModelRunConfig):
+    """Everything `toolkit simulate` needs."""
+
+    bits: tuple[str, ...] = ("16", "8", "4", "2", "1")
+    """`8`: weights and activations of 8 bits; `4/8`: weights of 4; 32 stays float."""
+    per_channel: bool = True
 
 
 class TrainRunConfig(MachineConfig):

@@ -191,7 +191,8 @@ def check_cpu(*, root: Path = environment.ROOT) -> list[Finding]:
     else:
         found = f"{model} has no VNNI: int8 is slower, and its sums can saturate at 16 bits and change answers"
         fix = (
-            "trust only figures measured on the machine that will run the file (`toolkit verify`, `toolkit benchmark`)"
+            "quantise for it with --reduce-range, and trust only figures measured on the machine that will run the "
+            "file (`toolkit verify`, `toolkit benchmark`)"
         )
         findings = [Finding("warning", "CPU", found, fix)]
     said = (

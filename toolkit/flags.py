@@ -61,12 +61,14 @@ ATTACKS = (
 )
 PRUNE = (
     Flag("--prune", "prune.ratio", "Share of the filters to remove, in [0, 1).", float, "-p"),
+    Flag("--importance", "prune.importance", "Which filters go: least l1 or l2 norm, or geometric-median."),
     Flag("--scope", "prune.scope", "layer: the same share in every layer; global: the weakest of all."),
     Flag("--round-to", "prune.round_to", "Widths become multiples of this; 1: no rounding; auto: the fastest here."),
 )
 TRAINING = (
     Flag("--epochs", "epochs", "Epochs.", int, "-e"),
-    Flag("--batch-size", "batch_size", "Images per step.", int),
+    Flag("--batch-size", "batch_size", "Images per step, over all processes.", int),
+    Flag("--accumulate", "accumulate", "Parts in which a step's images are processed, to save memory.", int),
     Flag("--learning-rate", "learning_rate", "Peak learning rate.", float),
     Flag("--momentum", "momentum", "SGD momentum.", float),
     Flag("--weight-decay", "weight_decay", "SGD weight decay.", float),
@@ -89,19 +91,46 @@ EXPORT = (
 )
 QUANTIZE = (
     Flag(
+        "--engine",
+        "quantize.engine",
+        "ort: ONNX Runtime; inc: Intel Neural Compressor on the torch network, with --calibrate minmax (its moving "
+        "average), entropy (its kl) or auto.",
+    ),
+    Flag(
         "--calibrate",
         "quantize.calibrate",
         "minmax, moving-average, percentile, entropy, mse, or auto: the best of them.",
     ),
     Flag("--percentile", "quantize.percentile", "Percentile of --calibrate percentile.", float),
     Flag("--per-channel/--per-tensor", "quantize.per_channel", "Granularity of weight scales.", bool),
+    Flag(
+        "--reduce-range/--full-range",
+        "quantize.reduce_range",
+        "Weights of 7 bits, for x86 machines without VNNI.",
+        bool,
+    ),
     Flag("--keep-float", "quantize.keep_float", "Layers to leave float, e.g. node_conv2d,node_linear*."),
+    Flag("--activation-bits", "quantize.activation_bits", "8, or 16 (which ONNX Runtime computes in float).", int),
+    Flag("--weight-bits", "quantize.weight_bits", "8, or 4 for linear layers; `toolkit simulate` has others.", int),
+    Flag(
+        "--target",
+        "quantize.targets",
+        "Files for other runtimes as well: tensorrt (symmetric int8, model.trt.onnx), cuda (float16, model.fp16.onnx).",
+    ),
     Flag(
         "--calibrate-adversarial",
         "quantize.calibrate_adversarial",
         "Share of the calibration images to attack first; harden alone can, and measures whether it helps.",
         float,
     ),
+)
+SIMULATE = (
+    Flag(
+        "--bits",
+        "bits",
+        "Bits, 1 to 16 (1: binary), of weights and activations; 4/8: of each apart; 32: left float.",
+    ),
+    Flag("--per-channel/--per-tensor", "per_channel", "Granularity of weight scales.", bool),
 )
 PRECISION = (
     Flag("--precision", "quantize.precision", "auto: the fastest layers in integers, by measuring; int8: all layers."),
@@ -117,11 +146,31 @@ GATES = (
     Flag("--min-robust", "gates.min_robust", "Least robust accuracy of model.onnx, as a fraction.", float),
     Flag("--min-integer-coverage", "gates.min_integer_coverage", "Least integer share of MACs, as a fraction.", float),
 )
+SEARCH = (
+    Flag("--max-latency", "search.max_latency", "Most milliseconds of model.onnx, at the first of --batch.", float),
+    Flag("--max-size", "search.max_size", "Most bytes of model.onnx, e.g. 500k."),
+    Flag("--space", "search.space", 'What varies: "prune.ratio=0.2:0.8:0.1; precision=int8,float; NAME=ONE,OTHER".'),
+    Flag("--per-group", "search.per_group", "A prune ratio for every group of layers that go together.", bool),
+    Flag("--trials", "search.trials", "Number of trials, those of other processes on the storage included.", int),
+    Flag("--budget", "search.budget", "Seconds after which no trial begins; the bundles come after them.", float),
+    Flag("--images", "search.images", "Validation images that judge a trial.", int),
+    Flag("--quick-attacks", "search.attacks", "Attacks that judge a trial; --attacks judge the bundles."),
+    Flag("--seeds", "search.seeds", "Seeds of every trial, e.g. 0,1,2: their mean counts; by default --seed."),
+    Flag("--bundles", "search.bundles", "At most so many points of the front become bundles.", int),
+    Flag("--storage", "search.storage", "URL of the data base of trials; by default SQLite in the output's folder."),
+    Flag("--study", "search.study", "Name of the search in its storage."),
+    Flag("--address", "search.address", "Ray cluster for the trials: local, auto or HOST:PORT; by default none."),
+    Flag("--workers", "search.workers", "Trials at a time on Ray; each takes --threads CPUs.", int),
+    Flag("--trial-gpus", "search.gpus", "GPUs that each of them needs, on Ray.", float),
+)
 MACHINE = (
     Flag("--seed", "seed", "Seed of everything random.", int),
     Flag("--threads", "threads", "CPU threads.", int),
 )
-LISTS = ("model.mean", "model.std", "benchmark.batches", "quantize.keep_float")
+LISTS = (
+    *("model.mean", "model.std", "benchmark.batches", "quantize.keep_float", "quantize.targets"),
+    *("bits", "search.seeds"),
+)
 """Fields whose flags take several values with commas between."""
 
 

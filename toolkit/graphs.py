@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,21 +17,25 @@ from toolkit.artifacts import OnnxModel, Split, Splits, TorchModel
 from toolkit.attacks.planned import PlannedAttack
 from toolkit.attacks.surrogate import resolve_precision
 from toolkit.config import BenchmarkConfig, HardenConfig, PruneConfig
+from toolkit.data.pixels import PixelStatistics
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.assignment import Assignment, Judge, find_assignment
 from toolkit.evaluators.calibration import CalibrationComparison, compare_calibrations
 from toolkit.evaluators.calibration_choice import CalibrationChoice, choose_calibration
 from toolkit.evaluators.latency import ImageArray, Stopclock
+from toolkit.evaluators.portability import writer_of
 from toolkit.evaluators.widths import Candidates, RoundingChoice, choose_rounding, fingerprint
 from toolkit.exporters.calibration import AdversarialShare
 from toolkit.exporters.end_to_end import EndToEndComparison, compare_end_to_end, export_end_to_end
-from toolkit.exporters.engine import QuantizedModel
+from toolkit.exporters.engine import QuantizedModel, Writer
+from toolkit.exporters.engines import make_writer
 from toolkit.exporters.onnx import export_onnx, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
-from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.session import OnnxPredictor
+from toolkit.exporters.variants import Variant
 from toolkit.models.checkpoint import save_checkpoint
-from toolkit.prepare import PreparedAttack, describe
+from toolkit.prepare import PreparedAttack, describe, warn_of_other_images
+from toolkit.training.qat import LearntRanges, graph_ranges
 from toolkit.watch import Stopwatch
 
 END_TO_END_IMAGES = 100
@@ -52,6 +57,8 @@ class Graphs:
     parity_fp32: Parity
     parity_deployed: Parity
     end_to_end: EndToEndComparison | None
+    variants: Callable[[Path, Variant], None] | None = None
+    """Writes the integer graph that ships in other forms, to be compared."""
 
 
 def write_graphs(
@@ -61,6 +68,8 @@ def write_graphs(
     original: OnnxModel,
     workspace: bundle.Workspace,
     watch: Stopwatch,
+    *,
+    learnt: LearntRanges | None = None,
 ) -> Graphs:
     """Write all ONNX files of a bundle, and measure that they are what they should be.
 
@@ -71,9 +80,14 @@ def write_graphs(
         original: the network that came in.
         workspace: where the bundle grows.
         watch: of the stages.
+        learnt: the ranges of activations that the fine-tuning learnt, if it rounded.
     """
     files, evaluation = workspace.files, prepared.splits.evaluation
-    metadata, provider = describe(model, prepared.plan), config.benchmark.provider
+    trained_on = PixelStatistics.of(prepared.splits.train)
+    metadata = {**describe(model, prepared.plan), **trained_on.as_metadata()}
+    provider = config.benchmark.provider
+    if config.quantize.int8:
+        warn_of_other_images(PixelStatistics.of(prepared.splits.calibration), trained_on)
     save_checkpoint(model, files / bundle.CHECKPOINT, home=workspace.output)
     with watch.stage("export"):
         fp32 = export_onnx(model, files / bundle.FLOAT_TWIN, config.export, metadata=metadata)
@@ -83,7 +97,7 @@ def write_graphs(
     deployed_path = files / bundle.DEPLOYED
     with watch.stage("quantize"):
         if config.quantize.int8:
-            made = _quantize(config, prepared, model, fp32, workspace)
+            made = _quantize(config, prepared, model, fp32, workspace, learnt)
             write_metadata(deployed_path, metadata)
         ships = made is not None and not (made.assignment and not made.assignment.pays and config.allow_float)
         if not ships:
@@ -104,6 +118,7 @@ def write_graphs(
         parity_fp32=parity_fp32,
         parity_deployed=parity_deployed,
         end_to_end=end_to_end,
+        variants=made.variants if made and ships else None,
     )
 
 
@@ -151,41 +166,50 @@ class _Integer:
     calibrations: CalibrationComparison | None
     methods: CalibrationChoice | None
     assignment: Assignment | None
+    variants: Callable[[Path, Variant], None]
 
 
 def _quantize(
-    config: HardenConfig, prepared: PreparedAttack, model: TorchModel, fp32: OnnxModel, workspace: bundle.Workspace
+    config: HardenConfig,
+    prepared: PreparedAttack,
+    model: TorchModel,
+    fp32: OnnxModel,
+    workspace: bundle.Workspace,
+    learnt: LearntRanges | None,
 ) -> _Integer:
     splits, how, plan = prepared.splits, config.quantize, prepared.plan
     path, margin = workspace.files / bundle.DEPLOYED, plan.threat.margin(model.spec.normalization)
     attack = PlannedAttack(model, plan, seed=config.seed, precision=resolve_precision(config.finetune.precision))
     share = AdversarialShare(attack, how.calibrate_adversarial) if how.calibrate_adversarial else None
-    quantizer = Quantizer(fp32, splits.calibration, how, input_margin=margin, adversarial=share)
+    ranges = graph_ranges(model, learnt, fp32.path, splits.calibration) if learnt else {}
+    quantizer = make_writer(
+        fp32, splits.calibration, how, network=model, input_margin=margin, adversarial=share, ranges=ranges
+    )
     provider = config.benchmark.provider
     methods = assignment = None
-    if "auto" in (how.calibrate, how.precision):
+    if how.calibrate == "auto" or how.searches:
         judge = Judge(fp32.path, splits.validation, attack, provider)
         if how.calibrate == "auto":
             with tempfile.TemporaryDirectory(prefix="toolkit-calibration-") as folder:
                 methods = choose_calibration(quantizer, Path(folder), judge)
             quantizer = quantizer.with_calibration(methods.chosen)
-        if how.precision == "auto":
+        if how.searches:
             assignment = _assign(config, prepared, quantizer, judge, fp32, workspace)
     further = assignment.keep_float if assignment else ()
-    made = quantizer.write(path, keep_float=further)
+    made, variants = quantizer.write(path, keep_float=further), writer_of(quantizer, further)
     if not how.calibrate_adversarial:
-        return _Integer(made, None, methods, assignment)
+        return _Integer(made, None, methods, assignment, variants)
     without = how.model_copy(update={"calibrate_adversarial": 0.0, "calibrate": made.calibration})
-    other = Quantizer(fp32, splits.calibration, without, input_margin=margin)
+    other = make_writer(fp32, splits.calibration, without, network=model, input_margin=margin)
     plain = other.write(workspace.scratch("plain.onnx"), keep_float=further)
     compared = compare_calibrations(made, plain, attack, splits.validation, provider=provider)
-    return _Integer(made, compared, methods, assignment)
+    return _Integer(made, compared, methods, assignment, variants)
 
 
 def _assign(
     config: HardenConfig,
     prepared: PreparedAttack,
-    quantizer: Quantizer,
+    quantizer: Writer,
     judge: Judge,
     fp32: OnnxModel,
     workspace: bundle.Workspace,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolkit import bundle
 from toolkit.artifacts import TorchModel
 from toolkit.attacks.ensemble import Pass, compose
+from toolkit.attacks.planned import PlannedAttack
+from toolkit.attacks.surrogate import resolve_precision
 from toolkit.config import HardenConfig, write_settings
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import measure_accuracy
@@ -17,19 +20,33 @@ from toolkit.evaluators.environment import environment_record
 from toolkit.evaluators.evaluation import Conditions
 from toolkit.evaluators.examination import Examination
 from toolkit.evaluators.latency import LatencyRow, benchmark
+from toolkit.evaluators.portability import JudgedImages, Portability, measure_portability
 from toolkit.evaluators.robustness import evaluate_robustness
 from toolkit.evaluators.soundness import Check, alarms, end_to_end_differs
+from toolkit.exporters.admission import refuse_bits
+from toolkit.exporters.engines import check_engine
 from toolkit.exporters.onnx import export_onnx, write_metadata
 from toolkit.exporters.precision import float_weights
 from toolkit.exporters.session import OnnxPredictor
+from toolkit.exporters.target_kinds import chosen_targets
 from toolkit.graphs import Graphs, search_rounding, settled, some_pixels, timed, with_rounding, write_graphs
 from toolkit.lineup import Lineup
 from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack, resolved_data, resolved_threat
 from toolkit.pruning import PruningResult, prune
 from toolkit.reports.build import Evidence, build_report
 from toolkit.reports.markdown import render_markdown
-from toolkit.reports.schema import Report
+from toolkit.reports.schema import Report, TargetFile
+from toolkit.targets import (
+    TargetMaker,
+    attack_target,
+    coverage_by_provider,
+    coverage_record,
+    make_beside,
+    target_record,
+)
+from toolkit.training.distributed import joined, launched
 from toolkit.training.loop import train
+from toolkit.training.qat import Rounding, check_qat
 from toolkit.training.records import TrainingResult
 from toolkit.watch import Stopwatch
 
@@ -50,14 +67,26 @@ class HardenResult:
 
 
 def check_settings(config: HardenConfig) -> None:
-    """Refuse what could not be done in the end: a float model.onnx that nobody allowed, attacks that do not exist."""
+    """Refuse what could not be done in the end: a float graph nobody allowed, attacks or engines that are not there."""
     compose(config.attack.attacks, classes=2, norm=config.threat.norm)
+    refuse_bits(config.quantize)
+    chosen_targets(config.quantize)
+    if config.prune.round_to == "auto" and launched():
+        raise ToolkitError(
+            "--round-to auto measures in one process, whose choice the others of a training do not learn",
+            found="a run of several processes with --round-to auto",
+            fix="name the multiple, say --round-to 8, or start it without torchrun",
+        )
     if not config.quantize.int8 and not config.allow_float:
         raise ToolkitError(
             "model.onnx would be a float graph",
             found="neither --int8 nor --allow-float",
             fix="add --int8 for an integer graph, or --allow-float to ship a float one",
         )
+    if config.quantize.int8:
+        check_engine(config.quantize)
+    if config.finetune.qat:
+        check_qat(config)
 
 
 def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: bool = False) -> HardenResult:
@@ -87,8 +116,8 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
             original = export_onnx(prepared.model, workspace.scratch("original.onnx"), config.export)
             OnnxPredictor(original.path, provider=config.benchmark.provider)
         with watch.stage("finetune"):
-            tuned = _finetune(config, prepared, pruned.model, teacher, workspace, resume=resume)
-        graphs = write_graphs(config, prepared, tuned.model, original, workspace, watch)
+            tuned = _finetune(config, prepared, pruned.model, teacher, workspace.training_checkpoint, resume=resume)
+        graphs = write_graphs(config, prepared, tuned.model, original, workspace, watch, learnt=tuned.learnt)
         config = settled(config, graphs)
         evidence = _gather(config, prepared, pruned, tuned, graphs, workspace, watch, resume=resume)
         evidence = replace(evidence, rounding=rounding)
@@ -97,32 +126,52 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
     return HardenResult(output, report)
 
 
+def assist(config: HardenConfig, *, resume: bool = False) -> None:
+    """Train together with the process that runs `harden`, as one of those that torchrun started; write nothing."""
+    check_settings(config)
+    prepared = prepare_attack(config)
+    teacher = load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
+    config = resolve(config, prepared)
+    _finetune(config, prepared, prune(prepared.model, config.prune).model, teacher, None, resume=resume)
+
+
 def _finetune(
     config: HardenConfig,
     prepared: PreparedAttack,
     model: TorchModel,
     teacher: TorchModel | None,
-    workspace: bundle.Workspace,
+    checkpoint: Path | None,
     *,
     resume: bool,
 ) -> TrainingResult:
     try:
-        return train(
-            model,
-            prepared.splits.train,
-            prepared.splits.validation,
-            config.finetune,
-            prepared.plan,
-            seed=config.seed,
-            label="fine-tuning",
-            checkpoint=workspace.training_checkpoint,
-            resume=resume,
-            teacher=teacher,
-        )
+        with joined() as world:
+            return train(
+                model,
+                prepared.splits.train,
+                prepared.splits.validation,
+                config.finetune,
+                prepared.plan,
+                seed=config.seed,
+                label="fine-tuning",
+                checkpoint=checkpoint,
+                resume=resume,
+                teacher=teacher,
+                rounding=_rounding(config, prepared),
+                world=world,
+            )
     except ToolkitError:
-        if not resume:  # it would only diverge again
-            workspace.training_checkpoint.unlink(missing_ok=True)
+        if not resume and checkpoint is not None:  # it would only diverge again
+            checkpoint.unlink(missing_ok=True)
         raise
+
+
+def _rounding(config: HardenConfig, prepared: PreparedAttack) -> Rounding | None:
+    """What the fine-tuning rounds to: what the integer graph will."""
+    if not config.finetune.qat:
+        return None
+    margin = prepared.plan.threat.margin(prepared.model.spec.normalization)
+    return Rounding(weight_bits=7 if config.quantize.reduce_range else 8, margin=margin)
 
 
 def resolve(config: HardenConfig, prepared: PreparedAttack) -> HardenConfig:
@@ -163,6 +212,11 @@ def _gather(
         examination = lineup.examine(evaluation, conditions, journals=workspace.journals, resume=resume)
     with watch.stage("profile"):
         coverage = integer_coverage(graphs.deployed.path, provider=config.benchmark.provider)
+        coverages = coverage_by_provider(graphs.deployed.path, coverage)
+    with watch.stage("targets"):
+        targets = _targets(config, prepared, tuned.model, graphs)
+    with watch.stage("portability"):
+        portability = _portability(config, prepared, tuned.model, graphs)
     checks = end_to_end_differs(graphs.end_to_end)
     _write_headlines(graphs, examination, coverage, alarms((*examination.checks, *checks)))
     with watch.stage("benchmark"):
@@ -186,6 +240,9 @@ def _gather(
         methods=graphs.methods,
         assignment=graphs.assignment,
         coverage=coverage,
+        coverages=tuple(map(coverage_record, coverages)),
+        targets=targets,
+        portability=portability,
         latency=latency,
         environment=environment_record(prepared.threads),
         timings=watch.seconds,
@@ -212,11 +269,36 @@ def _lineup(config: HardenConfig, prepared: PreparedAttack, model: TorchModel, g
             model,
             prepared.splits.calibration,
             per_channel=config.quantize.per_channel,
+            activation_bits=config.quantize.activation_bits,
+            weight_bits=7 if config.quantize.reduce_range else 8,
             margin=prepared.plan.threat.margin(model.spec.normalization),
             float_weights=float_weights(graphs.fp32.path, graphs.deployed.path),
         )
     changed = config.prune.ratio > 0 or config.finetune.objective != "none"
     return lineup.with_network("original", prepared.model) if changed else lineup
+
+
+def _targets(
+    config: HardenConfig, prepared: PreparedAttack, model: TorchModel, graphs: Graphs
+) -> tuple[TargetFile, ...]:
+    """The files for other runtimes, and what is left of each under the run's PGD."""
+    splits, margin = prepared.splits, prepared.plan.threat.margin(model.spec.normalization)
+    maker = TargetMaker(graphs.fp32, splits.calibration, splits.evaluation, config.quantize, margin)
+    folder, attacked = graphs.deployed.path.parent, splits.evaluation.first(BASELINE_IMAGES)
+    records = []
+    for made in make_beside(maker, chosen_targets(config.quantize), folder, bundle.DEPLOYED):
+        robust = attack_target(folder / made.file, model, attacked, _conditions(config, prepared, model))
+        records.append(target_record(made, robust))
+    return tuple(records)
+
+
+def _portability(config: HardenConfig, prepared: PreparedAttack, model: TorchModel, graphs: Graphs) -> Portability:
+    """What the deployed graph would answer elsewhere; attacked images are made on the float network."""
+    precision = resolve_precision(config.finetune.precision)
+    attack = PlannedAttack(model, prepared.plan, seed=config.seed, precision=precision)
+    images = JudgedImages.of(prepared.splits.evaluation, attack)
+    with tempfile.TemporaryDirectory(prefix="toolkit-elsewhere-") as folder:
+        return measure_portability(graphs.deployed.path, images, Path(folder), graphs.variants)
 
 
 def _latency(config: HardenConfig, prepared: PreparedAttack, graphs: Graphs) -> tuple[LatencyRow, ...]:

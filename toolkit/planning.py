@@ -13,12 +13,14 @@ from toolkit.artifacts import TorchModel
 from toolkit.attacks.ensemble import compose
 from toolkit.attacks.surrogate import Surrogate, resolve_precision
 from toolkit.config import HardenConfig, QuantizeConfig
+from toolkit.evaluators.portability import IMAGES
 from toolkit.evaluators.probes import PROBED_IMAGES, RADII, STEPS
 from toolkit.graphs import with_rounding
 from toolkit.pipeline import BASELINE_IMAGES, check_settings, resolve
 from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack
 from toolkit.pruning import prune
 from toolkit.training.losses import cost_per_image
+from toolkit.training.sites import find_sites
 
 QUERY_COST = 0.3
 """Of a query in gradients."""
@@ -46,6 +48,8 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
     load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
     config = resolve(config, prepared)
     pruned = prune(prepared.model, with_rounding(config.prune, None))
+    if config.finetune.qat:
+        find_sites(pruned.model)
     gradient, forward = (_seconds_per_image(model, config) for model in (prepared.model, pruned.model))
     tuning, evaluated = config.finetune, len(prepared.splits.evaluation)
     images = tuning.epochs * len(prepared.splits.train)
@@ -55,13 +59,15 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
         f"{pruned.parameters_before:,} -> {pruned.parameters_after:,} parameters": SEARCH_S
         if config.prune.round_to == "auto"
         else 1.0,
-        f"fine-tune  {tuning.objective}, {tuning.epochs} epoch(s) of {len(prepared.splits.train):,} images": images
-        * cost_per_image(tuning)
-        * forward,
+        f"fine-tune  {tuning.objective}, {tuning.epochs} epoch(s) of {len(prepared.splits.train):,} images"
+        f"{', quantisation-aware' if tuning.qat else ''}": images * cost_per_image(tuning) * forward,
         f"export     opset {config.export.opset}, parity, end-to-end graph": 5.0,
         f"quantise   {_calibration_text(config.quantize)}": 2.0,
         f"evaluate   PGD-{prepared.plan.steps} on all surrogates, {config.attack.attacks}; {evaluated:,} images": (
             _gradients(config, prepared, evaluated) * forward + baseline * gradient
+        ),
+        f"elsewhere  labels without VNNI, optimisation, under other opsets; {min(IMAGES, evaluated)} images": (
+            5.0 + prepared.plan.steps * min(IMAGES, evaluated) * forward
         ),
         f"benchmark  {config.benchmark.provider}, batches {', '.join(map(str, config.benchmark.batches))}": 15.0,
     }
@@ -84,10 +90,14 @@ def _gradients(config: HardenConfig, prepared: PreparedAttack, images: int) -> f
 
 
 def _calibration_text(config: QuantizeConfig) -> str:
+    further = f"; files for {', '.join(config.targets)}" if config.targets else ""
     if not config.int8:
-        return "not asked for"
+        return f"not asked for{further}"
     attacked = f", {config.calibrate_adversarial:.0%} of the images attacked" if config.calibrate_adversarial else ""
-    return f"int8, {config.calibrate}{attacked}"
+    engine = "" if config.engine == "ort" else f" by {config.engine}"
+    wide = f", activations of {config.activation_bits} bits" if config.activation_bits != 8 else ""
+    narrow = f", linear layers' weights of {config.weight_bits} bits" if config.weight_bits != 8 else ""
+    return f"int8{engine}{wide}{narrow}, {config.calibrate}{attacked}{further}"
 
 
 def _seconds_per_image(model: TorchModel, config: HardenConfig) -> float:

@@ -11,6 +11,7 @@ from toolkit import __version__
 from toolkit.artifacts import ModelSpec, Normalization, Splits, TorchModel
 from toolkit.attacks.threat import PgdPlan, resolve_plan
 from toolkit.config import DataConfig, ModelConfig, ModelRunConfig, ThreatConfig, TrainConfig
+from toolkit.data.pixels import PixelStatistics, differences
 from toolkit.data.sources import DataSource, check_fits, load_source
 from toolkit.data.splits import check_trained_on, make_splits
 from toolkit.errors import ToolkitError
@@ -18,6 +19,7 @@ from toolkit.evaluators.environment import usable_threads
 from toolkit.models.loading import assemble, read_model_file, resolve_path
 from toolkit.paths import public_name
 from toolkit.progress import notice, warn
+from toolkit.training.distributed import processes_here
 from toolkit.training.teacher import check_teacher
 
 
@@ -39,8 +41,13 @@ class PreparedAttack(Prepared):
 
 
 def set_threads(requested: int | None) -> int:
-    """Let torch compute with `requested` CPU threads (None: all allowed), and say how many those are."""
+    """Let torch compute with `requested` CPU threads, and say how many those are.
+
+    None: all allowed, of which the processes of one training on this machine have equal shares.
+    """
     threads = usable_threads(requested)
+    if requested is None:
+        threads = max(1, threads // processes_here())
     torch.set_num_threads(threads)
     return threads
 
@@ -191,6 +198,16 @@ def channel_values(name: str, given: tuple[float, ...], channels: int) -> tuple[
             fix=f"give one value, or one per channel: --{name} {','.join(['0.5'] * channels)}",
         )
     return found
+
+
+def warn_of_other_images(calibration: PixelStatistics, trained_on: PixelStatistics) -> None:
+    """Say in what the calibration images do not look like those that the network was trained on."""
+    found = differences(calibration, trained_on)
+    if found:
+        warn(
+            f"the calibration images do not look like the training images ({'; '.join(found)}): the ranges of the "
+            "activations will not fit; name the data that the network was trained on (--data)"
+        )
 
 
 def describe(model: TorchModel, plan: PgdPlan | None = None) -> dict[str, str]:

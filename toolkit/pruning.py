@@ -14,9 +14,9 @@ import torch_pruning
 from torch import Tensor, nn
 from torch_pruning.dependency import index_mapping
 
-from toolkit.artifacts import TorchModel
+from toolkit.artifacts import Normalized, TorchModel
 from toolkit.config import PruneConfig
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, unknown_name
 from toolkit.progress import notice
 
 History = Sequence[Sequence[Any]]
@@ -47,20 +47,25 @@ class PruningResult:
 
 
 def prune(model: TorchModel, config: PruneConfig) -> PruningResult:
-    """Remove the filters of least l1 norm (Li et al. 2017) with torch-pruning's dependency graph.
+    """Remove the filters that matter least with torch-pruning's dependency graph.
 
-    Every convolution and linear layer but the classifier loses the share `config.ratio` (scope `layer`), or the
-    weakest filters of the whole network go (scope `global`; norms relative to their layer's mean). Widths are rounded
-    to multiples of `config.round_to` (`auto` is resolved before). Layers that torch-pruning cannot follow stay whole,
-    and a notice names them, as long as others can be pruned.
+    Those are the filters of least l1 or l2 norm (Li et al. 2017), or those nearest to the geometric median of their
+    layer (He et al. 2019). Every convolution and linear layer but the classifier loses the share `config.ratio` (scope
+    `layer`), or the weakest filters of the whole network go (scope `global`; importance relative to the layer's mean);
+    layers in `config.ratios`, and those that can only be pruned with them, lose the share given there. Widths are
+    rounded to multiples of `config.round_to` (`auto` is resolved before). Layers that torch-pruning cannot follow stay
+    whole, and a notice names them, as long as others can be pruned.
 
     Raises:
-        ToolkitError: torch-pruning cannot follow the network, or nothing could be removed.
+        ToolkitError: torch-pruning cannot follow the network, nothing could be removed, or a ratio is for no layer.
     """
     copied = model.copy()
     before = _widths(copied.network)
     parameters_before = _parameters(copied.network)
-    if config.ratio == 0:
+    for name in config.ratios:
+        if name not in before:
+            raise unknown_name("layer in prune.ratios", name, before)
+    if config.ratio == 0 and not any(config.ratios.values()):
         same = tuple(LayerWidth(name, width, width) for name, width in before.items())
         return PruningResult(copied, same, parameters_before, parameters_before)
     copied.network.eval()
@@ -79,7 +84,7 @@ def prune(model: TorchModel, config: PruneConfig) -> PruningResult:
             found=f"--prune {config.ratio:g} with --round-to {config.multiple} on {sorted(set(before.values()))}",
             fix="raise --prune or lower --round-to",
         )
-    entry = {"ratio": config.ratio, "scope": config.scope, "round_to": config.multiple, "history": history}
+    entry = {**config.model_dump(mode="json"), "round_to": config.multiple, "history": history}
     spec = replace(model.spec, pruning=(*model.spec.pruning, entry))
     return PruningResult(replace(pruned, spec=spec), layers, parameters_before, _parameters(pruned.network))
 
@@ -177,10 +182,17 @@ def _attempt(model: TorchModel, left_whole: list[nn.Module], config: PruneConfig
 
 
 def _run_pruner(network: nn.Module, example: Tensor, ignored: list[nn.Module], config: PruneConfig) -> list[list[Any]]:
-    widths = {module: _out_channels(module) for module in network.modules() if isinstance(module, Layer)}
+    widths: dict[nn.Module, int] = {
+        module: _out_channels(module) for module in network.modules() if isinstance(module, Layer)
+    }
     wanted: dict[nn.Module, float] = {module: width * (1 - config.ratio) for module, width in widths.items()}
     if config.scope == "global":
-        wanted.update(_global_widths(network, example, ignored, config.ratio))
+        wanted.update(_global_widths(network, example, ignored, config))
+    if config.ratios:
+        names = {module: name for name, module in network.named_modules()}
+        for together in _coupled(network, example, ignored):
+            given = [config.ratios[names[module]] for module in together if names[module] in config.ratios]
+            wanted.update({module: widths[module] * (1 - given[0]) for module in together if given})
     ratios: dict[nn.Module, float] = {}
     for module, width in widths.items():
         kept = rounded_width(width, 1 - wanted[module] / width, config.multiple)
@@ -189,7 +201,7 @@ def _run_pruner(network: nn.Module, example: Tensor, ignored: list[nn.Module], c
     pruner = torch_pruning.pruner.BasePruner(
         network,
         example,
-        _filter_norm(),
+        _importance(config),
         pruning_ratio=config.ratio,
         pruning_ratio_dict=ratios,
         ignored_layers=ignored,
@@ -200,12 +212,50 @@ def _run_pruner(network: nn.Module, example: Tensor, ignored: list[nn.Module], c
     return [[name, bool(out), [int(i) for i in indices]] for name, out, indices in pruner.pruning_history()]
 
 
-def _filter_norm(normalizer: str | None = None) -> Any:
-    return torch_pruning.importance.MagnitudeImportance(p=1, group_reduction="first", normalizer=normalizer)
+def _importance(config: PruneConfig, normalizer: str | None = None) -> Any:
+    kinds = torch_pruning.importance
+    kind = kinds.FPGMImportance if config.importance == "geometric-median" else kinds.MagnitudeImportance
+    return kind(p=1 if config.importance == "l1" else 2, group_reduction="first", normalizer=normalizer)
+
+
+def find_groups(model: TorchModel) -> tuple[tuple[str, ...], ...]:
+    """The layers that are pruned together, by name, group by group in the order of the network.
+
+    Raises:
+        ToolkitError: torch-pruning cannot follow the network.
+    """
+    network = model.copy().network.eval()
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)  # as in `prune`
+    copied = replace(model, module=Normalized(network, model.spec.normalization).eval())
+    names = {module: name for name, module in network.named_modules()}
+    example = torch.zeros(1, *model.spec.input_shape)
+    try:
+        ignored = [find_classifier(copied), *_find_untraceable(copied)]
+        with _tracing(network):
+            groups = _coupled(network, example, ignored)
+    except ToolkitError:
+        raise
+    except Exception as error:  # see prune
+        raise _cannot_follow(network, error) from error
+    place = {name: number for number, name in enumerate(names.values())}
+    named = [tuple(sorted((names[module] for module in together), key=place.__getitem__)) for together in groups]
+    return tuple(sorted(named, key=lambda group: place[group[0]]))
+
+
+def _coupled(network: nn.Module, example: Tensor, ignored: list[nn.Module]) -> list[tuple[Layer, ...]]:
+    """Groups of layers whose filters go together."""
+    graph = torch_pruning.DependencyGraph().build_dependency(network, example)
+    groups = graph.get_all_groups(ignored_layers=ignored, root_module_types=list(Layer.__args__))
+    found = []
+    for group in groups:
+        layers = [item.dep.target.module for item in group if graph.is_out_channel_pruning_fn(item.dep.handler)]
+        found.append(tuple(dict.fromkeys(layer for layer in layers if isinstance(layer, Layer))))
+    return found
 
 
 def _global_widths(
-    network: nn.Module, example: Tensor, ignored: list[nn.Module], ratio: float
+    network: nn.Module, example: Tensor, ignored: list[nn.Module], config: PruneConfig
 ) -> dict[nn.Module, float]:
     """How many filters of each layer are among those that stay, when the filters of all layers are ranked together.
 
@@ -213,13 +263,13 @@ def _global_widths(
     ranking leaves a layer whole if none of its filters is above the threshold; here it keeps its smallest share.
     """
     graph = torch_pruning.DependencyGraph().build_dependency(network, example)
-    importance = _filter_norm("mean")
+    importance = _importance(config, "mean")
     groups = graph.get_all_groups(ignored_layers=ignored, root_module_types=list(Layer.__args__))
     scores = {group[0].dep.target.module: importance(group) for group in groups}
     if not scores:
         return {}
     together = torch.cat(list(scores.values()))
-    threshold = together.sort().values[min(len(together) - 1, round(ratio * len(together)))]
+    threshold = together.sort().values[min(len(together) - 1, round(config.ratio * len(together)))]
     return {
         module: max(float((score >= threshold).sum()), (1 - MAX_GLOBAL_RATIO) * len(score))
         for module, score in scores.items()

@@ -5,48 +5,58 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from toolkit import bundle
-from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, TorchModel
+from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Proportion, Split, Splits, TorchModel
 from toolkit.attacks.threat import ThreatModel, resolve_plan
 from toolkit.config import (
     BenchmarkConfig,
     DataConfig,
     ExportConfig,
     HardenConfig,
+    ModelConfig,
     ModelRunConfig,
     PruneConfig,
     QuantizeConfig,
     TrainRunConfig,
 )
+from toolkit.data.pixels import PixelStatistics, statistics_in
 from toolkit.data.sources import load_source
 from toolkit.data.splits import make_splits
 from toolkit.errors import ToolkitError
+from toolkit.evaluators.accuracy import measure_accuracy
 from toolkit.evaluators.assignment import Judge
 from toolkit.evaluators.calibration_choice import choose_calibration
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
 from toolkit.evaluators.debugger import Explanation, explain
 from toolkit.evaluators.latency import LatencyRow, benchmark
-from toolkit.exporters.engine import QuantizedModel
+from toolkit.evaluators.portability import JudgedImages, Portability, measure_portability, writer_of
+from toolkit.exporters.admission import refuse_bits
+from toolkit.exporters.engine import QuantizedModel, Writer
+from toolkit.exporters.engines import make_writer
 from toolkit.exporters.onnx import export_onnx, read_metadata, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
-from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.session import OnnxPredictor
+from toolkit.exporters.target_kinds import chosen_targets, target_file
 from toolkit.graphs import search_rounding, with_rounding
 from toolkit.models.checkpoint import save_checkpoint
-from toolkit.models.loading import check_outputs
+from toolkit.models.loading import SHIPPED, check_outputs
 from toolkit.models.registry import build_network
-from toolkit.prepare import describe, load_teacher, prepare, set_threads
+from toolkit.prepare import describe, load_teacher, prepare, set_threads, warn_of_other_images
 from toolkit.pruning import PruningResult, prune
+from toolkit.targets import TargetMaker, TargetResult, make_beside
+from toolkit.training.distributed import follows, joined
 from toolkit.training.loop import train
 from toolkit.training.losses import ATTACKED
 from toolkit.training.records import TrainingResult
 
 EXPLAINED_IMAGES = 512
+CHECKPOINTS = (".pt", ".pth")
+"""Suffixes of torch files."""
 
 
 def training_checkpoint(output: Path) -> Path:
@@ -57,21 +67,14 @@ def training_checkpoint(output: Path) -> Path:
 def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: bool) -> TrainingResult:
     """Train a reference network from scratch and write it as a checkpoint.
 
+    Started by torchrun, all processes train it together, and the first one writes.
+
     Raises:
         ToolkitError: bad input, or a training that diverged; `output` is then as it was before.
     """
-    _refuse_existing(output, force=force)
     checkpoint = training_checkpoint(output)
-    if checkpoint.is_file() and not (resume or force):
-        raise ToolkitError(
-            "an interrupted training to this output can be resumed",
-            found=str(checkpoint),
-            fix="continue it with --resume, or discard it with --force",
-        )
-    if resume and not checkpoint.is_file():
-        raise ToolkitError(
-            "there is nothing to resume", found=f"no interrupted training beside {output}", fix="start without --resume"
-        )
+    if not follows():
+        _check_output(output, checkpoint, force=force, resume=resume)
     set_threads(config.threads)
     source = load_source(config.data)
     splits = make_splits(source, config.data, config.seed)
@@ -83,7 +86,7 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
     model = TorchModel(Normalized(network, source.normalization_hint).eval(), spec)
     check_outputs(model, config.arch)
     teacher = load_teacher(config.training, spec, splits)
-    with bundle.disk_errors(output), bundle.folders_above(output):
+    with bundle.disk_errors(output), bundle.folders_above(output), joined() as world:
         try:
             result = train(
                 model,
@@ -95,14 +98,30 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
                 checkpoint=checkpoint,
                 resume=resume,
                 teacher=teacher,
+                world=world,
             )
         except ToolkitError:
-            if not resume:  # it would only diverge again
+            if not resume and world.leads:  # it would only diverge again
                 checkpoint.unlink(missing_ok=True)
             raise
-        _save(result.model, output)
-        checkpoint.unlink(missing_ok=True)
+        if world.leads:
+            _save(result.model, output)
+            checkpoint.unlink(missing_ok=True)
     return result
+
+
+def _check_output(output: Path, checkpoint: Path, *, force: bool, resume: bool) -> None:
+    _refuse_existing(output, force=force)
+    if checkpoint.is_file() and not (resume or force):
+        raise ToolkitError(
+            "an interrupted training to this output can be resumed",
+            found=str(checkpoint),
+            fix="continue it with --resume, or discard it with --force",
+        )
+    if resume and not checkpoint.is_file():
+        raise ToolkitError(
+            "there is nothing to resume", found=f"no interrupted training beside {output}", fix="start without --resume"
+        )
 
 
 def _refuse_existing(output: Path, *, force: bool) -> None:
@@ -144,6 +163,7 @@ def export_file(config: ModelRunConfig, how: ExportConfig, output: Path, *, forc
     with bundle.disk_errors(output), bundle.folders_above(output):
         try:
             metadata = {**describe(prepared.model), "dataset": prepared.source.name.split(":")[0]}
+            metadata |= PixelStatistics.of(prepared.splits.train).as_metadata()
             exported = export_onnx(prepared.model, partial, how, metadata=metadata)
             parity = measure_parity(prepared.model, OnnxPredictor(exported.path), prepared.splits.evaluation)
             check_parity(parity)
@@ -162,6 +182,14 @@ class QuantizedFile:
     parity: Parity
     explanation: Explanation | None
     """Where it was asked for."""
+    accuracy: Mapping[str, Proportion]
+    """Of the float file (`fp32`) and of the integer one (`deployed`) on the evaluation images."""
+    bytes: Mapping[str, int]
+    """The sizes of both files."""
+    targets: tuple[TargetResult, ...]
+    """The files for other runtimes beside it."""
+    portability: Portability | None = None
+    """Where it was asked for; on clean images, for the file alone has no network to attack."""
 
 
 def quantize_file(
@@ -174,9 +202,81 @@ def quantize_file(
     threads: int | None,
     force: bool,
     explained: bool = False,
+    risks: bool = False,
 ) -> QuantizedFile:
-    """Quantise a float ONNX classifier with calibration images of `data`; `explained`: say where accuracy is lost."""
-    _refuse_existing(output, force=force)
+    """Quantise a float ONNX classifier, or the network of a checkpoint, with calibration images of `data`.
+
+    Args:
+        path: an ONNX file; or a checkpoint, whose network is exported first, as `export` does.
+        data: where calibration images come from, and those on which the result is compared.
+        how: to quantise it, and for which other runtimes files are written beside it.
+        output: the file to write.
+        seed: of the choice of images.
+        threads: CPU threads.
+        force: replace an existing file.
+        explained: say where accuracy is lost.
+        risks: say what changes on other machines and under other settings.
+    """
+    refuse_bits(how)
+    kinds = chosen_targets(how)
+    beside = {kind.name: output.with_name(target_file(output.name, kind)) for kind in kinds}
+    for file in (output, *beside.values()):
+        _refuse_existing(file, force=force)
+    partial = output.with_name(f".{output.name}.tmp")
+    with (
+        tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as scratch,
+        bundle.disk_errors(output),
+        bundle.folders_above(output),
+    ):
+        try:
+            network, path, splits = _to_quantise(path, data, Path(scratch, "float.onnx"), seed, threads)
+            reference, metadata = OnnxPredictor(path), read_metadata(path)
+            trained_on = statistics_in(metadata) or PixelStatistics.of(splits.train)
+            warn_of_other_images(PixelStatistics.of(splits.calibration), trained_on)
+            margin = _margin(metadata)
+            quantizer = make_writer(
+                OnnxModel(path, "fp32"), splits.calibration, how, network=network, input_margin=margin
+            )
+            if how.calibrate == "auto":
+                folder = Path(scratch, "calibration")
+                folder.mkdir()
+                methods = choose_calibration(quantizer, folder, Judge(path, splits.validation, None))
+                quantizer = quantizer.with_calibration(methods.chosen)
+            quantized = quantizer.write(partial)
+            explanation = None
+            if explained:
+                shown = splits.validation.first(EXPLAINED_IMAGES)
+                explanation = explain(quantizer, path, partial, shown, Judge(path, shown, None))
+            write_metadata(partial, metadata)
+            coverage = integer_coverage(partial)
+            files = {"fp32": path, "deployed": partial}
+            sizes = {name: file.stat().st_size for name, file in files.items()}
+            predictors = {name: OnnxPredictor(file) for name, file in files.items()}
+            parity = measure_parity(reference, predictors["deployed"], splits.evaluation)
+            accuracy = {name: measure_accuracy(predictor, splits.evaluation) for name, predictor in predictors.items()}
+            portability = _risks(partial, quantizer, splits.evaluation) if risks else None
+            maker = TargetMaker(OnnxModel(path, "fp32"), splits.calibration, splits.evaluation, how, margin)
+            targets = make_beside(maker, kinds, output.parent, partial.name)
+            for made in targets:
+                partial.with_name(made.file).replace(beside[made.kind.name])
+            partial.replace(output)
+        finally:
+            for file in (partial, *(partial.with_name(target_file(partial.name, kind)) for kind in kinds)):
+                file.unlink(missing_ok=True)
+    targets = tuple(replace(made, file=beside[made.kind.name].name) for made in targets)
+    return QuantizedFile(quantized, coverage, parity, explanation, accuracy, sizes, targets, portability)
+
+
+def _to_quantise(
+    path: Path, data: DataConfig, exported: Path, seed: int, threads: int | None
+) -> tuple[TorchModel | None, Path, Splits]:
+    """The network, if `path` is a checkpoint, its float graph (written to `exported` then), and images."""
+    if path.suffix in CHECKPOINTS or str(path).startswith(SHIPPED):
+        prepared = prepare(ModelRunConfig(model=ModelConfig(path=path), data=data, seed=seed, threads=threads))
+        metadata = {**describe(prepared.model), "dataset": prepared.source.name.split(":")[0]}
+        metadata |= PixelStatistics.of(prepared.splits.train).as_metadata()
+        export_onnx(prepared.model, exported, ExportConfig(), metadata=metadata)
+        return prepared.model, exported, prepared.splits
     set_threads(threads)
     reference = OnnxPredictor(path)
     if data.source is None:
@@ -189,28 +289,12 @@ def quantize_file(
             found=f"{path} takes {list(reference.input_shape)}, {source.name} has {list(source.train.shape)}",
             fix="name the data set that the network was trained on with --data (and --size)",
         )
-    splits = make_splits(source, data, seed)
-    partial = output.with_name(f".{output.name}.tmp")
-    with bundle.disk_errors(output), bundle.folders_above(output):
-        try:
-            margin = _margin(read_metadata(path))
-            quantizer = Quantizer(OnnxModel(path, "fp32"), splits.calibration, how, input_margin=margin)
-            if how.calibrate == "auto":
-                with tempfile.TemporaryDirectory(prefix="toolkit-calibration-") as folder:
-                    methods = choose_calibration(quantizer, Path(folder), Judge(path, splits.validation, None))
-                quantizer = quantizer.with_calibration(methods.chosen)
-            quantized = quantizer.write(partial)
-            explanation = None
-            if explained:
-                shown = splits.validation.first(EXPLAINED_IMAGES)
-                explanation = explain(quantizer, path, partial, shown, Judge(path, shown, None))
-            write_metadata(partial, read_metadata(path))
-            coverage = integer_coverage(partial)
-            parity = measure_parity(reference, OnnxPredictor(partial), splits.evaluation)
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
-    return QuantizedFile(quantized, coverage, parity, explanation)
+    return None, path, make_splits(source, data, seed)
+
+
+def _risks(path: Path, quantizer: Writer, evaluation: Split) -> Portability:
+    with tempfile.TemporaryDirectory(prefix="toolkit-elsewhere-") as folder:
+        return measure_portability(path, JudgedImages.of(evaluation), Path(folder), writer_of(quantizer))
 
 
 def _margin(metadata: Mapping[str, str]) -> float:

@@ -112,6 +112,15 @@ def test_the_verdict_on_speed(rows: tuple[Any, ...], words: str) -> None:
     assert words in said and said.startswith("99.5% of the multiply-accumulates")
 
 
+def test_the_verdict_on_16_bit_activations_says_that_they_run_in_float() -> None:
+    coverage: Any = SimpleNamespace(share=0.0)
+    said = verdict(True, coverage, (row(1.1, 1.2),), activation_bits=16)
+    assert said.startswith(
+        "0.0% of the multiply-accumulates run in integers (ONNX Runtime has no kernel that multiplies"
+    )
+    assert "int16 does NOT pay here" in said and "int8" not in said
+
+
 def test_a_difference_within_the_noise_is_no_verdict() -> None:
     coverage: Any = SimpleNamespace(share=1.0)
     said = verdict(True, coverage, (row(0.9, 1.1),))

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from toolkit.artifacts import TorchModel
 from toolkit.errors import ToolkitError
-from toolkit.evaluators.kernels import INTEGER_KERNELS, Kernel, match, measure
+from toolkit.evaluators.kernels import Kernel, match, measure
 from toolkit.exporters.onnx import load_onnx
 from toolkit.exporters.session import Provider
 
@@ -134,7 +134,7 @@ def integer_coverage(path: Path, *, provider: Provider = "cpu", threads: int | N
 def _row(layer: Kernel, kernel: Kernel | None) -> LayerKernel:
     if kernel is None:
         return LayerKernel(layer.name, "(none)", "", layer.macs, False)
-    return LayerKernel(layer.name, kernel.operator, kernel.domain, layer.macs, kernel.operator in INTEGER_KERNELS)
+    return LayerKernel(layer.name, kernel.operator, kernel.domain, layer.macs, kernel.integer)
 
 
 def _islands(running: list[Kernel], total_time: float) -> tuple[FloatIsland, ...]:

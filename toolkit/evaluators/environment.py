@@ -44,6 +44,8 @@ LIBRARIES = (
     "onnxscript",
     *RUNTIMES,
     "onnxruntime-extensions",
+    "neural-compressor",
+    "torchao",
     "pillow",
 )
 UNLIMITED_V1 = 2**60

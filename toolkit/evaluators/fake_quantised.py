@@ -7,7 +7,7 @@ rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -55,8 +55,8 @@ def fake_quantise(
     model: TorchModel,
     calibration: Split,
     *,
-    weight_bits: int = 8,
-    activation_bits: int = 8,
+    weight_bits: int | None = 8,
+    activation_bits: int | None = 8,
     per_channel: bool = True,
     margin: float = 0.0,
     float_weights: Collection[str] = (),
@@ -71,8 +71,8 @@ def fake_quantise(
     Args:
         model: a float network, pruned and tuned as it may be.
         calibration: images that set the activations' ranges, streamed.
-        weight_bits: 1 to 16; symmetric, see `quantise_weights`.
-        activation_bits: 1 to 16; asymmetric, see `activation_grid`.
+        weight_bits: 1 to 16; symmetric, see `quantise_weights`. None: they stay float.
+        activation_bits: 1 to 16; asymmetric, see `activation_grid`. None: they stay float.
         per_channel: weights have a scale per output channel.
         margin: pixels by which attacked images may leave [0, 1]; the images come a second time stretched over it.
         float_weights: names of weights, as `state_dict` of the module with its normalisation has them; their layers
@@ -94,22 +94,33 @@ def fake_quantise(
             fix="give a network whose layers are modules: nn.Conv2d, nn.Linear",
         )
     layers = {name: module for name, module in layers.items() if name not in kept}
-    sites = _find_sites(copied, layers)
-    ranges = _observe(copied, sites, CalibrationReader(calibration, "image", margin=margin))
-    for name, layer in layers.items():
-        _round_weights(layer, weight_bits, per_channel)
-        if sites.get(name) == "pixels":
-            _hook(layer, _QuantiseInput(pixel_grid(model.spec.normalization, margin, activation_bits)))
-        elif name in ranges:
-            _hook(layer, _QuantiseInput(activation_grid(*ranges[name], activation_bits)))
-    for name, site in sites.items():
-        if site == "output":
-            network.set_submodule(name, QuantisedReLU(activation_grid(0.0, ranges[name][1], activation_bits)))
+    if activation_bits is not None:
+        reader = CalibrationReader(calibration, "image", margin=margin)
+        _round_activations(copied, layers, reader, margin, activation_bits)
+    if weight_bits is not None:
+        for layer in layers.values():
+            _round_weights(layer, weight_bits, per_channel)
     return copied
 
 
-def _check_bits(name: str, bits: int) -> None:
-    if not 1 <= bits <= MAX_BITS:
+def _round_activations(
+    model: TorchModel, layers: Mapping[str, nn.Module], reader: CalibrationReader, margin: float, bits: int
+) -> None:
+    """Round, in place, what the layers read."""
+    sites = _find_sites(model, layers)
+    ranges = _observe(model, sites, reader)
+    for name, layer in layers.items():
+        if sites.get(name) == "pixels":
+            _hook(layer, _QuantiseInput(pixel_grid(model.spec.normalization, margin, bits)))
+        elif name in ranges:
+            _hook(layer, _QuantiseInput(activation_grid(*ranges[name], bits)))
+    for name, site in sites.items():
+        if site == "output":
+            model.network.set_submodule(name, QuantisedReLU(activation_grid(0.0, ranges[name][1], bits)))
+
+
+def _check_bits(name: str, bits: int | None) -> None:
+    if bits is not None and not 1 <= bits <= MAX_BITS:
         raise ToolkitError(
             f"{name} cannot be quantised to so many bits", found=f"{bits} bits", fix=f"choose 1 to {MAX_BITS} bits"
         )

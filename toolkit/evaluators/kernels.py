@@ -23,12 +23,15 @@ CONVOLUTIONS = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvInteger": 1,
 TRANSPOSED = {"ConvTranspose": 1}
 PRODUCTS = {
     "Gemm": 1, "FusedGemm": 1, "MatMul": 1, "FusedMatMul": 1, "MatMulInteger": 1, "MatMulIntegerToFloat": 1,
-    "DynamicQuantizeMatMul": 1, "QLinearMatMul": 3, "QGemm": 3,
+    "DynamicQuantizeMatMul": 1, "QLinearMatMul": 3, "QGemm": 3, "MatMulNBits": 1,
 }  # fmt: skip
 INTEGER_KERNELS = frozenset(
     {"QLinearConv", "ConvInteger", "QLinearMatMul", "QGemm", "MatMulInteger", "MatMulIntegerToFloat",
      "DynamicQuantizeMatMul"}
 )  # fmt: skip
+ROUNDS_INPUT = 4
+"""`accuracy_level` of a MatMulNBits that rounds what it reads to int8 and multiplies integers; below, it multiplies
+floats by unpacked weights."""
 BYTES = {"uint8", "int8"}
 FLOATS = {"float", "float16", "double", "bfloat16"}
 PADDING = 16
@@ -136,7 +139,7 @@ def _kernels(model: ModelProto, events: Iterable[Mapping[str, Any]], runs: int) 
         read = [_typed(entry) for entry in arguments["input_type_shape"]]
         written = [_typed(entry) for entry in arguments["output_type_shape"]]
         work, count = _work(node, read, written, weights)
-        integer = node.op_type in INTEGER_KERNELS or node.op_type.startswith("QLinear")
+        integer = node.op_type.startswith("QLinear") or multiplies_integers(node)
         kinds = {read[0][0] if read else "", written[0][0] if written else ""}
         found.append(
             Kernel(
@@ -152,6 +155,13 @@ def _kernels(model: ModelProto, events: Iterable[Mapping[str, Any]], runs: int) 
             )
         )
     return found
+
+
+def multiplies_integers(node: NodeProto) -> bool:
+    """Whether the kernel of a layer multiplies and accumulates integers."""
+    if node.op_type == "MatMulNBits":
+        return any(entry.name == "accuracy_level" and entry.i == ROUNDS_INPUT for entry in node.attribute)
+    return node.op_type in INTEGER_KERNELS
 
 
 def _typed(entry: Mapping[str, list[int]]) -> tuple[str, Shape]:

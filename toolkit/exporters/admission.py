@@ -12,6 +12,41 @@ from toolkit.artifacts import Split
 from toolkit.config import QuantizeConfig
 from toolkit.errors import ToolkitError
 from toolkit.exporters.calibration import AdversarialShare
+from toolkit.exporters.precision import COMPUTE
+
+ACTIVATION_BITS, WEIGHT_BITS = (8, 16), (4, 8)
+COARSE_METHODS = ("entropy", "mse")
+"""Calibration methods that clip values away so that 256 levels serve the rest."""
+
+
+def refuse_bits(config: QuantizeConfig) -> None:
+    """Only precisions that ONNX Runtime runs are written; the others can be simulated."""
+    sides = (
+        ("--activation-bits", config.activation_bits, ACTIVATION_BITS),
+        ("--weight-bits", config.weight_bits, WEIGHT_BITS),
+    )
+    for flag, bits, possible in sides:
+        if bits not in possible:
+            other = "activations" if flag == "--weight-bits" else "weights"
+            pair = f"{bits}/8" if other == "activations" else f"8/{bits}"
+            raise ToolkitError(
+                f"{flag} names a precision that ONNX Runtime has no graph for",
+                found=f"{bits} bits",
+                fix=f"choose {' or '.join(map(str, possible))}; other precisions can be simulated, in torch: "
+                f"`toolkit simulate MODEL --bits {pair}`",
+            )
+    if config.activation_bits == 16 and config.reduce_range:
+        raise ToolkitError(
+            "--reduce-range saves sums of integers from overflowing",
+            found="--activation-bits 16, with which ONNX Runtime computes in float",
+            fix="leave one of the two flags away",
+        )
+    if config.activation_bits == 16 and config.calibrate in COARSE_METHODS:
+        raise ToolkitError(
+            f"--calibrate {config.calibrate} looks for the range that suits 256 levels",
+            found="--activation-bits 16, which has 65,536",
+            fix="use --calibrate minmax, moving-average or percentile",
+        )
 
 
 def refuse_missing_attack(config: QuantizeConfig, adversarial: AdversarialShare | None, path: Path) -> None:
@@ -67,3 +102,19 @@ def refuse_bad_weights(model: ModelProto, path: Path) -> None:
                 "are NaN or infinite",
                 fix="the training diverged: train again with a lower --learning-rate, or take an earlier checkpoint",
             )
+
+
+def zero_filters(model: ModelProto) -> dict[str, int]:
+    """By layer: output channels whose weights are all 0; those without any are left out."""
+    constants = {item.name: item for item in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type in COMPUTE and node.input[1] in constants:
+            weights = numpy_helper.to_array(constants[node.input[1]])
+            turned = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+            axis = 0 if node.op_type == "Conv" or turned else weights.ndim - 1
+            others = tuple(other for other in range(weights.ndim) if other != axis)
+            count = int((~weights.any(axis=others)).sum())
+            if count:
+                found[node.name] = count
+    return found

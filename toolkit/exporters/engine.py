@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -16,6 +16,7 @@ from toolkit.exporters.calibration import CalibrationReader
 from toolkit.exporters.input_range import input_range
 from toolkit.exporters.onnx import save_onnx
 from toolkit.exporters.precision import COMPUTE, LayerPrecision, layer_precision, named_layers, precision_faults
+from toolkit.exporters.variants import Variant
 
 EngineName = Literal["onnxruntime", "neural-compressor"]
 
@@ -34,6 +35,21 @@ class QuantizedModel:
     adversarial_images: int = 0
     """Of the calibration images, those that came attacked."""
     engine: EngineName = "onnxruntime"
+    learnt_ranges: int = 0
+    """Tensors whose ranges a training learnt; calibration set those of the others."""
+    activation_bits: int = 8
+    constant_channels: Mapping[str, int] = field(default_factory=dict)
+    """By layer: channels of what it reads that are constant on the calibration images."""
+
+    @property
+    def weights(self) -> str:
+        """The weights' precision in words."""
+        granularity = "per channel" if self.per_channel else "per tensor"
+        eight = f"int8 symmetric {granularity}"
+        found = {layer.precision for layer in self.layers} - {"float32"}
+        if found == {"int4"}:
+            return "int4 symmetric per channel"
+        return f"{eight}; of linear layers int4 symmetric per channel" if "int4" in found else eight
 
 
 class Writer(Protocol):
@@ -56,6 +72,9 @@ class Writer(Protocol):
 
     def write(self, output: Path, *, keep_float: Collection[str] = ()) -> QuantizedModel:
         """Write the integer graph, with further layers left float."""
+
+    def write_variant(self, output: Path, variant: Variant, *, keep_float: Collection[str] = ()) -> None:
+        """Write it as other machines or runtimes want it, to be compared."""
 
 
 def float_layers(model: ModelProto, patterns: Collection[str], path: Path) -> tuple[str, ...]:
@@ -83,6 +102,8 @@ def save_integer_graph(
     reader: CalibrationReader,
     per_channel: bool,
     kept: Collection[str],
+    four_bit: Collection[str] = (),
+    activation_bits: int = 8,
 ) -> QuantizedModel:
     """Write a finished graph in QDQ form, once it is seen to be what was asked for.
 
@@ -92,8 +113,16 @@ def save_integer_graph(
         engine: which made it; calibration: by which method; reader: of which images.
         per_channel: the granularity of weight scales that was asked for.
         kept: the layers that must be float; all others must have integer weights.
+        four_bit: the layers whose weights must be int4.
+        activation_bits: 8 or 16.
     """
-    faults = precision_faults(quantised, per_channel=per_channel, kept=kept)
+    faults = precision_faults(
+        quantised,
+        per_channel=per_channel,
+        kept=kept,
+        four_bit=four_bit,
+        activations="uint8" if activation_bits == 8 else "uint16",
+    )
     if faults:
         raise RuntimeError(f"{engine} made another graph than was asked for: {'; '.join(faults)}")
     save_onnx(quantised, output)
@@ -106,4 +135,5 @@ def save_integer_graph(
         input_range(output),
         reader.adversarial_images,
         engine,
+        activation_bits=activation_bits,
     )

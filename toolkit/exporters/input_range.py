@@ -19,6 +19,8 @@ from toolkit.exporters.onnx import load_onnx
 
 LEVELS = 255
 """The largest value of uint8."""
+SIGNED_LEVELS = 127
+"""The largest value of int8."""
 LOSS = 1.35
 """A folded quantiser may be coarser than the finest one by this factor; beyond it the normalisation stays float."""
 
@@ -103,6 +105,12 @@ def covering_grid(low: float, high: float, levels: int = LEVELS) -> InputGrid:
         for zero_point in {int(np.floor(nearest)), int(np.ceil(nearest))}
     )
     return InputGrid(np.array([step]), zero_point)
+
+
+def symmetric_grid(low: float, high: float) -> InputGrid:
+    """The finest int8 grid with zero point 0, whose levels are -127 to 127, that represents all of [low, high]."""
+    reach = max(-low, high, 0.0)
+    return InputGrid(np.array([reach / SIGNED_LEVELS if reach else 1.0]), 0)
 
 
 def folding_grid(mean: Float64Array, margin: float) -> tuple[InputGrid, int] | None:

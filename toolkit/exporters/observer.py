@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Observed:
     """Values in each of `BINS` equal parts of [low, high], zeros left out; None: not asked for."""
     zeros: int = 0
     """Values that are exactly 0, which every grid represents."""
+    constant_channels: int = 0
+    """Channels with one value throughout."""
 
     @property
     def centres(self) -> npt.NDArray[np.float64]:
@@ -72,6 +74,15 @@ def observe(
         if histograms:
             return _with_counts(found, _run(session, names, reader))
     return found
+
+
+def no_finite_numbers(name: str) -> ToolkitError:
+    """The error for a tensor that overflows."""
+    return ToolkitError(
+        "the network's activations are no finite numbers",
+        found=f"at '{name}' on the calibration images",
+        fix="the training diverged: train again with a lower --learning-rate, or take an earlier checkpoint",
+    )
 
 
 def activation_bytes(model: ModelProto, tensors: Iterable[str]) -> int:
@@ -115,25 +126,35 @@ class _Ends:
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[float, float, float, float, int]] = {}
+        self._channels: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(self, batch: Mapping[str, Tensor]) -> None:
         for name, values in batch.items():
-            low, high = (float(end) for end in values.aminmax())
+            lows, highs = _ends_of_channels(values)
+            low, high = float(lows.amin()), float(highs.amax())
             if not (np.isfinite(low) and np.isfinite(high)):
-                raise ToolkitError(
-                    "the network's activations are no finite numbers",
-                    found=f"at '{name}' on the calibration images",
-                    fix="the training diverged: train again with a lower --learning-rate, or take an earlier "
-                    "checkpoint",
-                )
-            least, largest, lows, highs, count = self._found.get(name, (low, high, 0.0, 0.0, 0))
-            self._found[name] = (min(least, low), max(largest, high), lows + low, highs + high, count + 1)
+                raise no_finite_numbers(name)
+            least, largest, sum_low, sum_high, count = self._found.get(name, (low, high, 0.0, 0.0, 0))
+            self._found[name] = (min(least, low), max(largest, high), sum_low + low, sum_high + high, count + 1)
+            before = self._channels.get(name, (lows, highs))
+            self._channels[name] = torch.minimum(before[0], lows), torch.maximum(before[1], highs)
 
     def result(self) -> dict[str, Observed]:
         return {
-            name: Observed(low, high, lows / count, highs / count, None)
+            name: Observed(low, high, lows / count, highs / count, None, 0, self._constant(name))
             for name, (low, high, lows, highs, count) in self._found.items()
         }
+
+    def _constant(self, name: str) -> int:
+        lows, highs = self._channels[name]
+        return int((lows == highs).sum())
+
+
+def _ends_of_channels(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest value of every channel: of the second axis, or of the last of three (tokens)."""
+    axis = values.ndim - 1 if values.ndim == 3 else min(1, values.ndim - 1)
+    others = [other for other in range(values.ndim) if other != axis]
+    return (values.amin(others), values.amax(others)) if others else (values, values)
 
 
 def _with_counts(ends: Mapping[str, Observed], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Observed]:
@@ -146,7 +167,4 @@ def _with_counts(ends: Mapping[str, Observed], batches: Iterable[Mapping[str, Te
             zeros[name] += values.numel() - present.numel()
             if high > low and present.numel():
                 counts[name] += torch.histc(present, BINS, low, high).to(torch.int64).numpy()
-    return {
-        name: Observed(one.low, one.high, one.mean_low, one.mean_high, counts[name], zeros[name])
-        for name, one in ends.items()
-    }
+    return {name: replace(one, counts=counts[name], zeros=zeros[name]) for name, one in ends.items()}

@@ -46,16 +46,29 @@ def export_onnx(
         ToolkitError: the exporter cannot handle the network, or its batch size would be fixed.
     """
     copy = model.copy().module.cpu().float().eval()
-    example = torch.linspace(0, 1, EXAMPLE_BATCH * _numel(model.spec.input_shape))
-    program = _trace(copy, example.view(EXAMPLE_BATCH, *model.spec.input_shape))
-    exported = _convert(program, config.opset)
-    _check_batch(exported)
-    finished = rewrite(exported)
-    strip_metadata(finished)
+    finished = convert_module(copy, model.spec.input_shape, config.opset)
     finished.producer_name, finished.producer_version = "onnx-hardening-toolkit", toolkit.__version__
     onnx.helper.set_model_props(finished, dict(metadata or {}))
     save_onnx(finished, path)
     return OnnxModel(path, "fp32")
+
+
+def example_images(shape: tuple[int, int, int]) -> torch.Tensor:
+    """The pixels that a network is traced on, float32 [2, C, H, W]."""
+    return torch.linspace(0, 1, EXAMPLE_BATCH * _numel(shape)).view(EXAMPLE_BATCH, *shape)
+
+
+def convert_module(module: torch.nn.Module, shape: tuple[int, int, int], opset: int) -> ModelProto:
+    """The graph of a module on the CPU that takes pixels of `shape` (C, H, W), with what exporters leave behind gone.
+
+    Raises:
+        ToolkitError: the exporter cannot handle the module, or its batch size would be fixed.
+    """
+    exported = _convert(_trace(module, example_images(shape)), opset)
+    _check_batch(exported)
+    finished = rewrite(exported)
+    strip_metadata(finished)
+    return finished
 
 
 def save_onnx(model: ModelProto, path: Path) -> None:
@@ -111,7 +124,7 @@ def _numel(shape: tuple[int, int, int]) -> int:
 def _trace(module: torch.nn.Module, example: torch.Tensor) -> torch.export.ExportedProgram:
     batch = torch.export.Dim(BATCH)
     try:
-        with _silence(), torch.no_grad():
+        with silence(), torch.no_grad():
             return torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
     except Exception as error:
         # torch.export lets through whatever the network's own code raises.
@@ -120,7 +133,7 @@ def _trace(module: torch.nn.Module, example: torch.Tensor) -> torch.export.Expor
 
 def _convert(program: torch.export.ExportedProgram, opset: int) -> ModelProto:
     try:
-        with _silence(), torch.no_grad():
+        with silence(), torch.no_grad():
             converted: Any = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -138,7 +151,7 @@ def _convert(program: torch.export.ExportedProgram, opset: int) -> ModelProto:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """The exporter prints, logs and warns; what matters of it is in our errors."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from toolkit.errors import unknown_name
 from toolkit.exporters.onnx import load_onnx
@@ -24,16 +24,25 @@ class LayerPrecision:
 
     name: str
     operator: str
-    precision: Literal["int8", "float32"]
+    precision: Literal["int8", "int4", "float32"]
+    """Of the weights; `int8`: with quantised activations, of 8 bits or 16. `int4`: the kernel rounds activations."""
 
 
 def layer_precision(model: ModelProto) -> tuple[LayerPrecision, ...]:
-    """Every Conv, Gemm and MatMul of a QDQ graph: int8 where both factors come out of a DequantizeLinear."""
-    dequantised = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    """Every Conv, Gemm and MatMul of a QDQ graph: int8 where both factors come out of a DequantizeLinear.
+
+    int4 where the weights alone do, and are int4.
+    """
+    dequantised = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    four = {item.name for item in model.graph.initializer if item.data_type == TensorProto.INT4}
+
+    def precision(node: NodeProto) -> Literal["int8", "int4", "float32"]:
+        if dequantised.get(node.input[1]) in four:
+            return "int4"
+        return "int8" if set(node.input[:2]) <= set(dequantised) else "float32"
+
     return tuple(
-        LayerPrecision(node.name, node.op_type, "int8" if set(node.input[:2]) <= dequantised else "float32")
-        for node in model.graph.node
-        if node.op_type in COMPUTE
+        LayerPrecision(node.name, node.op_type, precision(node)) for node in model.graph.node if node.op_type in COMPUTE
     )
 
 
@@ -100,17 +109,25 @@ def _nearest(nodes: Iterable[NodeProto], *, backwards: bool = False) -> dict[str
     return found
 
 
-def precision_faults(model: ModelProto, *, per_channel: bool = True, kept: Collection[str] = ()) -> tuple[str, ...]:
-    """What in a QDQ graph is not int8 symmetric weights (per output channel) and uint8 activations; empty: nothing.
+def precision_faults(
+    model: ModelProto,
+    *,
+    per_channel: bool = True,
+    kept: Collection[str] = (),
+    four_bit: Collection[str] = (),
+    activations: Literal["uint8", "uint16"] = "uint8",
+) -> tuple[str, ...]:
+    """What in a QDQ graph is not int8 symmetric weights (per output channel) and unsigned activations; empty: nothing.
 
-    Of the layers `kept` it is a fault to have integer weights.
+    Of the layers `kept` it is a fault to have integer weights, of those `four_bit` to have others than int4, symmetric
+    and per output channel.
     """
     constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     producers = {name: node for node in model.graph.node for name in node.output}
     faults = []
     for node in model.graph.node:
-        if node.op_type == "QuantizeLinear" and len(node.input) > 2 and constants[node.input[2]].dtype != np.uint8:
-            faults.append(f"{node.name}: activations are {constants[node.input[2]].dtype}, not uint8")
+        if node.op_type == "QuantizeLinear" and len(node.input) > 2 and constants[node.input[2]].dtype != activations:
+            faults.append(f"{node.name}: activations are {constants[node.input[2]].dtype}, not {activations}")
         if node.op_type not in COMPUTE:
             continue
         source = producers.get(node.input[1])
@@ -121,17 +138,20 @@ def precision_faults(model: ModelProto, *, per_channel: bool = True, kept: Colle
         if source is None or source.op_type != "DequantizeLinear":
             faults.append(f"{node.name}: its weights are float")
         elif source.input[0] in constants:
-            faults.extend(f"{node.name}: {fault}" for fault in _weight_faults(source, constants, per_channel))
+            wanted, granular = ("int4", True) if node.name in four_bit else ("int8", per_channel)
+            faults.extend(f"{node.name}: {fault}" for fault in _weight_faults(source, constants, granular, wanted))
     return tuple(faults)
 
 
-def _weight_faults(dequantise: NodeProto, constants: dict[str, Any], per_channel: bool) -> list[str]:
+def _weight_faults(
+    dequantise: NodeProto, constants: dict[str, Any], per_channel: bool, wanted: str = "int8"
+) -> list[str]:
     weights, scale = constants[dequantise.input[0]], constants[dequantise.input[1]]
     zero_point = constants[dequantise.input[2]] if len(dequantise.input) > 2 else np.zeros(1, weights.dtype)
     axis = next((attribute.i for attribute in dequantise.attribute if attribute.name == "axis"), 1)
     faults = []
-    if weights.dtype != np.int8:
-        faults.append(f"weights are {weights.dtype}, not int8")
+    if weights.dtype != wanted:
+        faults.append(f"weights are {weights.dtype}, not {wanted}")
     if np.any(zero_point != 0):
         faults.append("weights are asymmetric")
     if per_channel and scale.size != weights.shape[axis]:

@@ -88,11 +88,17 @@ def _open(path: Path, options: Any, providers: list[str]) -> Any:
         raise ToolkitError("ONNX Runtime cannot load the file", found=f"{path}: {reason}", fix=fix) from error
 
 
-def _require_cuda() -> None:
+def why_no_cuda() -> str | None:
+    """What keeps ONNX Runtime off a GPU here; None: nothing that is known before a session is made."""
     if PROVIDER_NAMES["cuda"] not in onnxruntime.get_available_providers():
-        raise _no_provider("cuda", "this build of onnxruntime has no CUDA provider")
-    if not torch.cuda.is_available():
-        raise _no_provider("cuda", "torch finds no NVIDIA GPU or no driver")
+        return "this build of onnxruntime has no CUDA provider"
+    return None if torch.cuda.is_available() else "torch finds no NVIDIA GPU or no driver"
+
+
+def _require_cuda() -> None:
+    reason = why_no_cuda()
+    if reason is not None:
+        raise _no_provider("cuda", reason)
     if hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # torch's wheels bring the CUDA and cuDNN libraries
 

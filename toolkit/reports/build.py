@@ -16,6 +16,7 @@ from toolkit.evaluators.calibration_choice import CalibrationChoice
 from toolkit.evaluators.cost import IntegerCoverage
 from toolkit.evaluators.examination import Examination
 from toolkit.evaluators.latency import LatencyRow
+from toolkit.evaluators.portability import Portability
 from toolkit.evaluators.soundness import Check
 from toolkit.evaluators.timing import Interval
 from toolkit.evaluators.widths import RoundingChoice
@@ -26,6 +27,7 @@ from toolkit.paths import public_name
 from toolkit.pruning import PruningResult
 from toolkit.reports import schema
 from toolkit.reports.evidence import robust_accuracy, robustness_parts
+from toolkit.reports.portability import portability_record
 from toolkit.reports.schema import Change, Report, Share
 from toolkit.training.records import TrainingResult
 
@@ -55,6 +57,10 @@ class Evidence:
     methods: CalibrationChoice | None
     assignment: Assignment | None
     coverage: IntegerCoverage
+    coverages: tuple[schema.ProviderCoverage, ...]
+    """Of model.onnx, by provider."""
+    targets: tuple[schema.TargetFile, ...]
+    portability: Portability
     latency: tuple[LatencyRow, ...]
     environment: Mapping[str, Any]
     timings: Mapping[str, float]
@@ -87,6 +93,7 @@ def build_report(config: HardenConfig, evidence: Evidence) -> Report:
             ],
             best_epoch=tuned.best_epoch,
             precision=tuned.precision,
+            qat=tuned.learnt is not None,
         ),
         baseline=schema.Baseline(
             accuracy=Share.of(evidence.baseline_accuracy), robust_accuracy=Share.of(evidence.baseline_robust)
@@ -97,6 +104,7 @@ def build_report(config: HardenConfig, evidence: Evidence) -> Report:
         parity=_parity(evidence),
         end_to_end=_end_to_end(evidence.end_to_end),
         quantization=_quantization(config, evidence),
+        targets=list(evidence.targets),
         latency=[schema.Latency(**row.as_dict()) for row in evidence.latency],
         gates=_gates(config.gates, worst["deployed"], clean["deployed"], evidence.coverage.share),
         environment=dict(evidence.environment),
@@ -129,6 +137,8 @@ def _model(config: HardenConfig, evidence: Evidence) -> schema.Model:
         prune_ratio=config.prune.ratio,
         prune_scope=config.prune.scope,
         round_to=config.prune.multiple,
+        prune_importance=config.prune.importance,
+        prune_ratios=dict(config.prune.ratios),
         layers=layers,
         roundings=_roundings(evidence.rounding),
     )
@@ -208,18 +218,21 @@ def _end_to_end(found: EndToEndComparison | None) -> schema.EndToEnd | None:
 
 def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantization:
     coverage, quantized = evidence.coverage, evidence.quantized
-    granularity = "per channel" if config.quantize.per_channel else "per tensor"
     return schema.Quantization(
-        engine="onnxruntime" if quantized else "none",
-        weights=f"int8 symmetric {granularity}" if quantized else "float32",
-        activations="uint8 asymmetric" if quantized else "float32",
+        engine=quantized.engine if quantized else "none",
+        weights=_weights(config, quantized) if quantized else "float32",
+        activations=f"uint{quantized.activation_bits} asymmetric" if quantized else "float32",
         calibration=quantized.calibration if quantized else None,
         calibration_images=quantized.calibration_images if quantized else 0,
+        learnt_ranges=quantized.learnt_ranges if quantized else 0,
         input_range=list(quantized.input_range) if quantized and quantized.input_range else None,
         clipped_share=evidence.examination.robustness.clipped_share,
         calibration_comparison=_calibrations(config.quantize.calibrate_adversarial, quantized, evidence.calibrations),
         calibration_methods=_methods(evidence.methods),
         assignment=_assignment(config, evidence.assignment),
+        coverage=list(evidence.coverages),
+        elsewhere=portability_record(evidence.portability),
+        constant_channels=dict(quantized.constant_channels) if quantized else {},
         integer_coverage=coverage.share,
         macs_integer=coverage.macs_integer,
         macs_total=coverage.macs_total,
@@ -236,8 +249,18 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
                 for island in coverage.islands
             ],
         ),
-        verdict=verdict(quantized is not None, coverage, evidence.latency, evidence.assignment),
+        verdict=verdict(
+            quantized is not None,
+            coverage,
+            evidence.latency,
+            evidence.assignment,
+            activation_bits=quantized.activation_bits if quantized else 8,
+        ),
     )
+
+
+def _weights(config: HardenConfig, quantized: QuantizedModel) -> str:
+    return quantized.weights + (", int8 ones of 7 bits" if config.quantize.reduce_range else "")
 
 
 def _methods(found: CalibrationChoice | None) -> list[schema.CalibrationMethod]:
@@ -302,7 +325,12 @@ def _calibration_side(score: CalibrationScore) -> schema.CalibrationSide:
 
 
 def verdict(
-    int8: bool, coverage: IntegerCoverage, latency: tuple[LatencyRow, ...], assignment: Assignment | None = None
+    int8: bool,
+    coverage: IntegerCoverage,
+    latency: tuple[LatencyRow, ...],
+    assignment: Assignment | None = None,
+    *,
+    activation_bits: int = 8,
 ) -> str:
     """In one sentence: does the deployed graph run in integers, and does that pay on this machine.
 
@@ -312,24 +340,28 @@ def verdict(
         if assignment is not None:
             return "float: int8 does not pay on this machine, and --allow-float allowed to ship what is faster."
         return "float: --int8 was not given, and --allow-float allowed it."
+    what = "int8" if activation_bits == 8 else f"int{activation_bits}"
     rows = [row for row in latency if row.file == "deployed"]
     faster = [str(row.batch) for row in rows if row.ratio_high < 1]
     slower = [str(row.batch) for row in rows if row.ratio_low > 1]
     if not rows:
         pays = "speed was not measured"
     elif len(faster) == len(rows):
-        pays = "int8 pays here"
+        pays = f"{what} pays here"
     elif len(slower) == len(rows):
-        pays = "int8 does NOT pay here: it is slower than the float twin"
+        pays = f"{what} does NOT pay here: it is slower than the float twin"
     elif faster:
-        pays = f"int8 pays at batch {', '.join(faster)} only"
+        pays = f"{what} pays at batch {', '.join(faster)} only"
     elif slower:
-        pays = f"int8 does NOT pay here: slower at batch {', '.join(slower)}, and no difference to be told elsewhere"
+        pays = f"{what} does NOT pay here: slower at batch {', '.join(slower)}, and no difference to be told elsewhere"
     else:
         pays = "no difference in speed from the float twin can be told here"
     if not all(row.trusted for row in rows):
         pays = "speed cannot be told: other processes used the CPU while it was measured"
-    return f"{coverage.share:.1%} of the multiply-accumulates run in integers; {pays}."
+    why = ""
+    if activation_bits == 16 and coverage.share == 0:
+        why = " (ONNX Runtime has no kernel that multiplies 16-bit activations: layers compute in float in between)"
+    return f"{coverage.share:.1%} of the multiply-accumulates run in integers{why}; {pays}."
 
 
 def _gates(gates: GateConfig, robust: Proportion, accuracy: Proportion, coverage: float) -> list[schema.Gate]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from toolkit.evaluators.timing import BUSY
+from toolkit.reports.portability import portability_section
 from toolkit.reports.robustness import JUDGES, marked, robust_text, robustness_section
 from toolkit.reports.schema import Assignment, CalibrationComparison, Latency, Model, Quantization, Report, Share
+from toolkit.reports.targets import coverage_text, targets_section
 from toolkit.reports.words import percent, table, threat_text
+from toolkit.training.qat import FLOAT_SHARE
 
 
 def render_markdown(report: Report) -> str:
@@ -21,9 +24,11 @@ def render_markdown(report: Report) -> str:
         _roundings(report.model),
         _speed(report),
         _integers(report),
+        targets_section(report.targets),
         _methods(report.quantization),
         _assignment(report.quantization.assignment),
         _calibrations(report.quantization.calibration_comparison),
+        portability_section(report.quantization.elsewhere),
         _parity(report),
         _training(report),
         _gates(report),
@@ -177,12 +182,17 @@ def _integers(report: Report) -> str:
         if found.input_range is None
         else f" The input quantiser represents {found.input_range[0]:.3f} to {found.input_range[1]:.3f}.{clipped}"
     )
+    learnt = f" but for {found.learnt_ranges} tensors, whose ranges fine-tuning learnt" if found.learnt_ranges else ""
+    constant = sum(found.constant_channels.values())
+    dead = ", ".join(f"{count} read by `{name}`" for name, count in found.constant_channels.items())
+    input_text += f" Channels that are constant on the calibration images: {constant} ({dead})." if constant else ""
     return (
         f"## Integer arithmetic\n\nEngine {found.engine}; weights {found.weights}; activations {found.activations}; "
-        f"calibration {found.calibration or 'none'} on {found.calibration_images} images.{input_text}\n\n"
+        f"calibration {found.calibration or 'none'} on {found.calibration_images} images{learnt}.{input_text}\n\n"
         f"In the graph after ONNX Runtime's optimisation ({found.provider}): **{found.integer_coverage:.2%}** of the "
         f"multiply-accumulates and {found.kernel_time.integer_share:.1%} of the kernel time run in integers. "
-        f"Float islands: {islands or 'none'}. Conversions left: {left}.\n\n"
+        f"Float islands: {islands or 'none'}. Conversions left: {left}. {coverage_text(found)}".rstrip()
+        + "\n\n"
         f"{table(('layer', 'kernel', 'multiply-accumulates', 'integer'), rows)}"
     )
 
@@ -293,9 +303,15 @@ def _training(report: Report) -> str:
         (e.epoch, f"{e.loss:.4f}", percent(e.accuracy), percent(e.robust) if e.robust else "not measured")
         for e in tuning.epochs
     ]
+    rounded = (
+        f" Quantisation-aware: its last {1 - FLOAT_SHARE:.0%} computed, and were attacked, on weights and activations "
+        "rounded as in `model.onnx`; epochs before that are not kept."
+        if tuning.qat
+        else ""
+    )
     return (
         f"## Fine-tuning\n\nObjective {tuning.objective}, {tuning.precision}; epoch {tuning.best_epoch} was kept "
-        f"(the last that is not clearly worse than the best on the validation images).\n\n"
+        f"(the last that is not clearly worse than the best on the validation images).{rounded}\n\n"
         f"{table(('epoch', 'loss', 'validation, clean', 'validation, attacked'), rows)}"
     )
 

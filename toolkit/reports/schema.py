@@ -87,6 +87,9 @@ class Model(Part):
     prune_ratio: float
     prune_scope: str
     round_to: int
+    prune_importance: str = "l1"
+    prune_ratios: dict[str, float] = {}
+    """Of single layers, by name, where they differ from `prune_ratio`."""
     layers: list[Layer]
     roundings: list[RoundingRecord] = []
     """What `--round-to auto` tried; empty where it was not asked for."""
@@ -139,6 +142,8 @@ class Finetuning(Part):
     epochs: list[Epoch]
     best_epoch: int
     precision: str
+    qat: bool = False
+    """Whether its last part computed on rounded weights and activations."""
 
 
 class Accuracy(Part):
@@ -433,14 +438,112 @@ class Assignment(Part):
     """Whether the choice is faster than the float twin beyond doubt."""
 
 
+class ProviderCoverage(Part):
+    """How much of the deployed graph runs in integers on one provider."""
+
+    provider: str
+    integer_coverage: float | None
+    """null: not run there."""
+    untested: str | None
+    """Why."""
+
+
+class TargetFile(Part):
+    """A file for another runtime than the one that runs model.onnx (`--target`)."""
+
+    file: str
+    target: Literal["tensorrt", "cuda"]
+    precision: str
+    bytes: int
+    accuracy: Share
+    """Clean, by ONNX Runtime on the CPU."""
+    robust_accuracy: Share | None
+    """Right when clean and under the run's PGD, on the first evaluation images; null: there is no network to attack."""
+    attacked_on: list[str]
+    """The networks on which that attack was made; the worst counts, per image."""
+    agreement: Share
+    """Same label as the float twin, on the CPU."""
+    relative: float
+    """Largest logit difference over the standard deviation of the float twin's logits, on the CPU."""
+    integer_coverage: float
+    """On the CPU, where the file is only checked."""
+    largest_activation: float | None
+    """Of float16, whose largest number is 65,504: the largest magnitude on calibration images."""
+    tested_on: list[str]
+    untested: dict[str, str]
+    """The provider that it is for, if it was not run there, and why."""
+
+
+class ElsewhereRow(Part):
+    """The deployed graph in another setting, against itself on the machine's CPU, on the same images."""
+
+    setting: Literal[
+        "unoptimised", "without_vnni", "opset", "reduce_range", "reduce_range_without_vnni", "s8s8", "float_bias"
+    ]
+    """The first three: the very graph that ships. `without_vnni`: emulated. The others: the graph written anew."""
+    opset: int | None
+    changed: Share | None
+    """Labels of clean images that change; null: not measured, `note` says why."""
+    changed_attacked: Share | None
+    """Of images attacked on the float network."""
+    max_difference: float | None
+    """Of a logit."""
+    accuracy: Share | None
+    robust_accuracy: Share | None
+    """Right clean and under that attack."""
+    integer_coverage: float | None
+    """In the graph after optimisation, where it is another graph."""
+    overflows: int | None
+    """Of 16-bit sums of two products, on all images, where they are emulated."""
+    warning: bool
+    note: str
+
+
+class LayerOverflow(Part):
+    """16-bit sums of two products in one layer, on all images."""
+
+    layer: str
+    operator: str
+    pairs: int
+    overflows: int
+    share: float = Field(ge=0, le=1)
+
+
+class SparedLayer(Part):
+    """A layer that no saturating kernel runs, or that is not emulated."""
+
+    layer: str
+    reason: str
+
+
+class Portability(Part):
+    """What the deployed graph would answer elsewhere."""
+
+    images: int
+    attacked: int
+    accuracy: Share
+    """Of the deployed graph here, on these images."""
+    robust_accuracy: Share | None
+    rows: list[ElsewhereRow]
+    layers: list[LayerOverflow]
+    """On x86 without VNNI."""
+    spared: list[SparedLayer]
+    twin_agreement: Share | None
+    """Images with the same label by the emulation with exact sums and by the session here."""
+    saturates_here: bool
+    """Whether the machine of the report is one without VNNI itself."""
+
+
 class Quantization(Part):
     """What of the deployed graph runs in integers, and how it came about."""
 
-    engine: Literal["onnxruntime", "none"]
+    engine: Literal["onnxruntime", "neural-compressor", "none"]
     weights: str
     activations: str
     calibration: str | None
     calibration_images: int
+    learnt_ranges: int = 0
+    """Tensors whose ranges were learnt in a quantisation-aware fine-tuning; calibration set those of the others."""
     input_range: list[float] | None
     """Pixels that the input quantiser represents."""
     clipped_share: float | None
@@ -451,6 +554,12 @@ class Quantization(Part):
     """Where `--calibrate auto` searched; `calibration` is the one taken."""
     assignment: Assignment | None = None
     """Where `--precision auto` searched."""
+    coverage: list[ProviderCoverage] = []
+    """The integer coverage on every provider, measured where it ran here."""
+    elsewhere: Portability | None = None
+    """What changes on other machines and under other settings."""
+    constant_channels: dict[str, int] = {}
+    """By layer: channels of what it reads that are constant on the calibration images."""
     integer_coverage: float = Field(ge=0, le=1)
     macs_integer: int
     macs_total: int
@@ -534,6 +643,7 @@ class Report(Robustness):
     parity: list[ParityRecord]
     end_to_end: EndToEnd | None
     quantization: Quantization
+    targets: list[TargetFile] = []
     latency: list[Latency]
     gates: list[Gate]
     environment: dict[str, Any]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 
+from toolkit.reports.portability import warnings
 from toolkit.reports.robustness import (
     JUDGES,
     PASS_HEADER,
@@ -18,6 +19,7 @@ from toolkit.reports.robustness import (
     twin_text,
 )
 from toolkit.reports.schema import AttackReport, Report
+from toolkit.reports.targets import untested_words
 from toolkit.reports.words import percent, threat_text
 
 
@@ -57,8 +59,10 @@ def render_summary(report: Report, folder: Path) -> str:
     parts = [
         text_table(("", "before", "deployed"), rows),
         *(f"ALARM    {alarm.name}: {alarm.message}" for alarm in report.soundness),
+        *(f"WARNING  {line}" for line in warnings(report.quantization.elsewhere)),
         f"attack:  {report.worst_case.attacks}, worst case per image; {threat_text(report.threat)}",
         f"integer: {report.quantization.verdict}",
+        *(f"target:  {file.file}, {file.precision}; {untested_words(file)}".rstrip("; ") for file in report.targets),
         *(
             f"GATE     {gate.name} {gate.limit:g}: measured {gate.value:.4f}, {'met' if gate.met else 'NOT MET'}"
             for gate in report.gates

@@ -69,7 +69,15 @@ class Adversary:
         self._surrogate = Surrogate(module, spec.normalization, precision, input_shape=spec.input_shape)
 
     def attack(
-        self, module: Normalized, images: Tensor, loss: Loss, attack: TrainingAttack, generator: torch.Generator
+        self,
+        module: Normalized,
+        images: Tensor,
+        loss: Loss,
+        attack: TrainingAttack,
+        generator: torch.Generator,
+        *,
+        rows: slice | None = None,
+        of: int = 0,
     ) -> Tensor:
         """Images float32 [n, C, H, W] within the threat model around `images`, on which `loss` is high.
 
@@ -79,12 +87,16 @@ class Adversary:
             loss: of the network's logits.
             attack: how.
             generator: of the random start.
+            rows: where `images` stand in a batch of `of` images, whose random starts are drawn together; None: they
+                are the whole batch.
         """
         self._surrogate.refresh(module)
         images = images.to(self._surrogate.device)
         threat = attack.threat
         scale = threat.pixel_scale(self._surrogate.normalization).to(images.device)
-        start = _start(images.shape, attack, generator).to(images.device)
+        shape = images.shape if rows is None else torch.Size((of, *images.shape[1:]))
+        start = _start(shape, attack, generator)
+        start = (start if rows is None else start[rows]).to(images.device)
         attacked = constrain(images + scale * start, images, threat, scale)
         for _ in range(attack.steps):
             gradient = self._surrogate.differentiate(attacked, loss).gradient

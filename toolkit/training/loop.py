@@ -9,7 +9,9 @@ from toolkit.artifacts import Split, TorchModel
 from toolkit.attacks.threat import PgdPlan
 from toolkit.config import TrainConfig
 from toolkit.progress import task
+from toolkit.training.distributed import ALONE, World
 from toolkit.training.interrupt import deferred_interrupt
+from toolkit.training.qat import Rounding
 from toolkit.training.records import TrainingResult
 from toolkit.training.resume import load_state, save_state
 from toolkit.training.run import Run
@@ -32,6 +34,8 @@ def train(
     checkpoint: Path | None = None,
     resume: bool = False,
     teacher: TorchModel | None = None,
+    rounding: Rounding | None = None,
+    world: World = ALONE,
 ) -> TrainingResult:
     """Train a copy of `model` and return its last good epoch; 0 epochs or objective `none` return it unchanged.
 
@@ -43,16 +47,21 @@ def train(
         seed: fixes order, attack starts and dropout.
         checkpoint: file that is kept up to date and removed by nobody; with `resume` the run goes on from it.
         teacher: whose soft labels the objective `distill` learns; with the same classes and shape of images.
+        rounding: to what the last part of the training rounds weights and activations (`training.qat`); None: nothing.
+        world: the processes that train together; all call this with the same arguments, the first one writes.
 
     Raises:
-        ToolkitError: the loss became NaN or diverged, the network cannot be trained or attacked, the batch is larger
-            than the data, or the checkpoint is of another run.
+        ToolkitError: the loss became NaN or diverged, the network cannot be trained, attacked or rounded, the batch is
+            larger than the data, or the checkpoint is of another run.
     """
     if config.objective == "none" or config.epochs == 0:
         return TrainingResult(model.copy(), (), 0, "none")
-    run = Run(model, train_split, validation, config, plan, seed, teacher)
-    if resume and checkpoint is not None and checkpoint.is_file():
-        run.restore(load_state(checkpoint, run.fingerprint))
+    run = Run(model, train_split, validation, config, plan, seed, teacher, rounding, world)
+    if resume:
+        kept = checkpoint if world.leads and checkpoint is not None and checkpoint.is_file() else None
+        state = world.lead(load_state(kept, run.fingerprint) if kept else None)
+        if state is not None:
+            run.restore(state)
     steps = run.steps_per_epoch * config.epochs
     with task(label, steps) as bar, deferred_interrupt() as interrupted:
         bar.advance(run.step)
@@ -62,11 +71,12 @@ def train(
             end_of_epoch = run.step % run.steps_per_epoch == 0
             if end_of_epoch:
                 run.finish_epoch()
-            due = end_of_epoch or interrupted() or time.monotonic() - last_saved > SAVE_EVERY_S
-            if checkpoint is not None and due:
+            stop = world.any(interrupted())
+            due = end_of_epoch or stop or time.monotonic() - last_saved > SAVE_EVERY_S
+            if checkpoint is not None and due and world.leads:
                 save_state(run.state(), checkpoint)
                 last_saved = time.monotonic()
-            if interrupted():
+            if stop:
                 raise KeyboardInterrupt
             bar.advance(1, run.note)
     return run.result()

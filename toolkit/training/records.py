@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.artifacts import Proportion, TorchModel
+from toolkit.training.qat import LearntRanges
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +60,5 @@ class TrainingResult:
     epochs: tuple[EpochRecord, ...]
     best_epoch: int
     precision: str
+    learnt: LearntRanges | None = None
+    """Where the training rounded."""

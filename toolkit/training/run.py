@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,9 +27,11 @@ from toolkit.training import guard
 from toolkit.training.adversary import Adversary, TrainingAttack, training_attack
 from toolkit.training.averaging import WeightAverage
 from toolkit.training.batches import augment, fitting_batch
+from toolkit.training.distributed import ALONE, World, share_statistics
 from toolkit.training.forward import find_form, forward
 from toolkit.training.guard import OverfittingGuard
-from toolkit.training.losses import ATTACKED, OBJECTIVES, attack_steps
+from toolkit.training.losses import ATTACKED, OBJECTIVES, attack_steps, cross_entropy_of
+from toolkit.training.qat import Rounding, Schedule, prepare, split_state
 from toolkit.training.records import EpochRecord, TrainingResult
 from toolkit.training.schedules import SCHEDULES
 from toolkit.training.teacher import Teacher
@@ -52,15 +55,29 @@ class Run:
         plan: PgdPlan | None,
         seed: int,
         teacher: TorchModel | None = None,
+        rounding: Rounding | None = None,
+        world: World = ALONE,
     ) -> None:
         self.original, self.train_split, self.config, self.seed = model, train_split, config, seed
+        self.world = world
+        if rounding is not None and world.size > 1:
+            raise ToolkitError(
+                "--qat trains in one process: what it learns of activations is not shared",
+                found=f"{world.size} processes",
+                fix="start it without torchrun, or leave --qat away",
+            )
         self.batch_size = fitting_batch(config, len(train_split))
+        self.parts = world.parts(self.batch_size, config.accumulate)
         self.validation = validation.first(VALIDATION_IMAGES)
         self.device = compute_device()
         if self.device.type == "cpu":
             keep_freed_memory()
         precision = resolve_precision(config.precision)
         self.module: Normalized = copy.deepcopy(model.module).to(self.device).requires_grad_(True)
+        self.rounding = rounding
+        switch = prepare(replace(model, module=self.module), rounding) if rounding else None
+        if switch is not None and precision == "bfloat16":
+            precision = "autocast"  # what rounds keeps float32 weights
         self.form = find_form(self.module, model.spec.input_shape, precision, self.device)
         self.form.cast(self.module.network)
         self.precision: Precision = "bfloat16" if self.form.precision == "autocast" else "float32"
@@ -68,6 +85,7 @@ class Run:
         self._arm(precision)
         self.teacher = self._hire(teacher, precision)
         self.average = WeightAverage(self.module, config.ema) if config.ema else None
+        share_statistics(self.module, world)
         self.optimizer = torch.optim.SGD(
             self.module.parameters(),
             lr=config.learning_rate,
@@ -77,6 +95,7 @@ class Run:
         # a last batch of one image would break batch norm, so incomplete batches are dropped where there are others
         self.steps_per_epoch = max(1, len(train_split) // self.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
+        self.schedule = Schedule(switch, self.steps) if switch else None
         self.guard = OverfittingGuard(copy.deepcopy(self._weights())) if config.objective == "fgsm" else None
         self.step = 0
         self.order = np.empty(0, dtype=np.int64)
@@ -123,6 +142,7 @@ class Run:
             "train": self.train_split.digest,
             "validation": self.validation.digest,
             "spec": spec_to_dict(self.original.spec),
+            "rounding": self.rounding and self.rounding.record(),
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for value in self.original.network.state_dict().values():
@@ -137,13 +157,18 @@ class Run:
         rate = SCHEDULES[self.config.schedule](self.step, self.steps, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rate
-        batch = self._batch(epoch, position)
-        self.module.train()
-        loss = OBJECTIVES[self.config.objective](batch, self.config)
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        total = 0.0
+        for batch in self._batch(epoch, position):
+            self._begin_part(batch)
+            loss = OBJECTIVES[self.config.objective](batch, self.config) * batch.share
+            torch.autograd.backward(loss)
+            total += float(loss.detach())
+        self.world.sum_gradients(self.module.parameters())
         self.optimizer.step()
-        self.losses.append(float(loss.detach()))
+        if self.schedule is not None:
+            self.schedule.leave()
+        self.losses.append(self.world.total(total))
         self._check_loss(epoch)
         self.step += 1
         if self.average is not None:
@@ -151,7 +176,21 @@ class Run:
         self._watch()
         self.note = f"loss {np.mean(self.losses[-50:]):.3f}"
 
-    def _batch(self, epoch: int, position: int) -> _Batch:
+    def _begin_part(self, batch: _Batch) -> None:
+        """Bring the network into training mode, and its fake quantisers into that of this step."""
+        schedule = self.schedule
+        if schedule is not None and self.step == schedule.first and batch.rows.start == 0:
+            attacked = [batch.attack(cross_entropy_of(batch.labels))] if self.adversary is not None else []
+            average = [self.average.module] if self.average is not None else []
+            schedule.begin(self.module, torch.cat([batch.images, *attacked]), average)
+            if self.guard is not None:  # what it kept has no ranges
+                self.guard.good = copy.deepcopy(self._weights())
+        self.module.train()
+        if schedule is not None:
+            schedule.enter(self.step, self.module)
+
+    def _batch(self, epoch: int, position: int) -> Iterator[_Batch]:
+        """The parts of a step's batch that this process learns from, one after the other."""
         if self.order_epoch != epoch:
             self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train_split))
             self.order_epoch = epoch
@@ -162,7 +201,11 @@ class Run:
         generator = torch.Generator().manual_seed(step_seed)
         torch.manual_seed(step_seed)
         images = augment(batch.images, generator) if self.config.augment else batch.images
-        return _Batch(self, images.to(self.device), batch.labels.to(self.device), positions, generator)
+        drawn = generator.get_state()
+        for rows in self.parts:
+            generator.set_state(drawn)  # every part draws for the whole batch, so that how it is parted changes nothing
+            part = images[rows].to(self.device), batch.labels[rows].to(self.device), positions[rows]
+            yield _Batch(self, *part, generator, rows, len(images))
 
     def _watch(self) -> None:
         """At intervals, see whether single-step training has collapsed; if so, go back and train by PGD."""
@@ -211,7 +254,7 @@ class Run:
         return ToolkitError(
             "the training diverged",
             found=f"loss {self.losses[-1]:.3g} in epoch {epoch}, step {len(self.losses)}",
-            fix=f"lower --learning-rate (now {self.config.learning_rate:g}), or pass --precision float32",
+            fix=f"lower --learning-rate (now {self.config.learning_rate:g}), or pass --train-precision float32",
         )
 
     @property
@@ -226,12 +269,16 @@ class Run:
         clean, robust = self._validate()
         epoch = self.step // self.steps_per_epoch
         record = EpochRecord(epoch, float(np.mean(self.losses)), clean, robust)
-        if record.is_kept_after(self.epochs):
+        if self._counts(record) and record.is_kept_after([earlier for earlier in self.epochs if self._counts(earlier)]):
             self.best = {key: value.detach().cpu().clone() for key, value in self.shipped.network.state_dict().items()}
             self.best_epoch = epoch
         self.epochs.append(record)
         robust_text = f", robust {robust.value:.1%}" if robust else ""
         self.note = f"epoch {epoch}: validation clean {clean.value:.1%}{robust_text}"
+
+    def _counts(self, record: EpochRecord) -> bool:
+        """Whether the weights of an epoch may be kept: those that are to be rounded have learnt it."""
+        return self.schedule is None or self.schedule.counts(record.epoch * self.steps_per_epoch)
 
     def _validate(self) -> tuple[Proportion, Proportion | None]:
         clean, *robust = measure(self.shipped, self.validation, self.adversary, self.attacks, self.seed)
@@ -265,7 +312,10 @@ class Run:
     def result(self) -> TrainingResult:
         """The kept epoch's network in float32, with this training in its record."""
         trained = self.original.copy()
-        trained.network.load_state_dict(self.best)
+        weights, learnt = self.best, None
+        if self.rounding is not None:
+            weights, learnt = split_state(self.best, self.rounding)
+        trained.network.load_state_dict(weights)
         config = self.config
         record = {
             "objective": config.objective,
@@ -280,18 +330,19 @@ class Run:
             "ema": config.ema,
             "teacher_sha256": self.teacher and self.teacher.digest,
             "collapse": self.guard and self.guard.collapse,
+            "rounding": self.rounding and self.rounding.record(),
         }
         seen = [self.original.training_hashes, self.train_split.hashes]
         hashes = np.unique(np.concatenate([*seen, *([self.teacher.training_hashes] if self.teacher else [])]))
         spec = replace(trained.spec, training=(*trained.spec.training, record))
         trained.module.eval()
         model = replace(trained, spec=spec, training_hashes=hashes)
-        return TrainingResult(model, tuple(self.epochs), self.best_epoch, self.precision)
+        return TrainingResult(model, tuple(self.epochs), self.best_epoch, self.precision, learnt)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """One batch in training, as objectives see it (`losses.Step`)."""
+    """A batch in training, or one of its parts, as objectives see it (`losses.Step`)."""
 
     run: Run
     images: Tensor
@@ -299,13 +350,24 @@ class _Batch:
     positions: Int64Array
     """Of the images, in the training part."""
     generator: torch.Generator
+    rows: slice
+    """Of the step's whole batch, which has `of` images."""
+    of: int
+
+    @property
+    def share(self) -> float:
+        """Of the whole batch."""
+        return len(self.images) / self.of
 
     def forward(self, images: Tensor) -> Tensor:
         return forward(self.run.module, self.run.form, images)
 
     def attack(self, loss: Loss) -> Tensor:
         assert self.run.adversary is not None  # only objectives in ATTACKED attack
-        return self.run.adversary.attack(self.run.module, self.images, loss, self.run.attack, self.generator)
+        run = self.run
+        return self.run.adversary.attack(
+            run.module, self.images, loss, run.attack, self.generator, rows=self.rows, of=self.of
+        )
 
     def frozen_logits(self) -> Tensor:
         assert self.run.adversary is not None  # as above

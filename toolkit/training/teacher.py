@@ -87,6 +87,6 @@ class Teacher:
             raise ToolkitError(
                 "the teacher gives logits that are no numbers",
                 found=f"{int((~logits.isfinite()).sum())} of {logits.numel()} logits",
-                fix="pass another --teacher, or --precision float32",
+                fix="pass another --teacher, or --train-precision float32",
             )
         return logits

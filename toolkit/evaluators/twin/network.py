@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -94,6 +94,19 @@ class TwinNetwork(nn.Module):
         """A copy that takes its images in another way."""
         copied = copy.deepcopy(self)
         copied._entry = entry
+        return copied
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The nodes, in the order in which they run."""
+        return self._steps
+
+    def with_functions(self, functions: Mapping[str, Callable[..., Any]]) -> TwinNetwork:
+        """A copy in which the steps with these first outputs compute something else of the same inputs."""
+        copied = copy.deepcopy(self)
+        copied._steps = tuple(
+            replace(step, function=functions.get(step.outputs[0], step.function)) for step in self._steps
+        )
         return copied
 
     def observe(self, observer: Observer | None) -> None:

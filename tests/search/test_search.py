@@ -1,0 +1,281 @@
+"""Whole searches, by the command line, on the tiny world."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests import tiny
+from tests.search import fakes
+from tests.tiny import World
+from toolkit import bundle, cli, progress
+from toolkit.config import DataConfig, HardenConfig, ModelConfig, ThreatConfig
+from toolkit.search import cluster
+from toolkit.search.cluster import work_on
+from toolkit.search.objective import Job, Measurement, Outcome, Problem, Workbench
+from toolkit.training.run import Run
+
+SPACE = "prune.ratio=0.25:0.5:0.25; precision=int8,float"
+"""Two fine-tunings, two graphs of each."""
+
+
+def arguments(*more: str, trials: int = 3, space: str = SPACE, epochs: int = 1, bundles: int = 1) -> list[str]:
+    command = ["search", "model.pt", "--space", space, "--trials", str(trials), "--epochs", str(epochs)]
+    command += ["--images", "20", "--quick-attacks", "pgd", "--attacks", "pgd", "--bundles", str(bundles)]
+    return [*command, "--threads", "1", "--no-end-to-end", *tiny.QUICK, *more]
+
+
+def front_of(folder: Path = Path("search-out")) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "front.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def searched(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with a search of three trials; read only."""
+    folder = tmp_path_factory.mktemp("searched")
+    for path in world.folder.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
+    with tiny.working_folder(folder):
+        assert tiny.run(*arguments(bundles=2), "-q") == cli.DONE
+    progress.set_quiet(False)
+    return folder
+
+
+@pytest.fixture
+def again(searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the working folder."""
+    shutil.copytree(searched, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setattr(cli, "_on_interrupt", None)
+    return tmp_path / "copy"
+
+
+def test_the_folder_of_a_search(searched: Path) -> None:
+    output = searched / "search-out"
+    assert {path.name for path in output.iterdir() if not path.name.startswith(".")} == {
+        "bundles", "front.json", "front.md", "front.png", "search.yaml", "study.sqlite", "tuned",
+    }  # fmt: skip
+    assert (output / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((output / "tuned").glob("*.pt"))) == 2, "one fine-tuning for each ratio, whatever the precision"
+
+
+def test_the_front_is_made_of_bundles_and_says_what_they_say(searched: Path) -> None:
+    found = front_of(searched / "search-out")
+    assert 1 <= len(found["bundles"]) <= 2
+    for entry in found["bundles"]:
+        folder = searched / "search-out" / entry["bundle"]
+        assert all(finding.passed for finding in bundle.verify_files(folder))
+        report = bundle.read_report(folder)
+        assert entry["clean"] == report.accuracy.deployed.model_dump()
+        assert entry["robust"] == report.robust_accuracy.deployed.model_dump()
+        assert entry["clean"]["total"] == tiny.TEST, "all evaluation images, and none of those that led the search"
+        assert entry["bytes"] == (folder / "model.onnx").stat().st_size
+        assert report.model.prune_ratio == entry["settings"]["prune.ratio"]
+        assert (report.quantization.engine == "none") == (entry["settings"]["precision"] == "float")
+    numbers = [entry["trial"] for entry in found["bundles"]]
+    assert found["recommended"]["trial"] in numbers and set(found["front"]) <= set(numbers)
+
+
+def test_every_trial_is_told_with_its_cheap_evidence(searched: Path) -> None:
+    found = front_of(searched / "search-out")
+    points = [tuple(trial["settings"].values()) for trial in found["trials"]]
+    assert len(points) == len(set(points)) == 3
+    for trial in found["trials"]:
+        (measured,) = trial["result"]
+        assert measured["clean"]["total"] == 20
+        assert Measurement.of(measured).record() == measured
+    text = (searched / "search-out" / "front.md").read_text()
+    assert all(f"\n| {trial['trial']} | " in text for trial in found["trials"]) and "![front](front.png)" in text
+
+
+@pytest.mark.usefixtures("again")
+def test_the_same_command_makes_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = front_of()
+    times = {path: path.stat().st_mtime_ns for path in Path("search-out/bundles").rglob("*")}
+    monkeypatch.setattr(Run, "advance", lambda _: pytest.fail("a fine-tuning was made again"))
+    assert tiny.run(*arguments(bundles=2), "-q") == cli.DONE
+    assert front_of()["trials"] == before["trials"]
+    assert {path: path.stat().st_mtime_ns for path in Path("search-out/bundles").rglob("*")} == times
+
+
+@pytest.mark.usefixtures("again")
+def test_more_trials_go_on_from_those_that_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    before = front_of()
+    assert tiny.run(*arguments("--json", trials=9), "-q") == cli.DONE
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == front_of()
+    assert printed["trials"][:3] == before["trials"] and len(printed["trials"]) == 4, "the space has four points"
+
+
+@pytest.mark.usefixtures("again")
+def test_limits_that_nothing_meets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny.run(*arguments("--max-size", "1k", "--max-latency", "0.000001"), "-q") == cli.GATE_UNMET
+    printed = capsys.readouterr().out
+    assert "NO POINT KEEPS ALL LIMITS; nearest" in printed and "misses --max-latency by" in printed
+    assert "--max-size by" in printed
+    found = front_of()
+    assert not found["recommended"]["keeps_limits"] and found["limits"]["max_size"] == 1000
+    assert "no point keeps all limits" in Path("search-out/front.md").read_text()
+
+
+@pytest.mark.usefixtures("again")
+def test_limits_that_are_met_are_gates_of_the_bundles(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny.run(*arguments("--min-accuracy", "0.1", "--max-size", "1M"), "-q") == cli.DONE
+    assert "why:     keeps all limits" in capsys.readouterr().out
+    chosen = next(one for one in front_of()["bundles"] if one["trial"] == front_of()["recommended"]["trial"])
+    (gate,) = bundle.read_report(Path("search-out") / chosen["bundle"]).gates
+    assert (gate.name, gate.limit, gate.met) == ("--min-accuracy", 0.1, True)
+
+
+@pytest.mark.usefixtures("again")
+def test_the_written_settings_repeat_the_search() -> None:
+    saved = yaml.safe_load(Path("search-out/search.yaml").read_text())
+    assert saved["model"]["path"] == "../model.pt" and saved["search"]["trials"] == 3
+    shutil.copy("search-out/search.yaml", "mine.yaml")
+    values = Path("mine.yaml").read_text().replace("../", "")
+    Path("mine.yaml").write_text(values)
+    assert tiny.run("search", "--config", "mine.yaml", "-q") == cli.DONE
+
+
+@pytest.mark.usefixtures("here")
+def test_a_search_that_was_interrupted_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    advance, steps = Run.advance, []
+
+    def interrupted(run: Run) -> None:
+        steps.append(run.fingerprint)
+        advance(run)
+        if len(steps) == run.steps + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "advance", interrupted)
+    space = "prune.ratio=0.25:0.5:0.25; precision=int8"
+    assert tiny.run(*arguments(trials=2, space=space), "-q") == cli.INTERRUPTED
+    monkeypatch.setattr(Run, "advance", advance)
+    assert tiny.run(*arguments(trials=2, space=space), "-q") == cli.DONE
+    found = front_of()
+    assert [trial["reason"] for trial in found["trials"]] == [None, None]
+    assert len({trial["settings"]["prune.ratio"] for trial in found["trials"]}) == 2
+
+
+@pytest.mark.usefixtures("again")
+def test_begun_anew_with_force() -> None:
+    command = arguments("--force", trials=1, epochs=0)
+    assert tiny.run(*arguments(trials=1, epochs=0), "-q") == cli.BAD_INPUT
+    assert tiny.run(*command, "-q") == cli.DONE
+    assert len(front_of()["trials"]) == 1
+
+
+@pytest.mark.usefixtures("here")
+def test_every_group_and_every_seed() -> None:
+    space = "prune.ratio=0.25:0.5:0.25; precision=int8"
+    more = ["--per-group", "--seeds", "3,5"]
+    assert tiny.run(*arguments(*more, trials=2, space=space, epochs=0), "-q") == cli.DONE
+    found = front_of()
+    assert set(found["trials"][0]["settings"]) == {"prune.ratios.0", "prune.ratios.2", "precision"}
+    assert [len(trial["result"]) for trial in found["trials"]] == [2, 2]
+    report = bundle.read_report(Path("search-out") / found["bundles"][0]["bundle"])
+    assert report.seed == 3 and set(report.model.prune_ratios) == {"0", "2"}
+
+
+# Bad input.
+
+
+def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    assert tiny.run(*command) == cli.BAD_INPUT
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (["--seeds", "1,2,1"], "--seeds has no usable value"),
+        (["--seeds", ","], "there is no seed"),
+        (["--space", "prune.ratio"], "is no NAME=LOW:HIGH:STEP"),
+        (["--space", "prune.ratio=0.5:0.1:0.1"], "0.5 is not below 0.1"),
+        (["--space", "prune.ratio=0.5,0.6;prune.ratio=0.7,0.8"], "each name once"),
+        (["--space", ";"], "--space has no usable value"),
+        (["--max-size", "little"], "--max-size has no usable value"),
+        (["--trials", "0"], "--trials has no usable value"),
+        (["--quick-attacks", "magic"], "unknown attack"),
+        (["--attacks", "magic"], "unknown attack"),
+        (["--space", "seed=1,2"], "the search cannot vary seed"),
+        (["--storage", "nonsense"], "the storage cannot be used"),
+        (["--space", "prune.ratio=0.01,0.02; precision=int8"], "no trial could be made"),
+        (["--address", "127.0.0.1:1"], "the Ray cluster cannot be reached"),
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_what_is_refused(capsys: pytest.CaptureFixture[str], more: list[str], problem: str) -> None:
+    assert problem in refused(capsys, *arguments(epochs=0), *more)
+
+
+@pytest.mark.usefixtures("again")
+def test_a_storage_of_another_study(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, *arguments(epochs=2))
+    assert "the storage holds another study" in message and "finetune" in message and "--study" in message
+
+
+@pytest.mark.usefixtures("here")
+def test_a_folder_of_something_else(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("years of work")
+    for more in ([], ["--force"]):
+        assert "the output is no folder of a search" in refused(capsys, *arguments("--output", "mine", *more))
+    assert Path("mine/thesis.txt").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no model is named" in refused(capsys, "search")
+
+
+def job(**changes: Any) -> Job:
+    config = HardenConfig(
+        model=ModelConfig(path=Path("model.pt")),
+        data=DataConfig(source="npz:data.npz"),
+        threat=ThreatConfig(eps=0.12, steps=2),
+        allow_float=True,
+        threads=1,
+    )
+    return Job(0, config.model_copy(update=changes))
+
+
+def test_a_worker_without_the_data(here: Path) -> None:
+    Path("data.npz").unlink()
+    outcome = work_on(Workbench(str(here), str(here / "out"), 10, "pgd"), job())
+    assert outcome.problem is not None and outcome.problem.fatal and outcome.measurement is None
+    error = outcome.problem.error()
+    assert "on the worker" in error.found and "every worker needs the model's file and the data set" in error.fix
+
+
+def test_a_worker_without_the_folder(here: Path) -> None:
+    outcome = work_on(Workbench(str(here / "gone"), str(here / "out"), 10, "pgd"), job())
+    assert outcome.problem is not None and outcome.problem.fatal
+    assert "a folder of the search is not there" in outcome.problem.problem
+
+
+def test_jobs_and_outcomes_travel_between_processes() -> None:
+    one = job(seed=4)
+    outcomes = (
+        Outcome(one, fakes.measured(one)),
+        Outcome(one, problem=Problem("a", "b", "c", fatal=True)),
+    )
+    for thing in (one, *outcomes, Workbench("home", "folder", 10, "pgd")):
+        assert pickle.loads(pickle.dumps(thing)) == thing
+
+
+@pytest.mark.usefixtures("again")
+def test_without_ray_the_same_command_runs_in_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "is_installed", lambda: False)
+    assert tiny.run(*arguments("--address", "local")) == cli.DONE
+    assert "Ray is not installed (the extra `scale`)" in capsys.readouterr().err

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.search.fakes import ANATOMY, a_space, config
+from toolkit.config import RangeConfig
+from toolkit.errors import ToolkitError
+from toolkit.search.space import Parameters, Space, digest
+
+
+def test_a_point_is_a_configuration_of_harden() -> None:
+    found = a_space(
+        "prune.ratio=0.2:0.8:0.2; prune.importance=l1,l2; quantize.calibrate=mse; precision=ends-float"
+    ).config(
+        {
+            "prune.ratio": 0.6000000000000001,
+            "prune.importance": "l2",
+            "quantize.calibrate": "mse",
+            "precision": "ends-float",
+        }
+    )
+    assert (found.prune.ratio, found.prune.importance) == (0.6, "l2")
+    assert found.quantize.int8 and found.quantize.precision == "int8" and found.quantize.calibrate == "mse"
+    assert found.quantize.keep_float == ("first", "last")
+
+
+def test_the_precisions_are_what_they_say() -> None:
+    space = a_space("precision=int8,first-float,ends-float,auto,float")
+    found = {name: space.config({"precision": name}) for name in space.dimensions[0].values if isinstance(name, str)}
+    kept = {name: one.quantize.keep_float for name, one in found.items()}
+    assert kept == {
+        "int8": (), "first-float": ("first",), "ends-float": ("first", "last"), "auto": (), "float": (),
+    }  # fmt: skip
+    assert [name for name, one in found.items() if not one.quantize.int8] == ["float"] and found["float"].allow_float
+    assert [name for name, one in found.items() if one.quantize.precision == "auto" and one.quantize.int8] == ["auto"]
+
+
+def test_every_group_has_a_ratio_of_its_own() -> None:
+    space = Space(config("prune.ratio=0.2:0.8:0.2", per_group=True), ANATOMY)
+    assert [one.name for one in space.dimensions] == ["prune.ratios.0", "prune.ratios.2.conv"]
+    found = space.config({"prune.ratios.0": 0.2, "prune.ratios.2.conv": 0.8})
+    assert found.prune.ratios == {"0": 0.2, "2.conv": 0.8}
+    assert space.start() == {"prune.ratios.0": 0.4, "prune.ratios.2.conv": 0.4}
+
+
+def test_the_search_starts_at_what_the_user_gave() -> None:
+    given = config("prune.ratio=0.1:0.9:0.1; finetune.radius=1.5,1.0; quantize.calibrate=minmax,mse")
+    given = given.model_copy(update={"prune": given.prune.model_copy(update={"ratio": 0.72})})
+    assert Space(given, ANATOMY).start() == {
+        "prune.ratio": 0.7, "finetune.radius": "1.0", "quantize.calibrate": "minmax",
+    }  # fmt: skip
+
+
+def test_settings_that_mean_nothing_make_no_other_point() -> None:
+    space = a_space(
+        "precision=float,int8; quantize.calibrate=minmax,mse; prune.ratio=0:0.5:0.5; prune.importance=l1,l2"
+    )
+    point: Parameters = {
+        "precision": "float",
+        "quantize.calibrate": "minmax",
+        "prune.ratio": 0.0,
+        "prune.importance": "l1",
+    }
+    other: Parameters = {**point, "quantize.calibrate": "mse", "prune.importance": "l2"}
+    assert digest(space.config(point)) == digest(space.config(other))
+    assert digest(space.config({**point, "precision": "int8"})) != digest(space.config({**other, "precision": "int8"}))
+
+
+def test_a_seed_changes_how_a_point_is_made_and_not_which_it_is() -> None:
+    point: Parameters = {"prune.ratio": 0.5, "precision": "int8"}
+    one, other = (a_space().config(point, seed) for seed in (1, 2))
+    assert (one.seed, other.seed) == (1, 2) and digest(one) == digest(other)
+
+
+def test_ranges_hold_both_ends() -> None:
+    assert RangeConfig(low=0.2, high=0.8, step=0.1).values == (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    assert RangeConfig(low=0, high=1, step=0.4).values == (0.0, 0.4, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("space", "problem", "found"),
+    [
+        ("seed=1,2", "cannot vary seed", "'seed'"),
+        ("data.source=sample,cifar10", "cannot vary data.source", "data.source"),
+        ("prune=1", "cannot vary prune", "'prune'"),
+        ("precision=0:1:0.5", "cannot vary precision", "range"),
+        ("precision=int8,int4", "unknown precision assignment", "int4"),
+        ("prune.ratio=0.5:1.5:0.5", "'prune.ratio'", "less than 1"),
+        ("prune.rato=0.5,0.6", "'prune.rato'", "not permitted"),
+        ("quantize.calibrate=minmax,guess", "'quantize.calibrate'", "guess"),
+    ],
+)
+def test_what_cannot_vary_is_refused(space: str, problem: str, found: str) -> None:
+    with pytest.raises(ToolkitError) as caught:
+        a_space(space)
+    assert problem in caught.value.problem and found in caught.value.found

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import datetime
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from tests.search import fakes
+from tests.search.fakes import FakeWork, a_space, a_study, noted, plan
+from toolkit.errors import ToolkitError
+from toolkit.search import ownership, sampler, storage
+from toolkit.search.database import forget, quiet
+from toolkit.search.executors import InProcess
+from toolkit.search.objective import Job
+from toolkit.search.runner import points_of, run_trials
+from toolkit.search.storage import Study, Ticket
+
+VALUES = {"clean": 0.9, "robust": 0.7, "ratio": 0.5, "bytes": 10.0}
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'study.sqlite'}"
+
+
+def tell(study: Study, ticket: Ticket) -> bool:
+    job = Job(ticket.number, a_space().config(ticket.parameters))
+    return study.tell(ticket, VALUES, [fakes.measured(job).record()], {"--min-robust": -0.1})
+
+
+def ask(study: Study, wanted: int = 99) -> Ticket:
+    ticket = study.ask(wanted)
+    assert ticket is not None
+    return ticket
+
+
+def test_the_first_trial_is_what_the_user_gave(url: str) -> None:
+    study = a_study(url)
+    assert ask(study).parameters == {"prune.ratio": 0.5, "precision": "int8"}
+    study.close()
+
+
+def test_no_configuration_is_tried_twice_and_a_small_space_ends(url: str) -> None:
+    study = a_study(url, a_space("prune.ratio=0.2:0.8:0.2; precision=int8"))
+    found = []
+    while (ticket := study.ask(99)) is not None:
+        found.append(ticket.parameters["prune.ratio"])
+        tell(study, ticket)
+    assert sorted(round(float(ratio), 3) for ratio in found) == [0.2, 0.4, 0.6, 0.8]
+    study.close()
+
+
+def test_proposals_are_those_of_the_seed_alone(tmp_path: Path) -> None:
+    def proposals(name: str, seed: int, count: int = 10, pause: int | None = None) -> list[Any]:
+        study = a_study(f"sqlite:///{tmp_path / name}", seed=seed)
+        found = []
+        for number in range(count):
+            if number == pause:  # as a process that ends and another that goes on
+                study.close()
+                study = a_study(f"sqlite:///{tmp_path / name}", seed=seed)
+            ticket = ask(study)
+            found.append(ticket.parameters)
+            tell(study, ticket)
+        study.close()
+        return found
+
+    one = proposals("one", 3)
+    assert len(one) > sampler.STARTUP_TRIALS and one == proposals("paused", 3, pause=6)
+    assert one[:3] != proposals("other", 4, count=3)
+
+
+def test_a_trial_of_a_process_that_died_is_asked_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = a_study(url)
+    ask_again = ask(gone)
+    second = a_study(url)
+    assert ask(second).parameters != ask_again.parameters, "its process lives"
+    monkeypatch.setattr(storage, "vanished", lambda _: True)
+    again = ask(second)
+    assert again.parameters == ask_again.parameters and again.number != ask_again.number
+    monkeypatch.undo()
+    assert tell(second, again)
+    assert not tell(gone, ask_again), "what was thought dead speaks, and is not counted"
+    assert len(second.tried()) == 1
+    gone.close()
+    second.close()
+
+
+def test_a_heart_that_stopped_elsewhere_is_noticed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "GRACE_S", 1)
+    monkeypatch.setattr(storage, "vanished", lambda _: False)  # on another machine that cannot be seen
+    silent = a_study(url)
+    lost = ask(silent)
+    silent._stop.set()
+    time.sleep(2.1)
+    other = a_study(url)
+    assert ask(other).parameters == lost.parameters
+    silent._held.clear()
+    silent.close()
+    other.close()
+
+
+def test_a_trial_that_kills_every_process_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = a_study(url)
+    deadly = ask(study).parameters
+    monkeypatch.setattr(storage, "vanished", lambda _: True)
+    for _ in range(storage.ATTEMPTS - 1):
+        study._held.clear()
+        assert ask(study).parameters == deadly
+    study._held.clear()
+    assert ask(study).parameters != deadly
+    (given_up,) = study.tried()
+    assert given_up.parameters == deadly and given_up.reason == storage.DIED and given_up.result is None
+    study._held.clear()
+    study.close()
+
+
+def test_what_is_given_back_is_asked_again_however_often(url: str) -> None:
+    study = a_study(url)
+    first = ask(study)
+    for _ in range(storage.ATTEMPTS + 1):
+        study.release(first.number)
+        again = ask(study)
+        assert again.parameters == first.parameters
+        first = again
+    study.close()
+
+
+def test_a_trial_that_died_while_it_was_drawn_is_dropped(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = a_study(url)
+    with quiet():
+        study._study.ask()  # no owner, no settings
+    assert study.ask(1) is None, "it may be somebody's who is about to say so"
+    monkeypatch.setattr(storage, "GRACE_S", 0)
+    assert study.ask(1) is not None
+    study.close()
+
+
+def test_impossible_trials_count_and_say_why(url: str) -> None:
+    study = a_study(url)
+    first = ask(study)
+    assert study.refuse(first, "no filters left")
+    assert study.ask(1) is None
+    (found,) = study.tried()
+    assert (found.number, found.reason, found.result) == (first.number, "no filters left", None)
+    study.close()
+
+
+@pytest.mark.parametrize("change", ["weights", "more"])
+def test_another_study_in_the_storage_is_refused(url: str, change: str) -> None:
+    a_study(url).close()
+    with pytest.raises(ToolkitError, match="the storage holds another study") as caught:
+        a_study(url, identity={change: "other"})
+    assert change in caught.value.found and "--study" in caught.value.fix
+    a_study(url, name="beside it", identity={change: "other"}).close()
+    forget(url, "search")
+    forget(url, "never there")
+    a_study(url, identity={change: "other"}).close()
+
+
+def test_a_study_of_other_software_is_refused(url: str) -> None:
+    foreign = optuna.create_study(storage=url, study_name="search", directions=list(storage.DIRECTIONS.values()))
+    foreign.tell(foreign.ask(), [1.0] * 4)
+    with pytest.raises(ToolkitError, match="the storage holds another study"):
+        a_study(url)
+
+
+def test_a_study_with_other_objectives_is_refused(url: str) -> None:
+    optuna.create_study(storage=url, study_name="search")
+    with pytest.raises(ToolkitError, match="the storage holds another study"):
+        a_study(url)
+
+
+@pytest.mark.parametrize(
+    ("bad", "found"),
+    [
+        ("sqlite:////no/such/folder/study.sqlite", "unable to open"),
+        ("nonsense", "nonsense"),
+        ("nosuchdialect://user:secret@host/base", "nosuchdialect"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_named_without_its_password(bad: str, found: str) -> None:
+    with pytest.raises(ToolkitError, match="the storage cannot be used") as caught:
+        a_study(bad)
+    assert found in caught.value.found and "secret" not in caught.value.found
+
+
+def test_limits_reach_the_sampler(url: str) -> None:
+    study = a_study(url)
+    tell(study, ask(study))
+    (trial,) = study._study.get_trials()
+    assert trial.constraints == {"--min-robust": -0.1}
+    study.close()
+
+
+def test_processes_on_one_storage_share_the_trials_and_one_may_be_killed(url: str, tmp_path: Path) -> None:
+    log, trials = tmp_path / "log", 10
+    a_study(url).close()
+    command = [sys.executable, "-m", "tests.search.fakes", url, str(log), str(trials), "0.3"]
+    first, second = (subprocess.Popen(command) for _ in range(2))
+    deadline = time.monotonic() + 120
+    while not {first.pid, second.pid} <= {process for _, _, process in noted(log, "begin")}:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    assert second.wait(120) == 0
+    study = a_study(url)
+    tried = study.tried()
+    study.close()
+    assert len(tried) == trials and all(one.result is not None for one in tried)
+    assert len({tuple(one.parameters.values()) for one in tried}) == trials
+    ended = [trial for trial, _, _ in noted(log, "end")]
+    assert len(ended) == len(set(ended)) and set(ended) >= {one.number for one in tried}
+    assert 1 <= sum(process == second.pid for _, _, process in noted(log, "end")) <= trials
+
+
+def test_seeds_are_averaged_and_the_rest_of_a_search_goes_on(url: str, tmp_path: Path) -> None:
+    space, log = a_space(), tmp_path / "log"
+    study = a_study(url, space)
+    run_trials(study, space, InProcess(FakeWork(str(log), fails_at=1)), plan(4, seeds=(7, 9)))
+    begun = [(trial, seed) for trial, seed, _ in noted(log, "begin")]
+    tried = study.tried()
+    assert begun == [(one.number, seed) for one in tried for seed in (7, 9)]
+    assert [one.reason for one in tried] == [None, "it failed: a reason", None, None]
+    assert [len(one.result) for one in tried if one.result] == [2, 2, 2]
+    found = points_of(tried)
+    assert [point.clean.total for point in found] == [1000] * 3
+    run_trials(study, space, InProcess(FakeWork(str(log))), plan(4, seeds=(7, 9)))
+    assert len(noted(log, "begin")) == 8, "nothing is left to do"
+    study.close()
+
+
+def test_a_problem_of_all_trials_ends_the_search(url: str, tmp_path: Path) -> None:
+    study, space = a_study(url), a_space()
+    work = FakeWork(str(tmp_path / "log"), fails_at=1, fatal=True)
+    with pytest.raises(ToolkitError, match="it failed"):
+        run_trials(study, space, InProcess(work), plan(4))
+    study.close()
+    study = a_study(url)
+    run_trials(study, space, InProcess(FakeWork(str(tmp_path / "log"))), plan(4))
+    assert len(study.tried()) == 4
+    study.close()
+
+
+def test_no_trial_begins_after_the_time_is_spent(url: str, tmp_path: Path) -> None:
+    study, space = a_study(url), a_space()
+    run_trials(study, space, InProcess(FakeWork(str(tmp_path / "log"), 0.05)), plan(99, seconds=0.3))
+    assert 1 <= len(study.tried()) < 20
+    study.close()
+
+
+def test_a_process_waits_for_the_others(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, space = a_study(url), a_space()
+    ticket = ask(other)
+    monkeypatch.setattr("toolkit.search.runner.time.sleep", lambda _: tell(other, ticket))
+    study = a_study(url)
+    run_trials(study, space, InProcess(FakeWork(str(tmp_path / "log"))), plan(1))
+    assert len(study.tried()) == 1 and not noted(tmp_path / "log", "begin")
+    other.close()
+    study.close()
+
+
+def test_a_process_knows_itself_and_not_its_namesake() -> None:
+    me = ownership.this_process()
+    assert not ownership.vanished(me)
+    assert ownership.vanished({**me, "since": me["since"] - 1}), "another process with the same number"
+    assert ownership.vanished({**me, "pid": 2**22 + 1})
+    assert not ownership.vanished({**me, "machine": "another", "pid": 2**22 + 1})
+
+
+def test_the_clock_of_the_data_base_is_not_asked_for_ownerless_trials() -> None:
+    started = datetime.datetime.now() - datetime.timedelta(seconds=2 * storage.GRACE_S)
+    trial = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
+    trial.datetime_start = started
+    assert storage._is_dead(trial)
+    trial.datetime_start = datetime.datetime.now()
+    assert not storage._is_dead(trial)

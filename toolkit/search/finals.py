@@ -1,0 +1,154 @@
+"""Full evidence for the front: bundles, written by `harden`, and timed side by side with nothing else running."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from toolkit import bundle
+from toolkit.artifacts import Proportion
+from toolkit.config import HardenConfig, SearchRunConfig, build
+from toolkit.errors import ToolkitError
+from toolkit.evaluators.latency import ISOLATION, LatencyRow, benchmark
+from toolkit.evaluators.timing import Interval
+from toolkit.graphs import some_pixels, timed
+from toolkit.pipeline import harden, resolve
+from toolkit.progress import notice
+from toolkit.reports.schema import Report, Share
+from toolkit.search.front import Limits, Point, finalists, recommend
+from toolkit.search.locks import locked, stopwatch_lock
+from toolkit.search.objective import Laboratory, tuned_file
+from toolkit.search.report import Candidate, SearchResult
+from toolkit.search.runner import measurements, points_of
+from toolkit.search.space import Space, digest
+from toolkit.search.storage import Tried
+
+BUNDLES = "bundles"
+ORIGINAL = "original"
+
+
+def full_evidence(
+    config: SearchRunConfig, output: Path, laboratory: Laboratory, space: Space, tried: Sequence[Tried]
+) -> SearchResult:
+    """Write the bundles of the most promising trials, and choose among them.
+
+    Where none of them keeps the limits, others follow that may keep them within the intervals of their cheap evidence,
+    as many again at most.
+
+    Raises:
+        ToolkitError: no trial has a result.
+    """
+    cheap = points_of(tried)
+    if not cheap:
+        reasons = "; ".join(dict.fromkeys(one.reason for one in tried if one.reason)) or "the time was spent before"
+        raise ToolkitError(
+            "no trial could be made",
+            found=f"{len(tried)} trial(s): {reasons}",
+            fix="widen the space with --space, allow more --trials or more --budget",
+        )
+    limits, wanted = Limits.of(config), config.search.bundles
+    by_number = {one.number: one for one in tried}
+    done: list[Candidate] = []
+    for point in finalists(cheap, limits):
+        enough = len(done) >= wanted
+        hopeful = limits.may_keep(point) and not any(limits.kept(one.point) for one in done)
+        if enough and not (hopeful and len(done) < 2 * wanted):
+            break
+        done.append(_bundle(config, output, laboratory, space, by_number[point.trial], point))
+    rows = _time(config, laboratory, done)
+    candidates = tuple(replace(one, point=_timed_point(one.point, rows)) for one in done)
+    return SearchResult(
+        output,
+        candidates,
+        tuple(tried),
+        tuple(cheap),
+        limits,
+        recommend([one.point for one in candidates], limits),
+        batch=config.benchmark.batches[0],
+        timing=ISOLATION,
+        foreign_load=rows[0].foreign_load,
+    )
+
+
+def _bundle(
+    config: SearchRunConfig, output: Path, laboratory: Laboratory, space: Space, one: Tried, cheap: Point
+) -> Candidate:
+    """The bundle of a trial, under the first seed; one that is there already is kept."""
+    found = space.config(one.parameters, config.seeds[0])
+    chosen = type(found.quantize).model_validate(measurements(one)[0].quantize)
+    how = found.model_copy(update={"quantize": chosen})
+    folder = output / BUNDLES / f"trial-{one.number:03d}"
+    if not _is_written(folder, resolve(how, laboratory.prepared)):
+        notice(f"full evidence for trial {one.number}")
+        _write(how, laboratory, folder)
+    report = bundle.read_report(folder)
+    return Candidate(_point(one.number, report, folder), cheap, folder, one.parameters, _alarms(report))
+
+
+def _is_written(folder: Path, config: HardenConfig) -> bool:
+    """Whether the bundle of this configuration is there, with the evidence asked for."""
+    if not (folder / bundle.REPORT).is_file():
+        return False
+    there = bundle.read_config(folder)
+    same = digest(there) == digest(build(HardenConfig, config.model_dump(mode="json")))
+    return same and (there.attack, there.data.evaluation, there.gates) == (
+        config.attack, config.data.evaluation, config.gates,
+    )  # fmt: skip
+
+
+def _write(config: HardenConfig, laboratory: Laboratory, folder: Path) -> None:
+    """Harden; the fine-tuning of the trial is taken over, if it is kept here, and not made again."""
+    workspace = bundle.workspace_of(folder)
+    kept = tuned_file(laboratory.folder, resolve(config, laboratory.prepared))
+    if kept.is_file() and not workspace.training_checkpoint.is_file():
+        workspace.root.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(kept, workspace.training_checkpoint)
+    harden(config, folder, force=True, resume=workspace.resumable)
+
+
+def _alarms(report: Report) -> tuple[str, ...]:
+    return tuple(alarm.name for alarm in report.soundness)
+
+
+def _point(trial: int, report: Report, folder: Path) -> Point:
+    """What a bundle claims; its latency is replaced by that of all bundles side by side."""
+    row = next(row for row in report.latency if row.file == "deployed")
+    return Point(
+        trial,
+        _proportion(report.accuracy.deployed),
+        _proportion(report.robust_accuracy.deployed),
+        row.p50,
+        Interval(row.ratio, row.ratio_low, row.ratio_high),
+        (folder / bundle.DEPLOYED).stat().st_size,
+        trusted=False,
+    )
+
+
+def _proportion(share: Share) -> Proportion:
+    return Proportion(share.correct, share.total)
+
+
+def _time(config: SearchRunConfig, laboratory: Laboratory, candidates: Sequence[Candidate]) -> tuple[LatencyRow, ...]:
+    """All bundles and the original network's float graph in the same rounds, at the first batch size."""
+    how = timed(resolve(config, laboratory.prepared))
+    how = how.model_copy(update={"batches": how.batches[:1]})
+    files = {str(one.point.trial): one.folder / bundle.DEPLOYED for one in candidates}
+    shape = laboratory.prepared.model.spec.input_shape
+    pixels = some_pixels(config, laboratory.prepared.splits.evaluation)
+    with locked(stopwatch_lock()):
+        return benchmark(
+            {**files, ORIGINAL: laboratory.original.path},
+            how,
+            shape,
+            baseline=ORIGINAL,
+            seed=config.seed,
+            images=pixels,
+        )
+
+
+def _timed_point(point: Point, rows: Sequence[LatencyRow]) -> Point:
+    row = next(row for row in rows if row.file == str(point.trial))
+    ratio = Interval(row.ratio, row.ratio_low, row.ratio_high)
+    return replace(point, milliseconds=row.p50, ratio=ratio, trusted=row.trusted)

@@ -1,0 +1,138 @@
+"""Trial after trial: ask the storage what to try, have it done under every seed, tell the storage what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from toolkit.artifacts import Proportion
+from toolkit.evaluators.timing import Interval
+from toolkit.progress import notice
+from toolkit.search.executors import Executor
+from toolkit.search.front import Limits, Point
+from toolkit.search.objective import Job, Measurement, Outcome
+from toolkit.search.space import Space
+from toolkit.search.storage import Study, Ticket, Tried
+
+POLL_S = 1.0
+"""Between two looks at what other processes are doing."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many trials are made, under which seeds, for how long."""
+
+    trials: int
+    seeds: tuple[int, ...]
+    limits: Limits
+    seconds: float | None = None
+    """After which no trial begins; None: all are made."""
+
+
+@dataclass
+class _UnderWay:
+    """A trial of this process, and what is known of it so far."""
+
+    ticket: Ticket
+    outcomes: list[Outcome] = field(default_factory=list)
+
+
+def run_trials(study: Study, space: Space, executor: Executor, plan: Plan) -> None:
+    """Make trials until there are as many as wanted, those of other processes included, or the time is spent.
+
+    Raises:
+        ToolkitError: a problem that all trials would meet.
+    """
+    end = None if plan.seconds is None else time.monotonic() + plan.seconds
+    under_way: dict[int, _UnderWay] = {}
+    waiting = False
+    while True:
+        expired = end is not None and time.monotonic() >= end
+        outstanding = sum(len(plan.seeds) - len(one.outcomes) for one in under_way.values())
+        if not expired and outstanding < executor.slots:
+            ticket = study.ask(plan.trials)
+            if ticket is not None:
+                under_way[ticket.number] = _UnderWay(ticket)
+                for seed in plan.seeds:
+                    executor.submit(Job(ticket.number, space.config(ticket.parameters, seed)))
+                continue
+        if under_way:
+            _take(executor.next(), under_way, study, plan)
+        elif not expired and study.others():
+            if not waiting:
+                notice("waiting for the trials of other processes")
+            waiting = True
+            time.sleep(POLL_S)
+        else:
+            return
+
+
+def _take(outcome: Outcome, under_way: dict[int, _UnderWay], study: Study, plan: Plan) -> None:
+    """Count what a job came to; with the last of its trial, tell the storage."""
+    one = under_way[outcome.job.trial]
+    one.outcomes.append(outcome)
+    if outcome.problem is not None and outcome.problem.fatal:
+        raise outcome.problem.error()
+    if len(one.outcomes) < len(plan.seeds):
+        return
+    del under_way[outcome.job.trial]
+    problems = [found.problem for found in one.outcomes if found.problem is not None]
+    if problems:
+        reason = f"{problems[0].problem}: {problems[0].found}"
+        study.refuse(one.ticket, reason)
+        notice(f"trial {one.ticket.number} cannot be made: {reason}")
+        return
+    by_seed = {found.job.config.seed: found.measurement for found in one.outcomes}
+    measured = [by_seed[seed] for seed in plan.seeds]
+    found = [measurement for measurement in measured if measurement is not None]
+    point = mean_point(one.ticket.number, found)
+    values = {
+        "clean": float(np.mean([m.clean.value for m in found])),
+        "robust": float(np.mean([m.robust.value for m in found])),
+        "ratio": point.ratio.value,
+        "bytes": float(point.bytes),
+    }
+    result = [measurement.record() for measurement in found]
+    counted = study.tell(one.ticket, values, result, plan.limits.excess(point))
+    seconds = sum(measurement.seconds["all"] for measurement in found)
+    late = "" if counted else "; too late, another process made it again"
+    notice(
+        f"trial {point.trial}: clean {point.clean.value:.1%}, robust {point.robust.value:.1%}, "
+        f"{point.milliseconds:.4g} ms ({point.ratio.value:.2f} of the original's), {point.bytes:,} bytes; "
+        f"{seconds:.0f} s; {study.made} of {plan.trials}{late}"
+    )
+
+
+def mean_point(trial: int, measured: Sequence[Measurement]) -> Point:
+    """One point from the measurements under all seeds; accuracies are means, with the interval of as many images."""
+    clean, robust = (
+        Proportion(round(float(np.mean([share.correct for share in shares]))), shares[0].total)
+        for shares in ([m.clean for m in measured], [m.robust for m in measured])
+    )
+    times = Interval(*(_geometric([getattr(m.ratio, name) for m in measured]) for name in ("value", "low", "high")))
+    return Point(
+        trial,
+        clean,
+        robust,
+        _geometric([m.milliseconds for m in measured]),
+        times,
+        max(m.bytes for m in measured),
+        all(m.trusted for m in measured),
+    )
+
+
+def _geometric(values: Sequence[float]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def points_of(tried: Sequence[Tried]) -> list[Point]:
+    """The points of all trials that have a result."""
+    return [mean_point(one.number, measurements(one)) for one in tried if one.result is not None]
+
+
+def measurements(one: Tried) -> list[Measurement]:
+    """What a trial came to under each seed."""
+    return [Measurement.of(record) for record in one.result or ()]

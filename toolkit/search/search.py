@@ -1,0 +1,193 @@
+"""`toolkit search`: the best trade-off under the user's limits, as bundles, a front and a recommendation."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit import bundle
+from toolkit.artifacts import TorchModel
+from toolkit.attacks.ensemble import compose
+from toolkit.config import HardenConfig, SearchRunConfig, build, write_settings
+from toolkit.errors import ToolkitError
+from toolkit.evaluators.environment import usable_threads
+from toolkit.exporters.onnx import load_onnx
+from toolkit.exporters.precision import named_layers
+from toolkit.pipeline import check_settings
+from toolkit.progress import notice
+from toolkit.pruning import find_groups
+from toolkit.search import cluster
+from toolkit.search.database import forget
+from toolkit.search.executors import Executor, InProcess
+from toolkit.search.finals import full_evidence
+from toolkit.search.front import Limits
+from toolkit.search.locks import locked
+from toolkit.search.objective import Laboratory, Workbench
+from toolkit.search.plot import plot_front
+from toolkit.search.report import DATA, MARKDOWN, PICTURE, SearchResult, record, render_markdown
+from toolkit.search.runner import Plan, run_trials
+from toolkit.search.space import Anatomy, Space
+from toolkit.search.storage import Study
+
+SETTINGS = "search.yaml"
+STORAGE = "study.sqlite"
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search made ready: everything that it names is there and fits."""
+
+    config: SearchRunConfig
+    output: Path
+    laboratory: Laboratory
+    bench: Workbench
+    space: Space
+
+
+def search(config: SearchRunConfig, output: Path, *, force: bool = False) -> SearchResult:
+    """Try configurations of `harden`, give the best ones full evidence, and say which to ship.
+
+    The same call again goes on where an earlier one was cut short, or adds trials to those that are there; two at a
+    time on one storage share the trials.
+
+    Args:
+        config: of every trial, of the space, and of the limits.
+        output: folder of the search: its trials (unless `storage` says otherwise), fine-tunings, bundles and front.
+        force: begin anew.
+
+    Raises:
+        ToolkitError: bad input, no storage, another study in it, or no trial that could be made.
+    """
+    _check_output(output)
+    ready = prepare_search(config, output)
+    url = config.search.storage or f"sqlite:///{output / STORAGE}"
+    with bundle.disk_errors(output):
+        if force:
+            if config.search.storage is not None:
+                forget(url, config.search.study)
+            _clear(output)
+        output.mkdir(parents=True, exist_ok=True)
+        write_settings(config, output / SETTINGS, home=output)
+        with _open_study(ready, url) as study:
+            with _executor(ready) as executor:
+                plan = Plan(config.search.trials, config.seeds, Limits.of(config), config.search.budget)
+                run_trials(study, ready.space, executor, plan)
+            tried = study.tried()
+        with locked(output / ".finals.lock", "it writes the bundles of this search"):
+            found = full_evidence(config, output, ready.laboratory, ready.space, tried)
+            write_front(found)
+    return found
+
+
+def prepare_search(config: SearchRunConfig, output: Path) -> Search:
+    """Load and check everything that the trials need; nothing is written.
+
+    Raises:
+        ToolkitError: bad input.
+    """
+    compose(config.attack.attacks, classes=2, norm=config.threat.norm)
+    first = config.model_copy(update={"seed": config.seeds[0]})
+    how = config.search
+    bench = Workbench(str(Path.cwd()), str(output.absolute()), how.images, how.attacks)
+    base = build(HardenConfig, first.model_dump(mode="json", exclude={"search"}))
+    laboratory = Laboratory(base, output.absolute(), images=how.images, attacks=how.attacks)
+    layers = named_layers(load_onnx(laboratory.original.path), ["*"])
+    groups = find_groups(laboratory.prepared.model) if how.per_group else ()
+    space = Space(config, Anatomy(layers, groups))
+    check_settings(space.config(space.start()))
+    bench.adopt(laboratory, base)
+    return Search(config, output, laboratory, bench, space)
+
+
+@contextlib.contextmanager
+def _open_study(ready: Search, url: str) -> Iterator[Study]:
+    study = Study(url, ready.config.search.study, ready.space, _identity(ready), ready.config.seed)
+    try:
+        yield study
+    finally:
+        study.close()
+
+
+@contextlib.contextmanager
+def _executor(ready: Search) -> Iterator[Executor]:
+    """Ray workers where an address is given and Ray is there; else this process."""
+    config = ready.config
+    address = config.search.address
+    if address is not None and not cluster.is_installed():
+        notice("Ray is not installed (the extra `scale`): all trials run in this process")
+        address = None
+    executor: Executor
+    if address is None:
+        executor = InProcess(ready.bench)
+    else:
+        needs = cluster.Needs(usable_threads(config.threads), config.search.gpus)
+        executor = cluster.RayCluster(address, ready.bench, needs, config.search.workers)
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+def write_front(found: SearchResult) -> None:
+    """Write the front as data, as Markdown and as a picture."""
+    best = found.recommendation
+    (found.output / DATA).write_text(json.dumps(record(found), indent=2) + "\n", encoding="utf-8")
+    (found.output / MARKDOWN).write_text(render_markdown(found), encoding="utf-8")
+    points = [one.point for one in found.candidates]
+    plot_front(
+        found.output / PICTURE, found.cheap, points, found.limits, recommended=best.point.trial, batch=found.batch
+    )
+
+
+def _identity(ready: Search) -> dict[str, Any]:
+    """What must be equal for results to be comparable; limits, and how the front is judged, may change."""
+    config, prepared = ready.config, ready.laboratory.prepared
+    values = config.model_dump(mode="json")
+    for part in ("gates", "attack", "model"):
+        del values[part]
+    values["data"].pop("evaluation")
+    values["data"] = {**values["data"], "data_dir": None, "source": prepared.source.name.partition(":")[0]}
+    values["finetune"].pop("teacher")
+    values["benchmark"] = {name: values["benchmark"][name] for name in ("provider", "threads")}
+    judged = {name: values["search"][name] for name in ("space", "per_group", "images", "attacks")}
+    del values["search"]
+    return {
+        **values,
+        **judged,
+        "batch": config.benchmark.batches[0],
+        "seeds": list(config.seeds),
+        "weights": _weights_digest(prepared.model),
+        "images of the data set": prepared.splits.train.digest,
+    }
+
+
+def _weights_digest(model: TorchModel) -> str:
+    digest = hashlib.sha256()
+    for value in model.network.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_output(output: Path) -> None:
+    """Refuse a folder of something else.
+
+    Raises:
+        ToolkitError: `output` is no search's folder.
+    """
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / SETTINGS).is_file()):
+        raise ToolkitError(
+            "the output is no folder of a search",
+            found=str(output),
+            fix="name another folder with --output; --force replaces searches only",
+        )
+
+
+def _clear(output: Path) -> None:
+    if output.is_dir():
+        shutil.rmtree(output)

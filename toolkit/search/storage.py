@@ -1,0 +1,290 @@
+"""The trials of a search in a data base that several processes share.
+
+Who asks for a trial holds it as long as his process lives and his heart beats: a trial whose process died is failed and
+asked again, and whatever that process might still tell of it is refused. So every result counts once.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from toolkit.errors import ToolkitError
+from toolkit.progress import notice
+from toolkit.search.database import open_storage, quiet, storage_errors
+from toolkit.search.ownership import this_process, vanished
+from toolkit.search.sampler import SeededSampler
+from toolkit.search.space import Dimension, Parameters, Space, digest
+
+HEARTBEAT_S = 5
+GRACE_S = 60
+"""After so many seconds without a heartbeat a process counts as dead, on whatever machine it was."""
+ATTEMPTS = 3
+"""So often a trial may end with the death of its process."""
+REPEATS, DRAWS = 5, 500
+"""After so many points in a row that were tried already, an untried one is looked for among so many random ones."""
+DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
+    "clean": "maximize",
+    "robust": "maximize",
+    "ratio": "minimize",
+    "bytes": "minimize",
+}
+IDENTITY, OWNER, DIGEST, ATTEMPT, RESULT, REASON = "identity", "owner", "digest", "attempt", "result", "reason"
+SKIPPED = "skipped"
+DIED = f"its process died, {ATTEMPTS} times"
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A trial that this process holds."""
+
+    number: int
+    parameters: Parameters
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial that is done: it has a result, or a reason why it has none."""
+
+    number: int
+    parameters: Parameters
+    result: Any | None
+    reason: str | None
+
+
+class Study:
+    """A search in its storage.
+
+    Args:
+        url: of the data base, in SQLAlchemy's words.
+        name: of the study in it.
+        space: what may be tried.
+        identity: plain data that names the search; results of another cannot be compared.
+        seed: of the proposals.
+
+    Raises:
+        ToolkitError: the storage cannot be used, or holds another study of this name.
+    """
+
+    def __init__(self, url: str, name: str, space: Space, identity: Mapping[str, Any], seed: int) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._space, self._seed = space, seed
+        self._distributions = {dimension.name: _distribution(dimension) for dimension in space.dimensions}
+        self._held: dict[int, optuna.Trial] = {}
+        with storage_errors(url):
+            self._storage = open_storage(url, self._gone, heartbeat_s=HEARTBEAT_S, grace_s=GRACE_S)
+            self._study = optuna.create_study(
+                storage=self._storage,
+                study_name=name,
+                directions=list(DIRECTIONS.values()),
+                sampler=SeededSampler(seed),
+                load_if_exists=True,
+            )
+            self._check(name, identity)
+        if not self._trials():
+            self._study.enqueue_trial(dict(space.start()), skip_if_exists=True)
+        self._stop = threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+        self._heart.start()
+
+    def close(self) -> None:
+        """End the heartbeat, and give back what is still held."""
+        for number in tuple(self._held):
+            self.release(number)
+        self._stop.set()
+        self._heart.join()
+        self._storage.engine.dispose()
+
+    def ask(self, wanted: int) -> Ticket | None:
+        """A trial that nobody has made or is making; None if `wanted` are made or under way, or none is left."""
+        repeats = 0
+        self.reap()
+        while len(self._counted()) < wanted:
+            if repeats >= REPEATS and not self._enqueue_untried():
+                return None
+            with quiet():
+                trial = self._study.ask(self._distributions)
+            trial.set_user_attr(OWNER, this_process())
+            name = digest(self._space.config(trial.params))
+            trial.set_user_attr(DIGEST, name)
+            self._held[trial.number] = trial
+            earlier = [other for other in self._counted() if other.number < trial.number]
+            if any(other.user_attrs.get(DIGEST) == name for other in earlier):
+                self._skip(trial, "tried already")
+                repeats += 1
+            elif len(earlier) >= wanted:
+                self._skip(trial, "others made enough meanwhile")
+            else:
+                self._storage.record_heartbeat(trial._trial_id)
+                return Ticket(trial.number, dict(trial.params))
+        return None
+
+    def tell(self, ticket: Ticket, values: Mapping[str, float], result: Any, excess: Mapping[str, float]) -> bool:
+        """Keep the result of a trial; False if it is held no more, and the result does not count.
+
+        Args:
+            ticket: from `ask`.
+            values: one per objective (`DIRECTIONS`).
+            result: plain JSON data.
+            excess: by how much limits are overstepped; at most 0 where they are kept.
+        """
+        trial = self._held.pop(ticket.number)
+        if self._state(ticket.number) != TrialState.RUNNING:
+            return False
+        trial.set_user_attr(RESULT, json.dumps(result))
+        for name, amount in excess.items():
+            trial.set_constraint(name, amount)
+        return self._finish(ticket.number, [values[name] for name in DIRECTIONS])
+
+    def refuse(self, ticket: Ticket, reason: str) -> bool:
+        """Keep that a trial cannot be made, and why; it is not asked for again."""
+        trial = self._held.pop(ticket.number)
+        if self._state(ticket.number) != TrialState.RUNNING:
+            return False
+        trial.set_user_attr(REASON, reason)
+        return self._finish(ticket.number, None)
+
+    def release(self, number: int) -> None:
+        """Give a trial back, to be made by whoever asks next."""
+        self._held.pop(number, None)
+        trial = self._trial(number)
+        if self._finish(number, None):
+            self._enqueue_again(trial, int(trial.user_attrs.get(ATTEMPT, 1)))
+
+    def reap(self) -> None:
+        """Release the trials of processes that died."""
+        with quiet():
+            optuna.storages.fail_stale_trials(self._study)
+        for trial in self._trials():
+            theirs = trial.state == TrialState.RUNNING and trial.number not in self._held
+            if theirs and _is_dead(trial) and self._finish(trial.number, None):
+                self._gone(self._study, trial)
+
+    def others(self) -> int:
+        """How many trials other processes are making, or have left to be made."""
+        states = (TrialState.RUNNING, TrialState.WAITING)
+        return sum(trial.state in states and trial.number not in self._held for trial in self._trials())
+
+    @property
+    def made(self) -> int:
+        """How many trials are done, by whatever process."""
+        return len(self.tried())
+
+    def tried(self) -> tuple[Tried, ...]:
+        """All trials that are done, each configuration once."""
+        found: dict[str, Tried] = {}
+        for trial in self._counted():
+            if trial.state != TrialState.RUNNING:
+                result = trial.user_attrs.get(RESULT) if trial.state == TrialState.COMPLETE else None
+                reason = trial.user_attrs.get(REASON, DIED) if trial.state == TrialState.FAIL else None
+                done = Tried(trial.number, dict(trial.params), json.loads(result) if result else None, reason)
+                found.setdefault(str(trial.user_attrs.get(DIGEST)), done)
+        return tuple(found.values())
+
+    def _check(self, name: str, identity: Mapping[str, Any]) -> None:
+        """Claim a fresh study, or see that this one is the same search."""
+        ours = json.loads(json.dumps(identity))
+        theirs = self._study.user_attrs.get(IDENTITY)
+        same = [one.name.lower() for one in self._study.directions] == list(DIRECTIONS.values())
+        if same and theirs is None and not self._trials():
+            self._study.set_user_attr(IDENTITY, ours)
+            return
+        if theirs != ours:
+            theirs = theirs or {}
+            differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+            raise ToolkitError(
+                "the storage holds another study",
+                found=f"study '{name}', which differs in: {', '.join(differing)}",
+                fix="give the same arguments as before, another name with --study, or begin anew with --force",
+            )
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            for trial in tuple(self._held.values()):
+                try:
+                    self._storage.record_heartbeat(trial._trial_id)
+                except Exception as error:  # a data base that is busy or restarting; the grace period bridges it
+                    notice(f"the storage did not take a heartbeat: {type(error).__name__}")
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def _counted(self) -> list[FrozenTrial]:
+        """Trials that are made, under way, or impossible; neither skipped nor asked again."""
+        return [
+            trial
+            for trial in self._trials()
+            if trial.state in (TrialState.COMPLETE, TrialState.RUNNING) or _is_hopeless(trial)
+        ]
+
+    def _state(self, number: int) -> TrialState:
+        return self._trial(number).state
+
+    def _trial(self, number: int) -> FrozenTrial:
+        return next(trial for trial in self._trials() if trial.number == number)
+
+    def _finish(self, number: int, values: list[float] | None) -> bool:
+        """End a trial; False if somebody ended it before."""
+        state = TrialState.FAIL if values is None else TrialState.COMPLETE
+        try:
+            self._study.tell(number, values, state=state)
+        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+            return False
+        return True
+
+    def _skip(self, trial: optuna.Trial, why: str) -> None:
+        trial.set_user_attr(SKIPPED, why)
+        self._held.pop(trial.number)
+        self._finish(trial.number, None)
+
+    def _gone(self, _study: optuna.Study, trial: FrozenTrial) -> None:
+        """Ask a trial again that was failed because its process is gone."""
+        attempt = int(trial.user_attrs.get(ATTEMPT, 1))
+        if attempt < ATTEMPTS:
+            self._enqueue_again(trial, attempt + 1)
+
+    def _enqueue_again(self, trial: FrozenTrial, attempt: int) -> None:
+        if set(trial.params) == set(self._distributions):  # else its process died while it was being drawn
+            self._study.enqueue_trial(dict(trial.params), user_attrs={ATTEMPT: attempt})
+
+    def _enqueue_untried(self) -> bool:
+        """Find a point that nobody has tried, among random ones; False: there is none."""
+        known = {trial.user_attrs.get(DIGEST) for trial in self._counted()}
+        generator = np.random.default_rng([self._seed, len(self._trials())])
+        for _ in range(DRAWS):
+            point = {one.name: one.values[generator.integers(len(one.values))] for one in self._space.dimensions}
+            if digest(self._space.config(point)) not in known:
+                self._study.enqueue_trial(point)
+                return True
+        return False
+
+
+def _distribution(dimension: Dimension) -> BaseDistribution:
+    if dimension.step is None:
+        return CategoricalDistribution(dimension.values)
+    numbers = [float(value) for value in dimension.values]
+    return FloatDistribution(min(numbers), max(numbers), step=dimension.step)
+
+
+def _is_hopeless(trial: FrozenTrial) -> bool:
+    """Whether a trial was refused, or ended with the death of its process too often."""
+    died = int(trial.user_attrs.get(ATTEMPT, 1)) >= ATTEMPTS and SKIPPED not in trial.user_attrs
+    return trial.state == TrialState.FAIL and (REASON in trial.user_attrs or died)
+
+
+def _is_dead(trial: FrozenTrial) -> bool:
+    """Whether a running trial's process is gone, as far as can be told without its heartbeat."""
+    owner = trial.user_attrs.get(OWNER)
+    if owner is not None:
+        return vanished(owner)
+    started = trial.datetime_start
+    return started is not None and datetime.now() - started > timedelta(seconds=GRACE_S)
