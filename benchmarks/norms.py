@@ -30,7 +30,7 @@ from toolkit.data.images import ArrayImages
 from toolkit.evaluators.cost import integer_coverage
 from toolkit.evaluators.environment import environment_record
 from toolkit.evaluators.timing import ratio_interval
-from toolkit.exporters import quantize
+from toolkit.exporters import integers, quantize
 from toolkit.exporters.affine import norms_to_convolutions
 from toolkit.exporters.onnx import export_onnx
 from toolkit.exporters.session import OnnxPredictor
@@ -84,7 +84,7 @@ def files(model: TorchModel, images: Split, folder: Path) -> dict[str, Path]:
     how = QuantizeConfig(int8=True)
     fp32 = export_onnx(model, folder / "fp32.onnx", ExportConfig())
     found = {"float": fp32.path}
-    with mock.patch.object(quantize, "norms_to_convolutions"):
+    with mock.patch.object(integers, "norms_to_convolutions"):
         for name, path in (("islands", fp32.path), ("mul and add", multiply_and_add(fp32.path, folder / "mul.onnx"))):
             found[name] = folder / f"{name}.onnx"
             quantize.quantize_int8(OnnxModel(path, "fp32"), found[name], images, how)

@@ -104,7 +104,7 @@ def build_integers(
         *(node.name for node in prepared.graph.node if unknown.intersection((*node.input, *node.output))),
         *_left_float(prepared),
     }
-    if config.per_channel:  # one scale for all channels would round factors of very different size
+    if config.per_channel and not wide:  # one scale for all channels would round factors of very different size
         norms_to_convolutions(prepared, keep=left_float)
     quantised = _run_onnxruntime(
         prepared,
@@ -175,7 +175,7 @@ def quantised_tensors(model: ModelProto) -> tuple[str, ...]:
     found = dict.fromkeys(
         name
         for node in graph.node
-        if node.op_type in (*QUANTISED_OPERATORS, "BatchNormalization")
+        if node.op_type in (*QUANTISED_OPERATORS, "BatchNormalization")  # see exporters.affine
         for name in (*node.input, *node.output)
         if kinds.get(name) == TensorProto.FLOAT and name not in constants
     )
