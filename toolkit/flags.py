@@ -244,9 +244,18 @@ def _default(config: type[BaseModel], path: Sequence[str]) -> str:
     value = field.default
     for name in path[1:]:
         value = getattr(value, name)
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key}={_options_text(options)}" for key, options in value.items())
     if isinstance(value, (tuple, list)):
         return ",".join(map(str, value))
     return "" if value is None or value is PydanticUndefined or isinstance(value, bool) else str(value)
+
+
+def _options_text(options: Any) -> str:
+    """What a setting may be, as `config.parse_space` reads it."""
+    if isinstance(options, (tuple, list)):
+        return ",".join(map(str, options))
+    return f"{options.low:g}:{options.high:g}:{options.step:g}"
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
