@@ -41,6 +41,7 @@ from toolkit.exporters.calibration import CalibrationReader
 from toolkit.exporters.onnx import export_onnx
 from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.session import OnnxPredictor
+from toolkit.paths import public_name
 from toolkit.prepare import prepare
 
 Flags = npt.NDArray[np.bool_]
@@ -109,14 +110,14 @@ def difference(ours: Flags, reference: Flags) -> tuple[float, float, float]:
 def compare(checkpoint: Path, data: DataConfig, seconds: float, folder: Path) -> list[dict[str, Any]]:
     """All graphs of one network."""
     prepared = prepare(ModelRunConfig(model=ModelConfig(path=checkpoint), data=data, threads=1))
-    evaluation = prepared.splits.evaluation
+    evaluation, network = prepared.splits.evaluation, public_name(prepared.model.spec.architecture)
     fp32 = export_onnx(prepared.model, folder / "fp32.onnx", ExportConfig())
     reference = answers(fp32.path, evaluation)
-    rows = [_row(prepared.model.spec.architecture, "float", reference, reference, {})]
+    rows = [_row(network, "float", reference, reference, {})]
     start = time.perf_counter()
     for name, path, more in graphs(fp32, prepared.splits, folder, seconds):
         more = {**more, "seconds": time.perf_counter() - start}
-        rows.append(_row(prepared.model.spec.architecture, name, answers(path, evaluation), reference, more))
+        rows.append(_row(network, name, answers(path, evaluation), reference, more))
         start = time.perf_counter()
     return rows
 

@@ -1,15 +1,15 @@
 """Quantisation-aware fine-tuning against quantisation after the same fine-tuning: same network, seed and epochs.
 
     python benchmarks/qat.py int8 [--epochs 4] [--ratio 0.5] --work DIR
-    python benchmarks/qat.py int4 [--epochs 8] [--ratio 0.75] [--images 8000] [--n 2000] --work DIR
+    python benchmarks/qat.py simulated --bits 4 [--epochs 6] [--ratio 0.875] [--images 8000] [--n 1000] --work DIR
 
 `int8`: the shipped network on Fashion-MNIST, pruned and fine-tuned adversarially under the preset `paper`; the two
-integer ONNX graphs are judged by clean images, PGD-20 and Auto-PGD, made on the float network and on the graph's own
-twin. `int4`: ResNet-18, pruned before it is trained so that a small machine can, on some of the training images, under
-the preset `pixel`; the networks are simulated with 4-bit weights and activations (pixels too) and attacked by PGD-20
-through their own straight-through rounding and on the float network. Quantisation after training is tried with the
-least and largest values that calibration images cause, and with the ranges of least squared error. A run that is cut
-short goes on where it stopped: networks and figures are in `--work`.
+integer ONNX graphs are judged by clean images, PGD-20 and `--attacks`, made on the float network and on the graph's own
+twin. `simulated`: ResNet-18, pruned before it is trained so that a small machine can, on some of the training images,
+under the preset `pixel`; the networks are simulated with `--bits` of weights and activations (pixels too) and attacked
+by PGD-20 through their own straight-through rounding and on the float network. Quantisation after training is tried
+with the least and largest values that calibration images cause, and with the ranges of least squared error. A run that
+is cut short goes on where it stopped: networks and figures are in `--work`.
 """
 
 from __future__ import annotations
@@ -153,8 +153,9 @@ def least_squares(model: TorchModel, calibration: Split, rounding: Rounding) -> 
     return simulate(model, split_state(copied.network.state_dict(), rounding)[1])
 
 
-def int4(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The simulated 4-bit networks of both arms, and the float network of the first."""
+def simulated(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The simulated networks of both arms, and the float network of the first."""
+    bits = arguments.bits
     prepared = prepared_for(arguments, "pixel")
     splits, plan, spec = prepared.splits, prepared.plan, prepared.model.spec
     torch.manual_seed(arguments.seed)
@@ -162,7 +163,7 @@ def int4(arguments: argparse.Namespace) -> dict[str, Any]:
     fresh = ModelSpec("resnet18", spec.class_names, spec.input_shape, spec.normalization, spec.dataset)
     config = HardenConfig.model_validate({"model": {"path": "x"}, "prune": {"ratio": arguments.ratio}}).prune
     pruned = prune(TorchModel(Normalized(network, spec.normalization).eval(), fresh), config)
-    images, rounding = splits.train.first(arguments.images), Rounding(weight_bits=4, activation_bits=4)
+    images, rounding = splits.train.first(arguments.images), Rounding(weight_bits=bits, activation_bits=bits)
     training = TrainConfig(epochs=arguments.epochs, ema=0.99)
     rows: dict[str, Any] = {
         "threat": plan.record(),
@@ -172,7 +173,8 @@ def int4(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     judged: dict[str, tuple[TorchModel, TorchModel]] = {}
     for arm in ARMS:
-        place = arguments.work / f"int4-{arm}-{arguments.epochs}-{arguments.seed}"
+        kind = bits if arm == "qat" else "float"  # before it is rounded, the same for any number of bits
+        place = arguments.work / f"simulated-{kind}-{arguments.epochs}-{arguments.seed}"
         how = rounding if arm == "qat" else None
         model, learnt, seconds = tuned(pruned.model, prepared, images, training, how, place, arguments.seed)
         rows[arm] = {"seconds": seconds, "best_epoch": model.spec.training[-1]["best_epoch"]}
@@ -182,7 +184,7 @@ def int4(arguments: argparse.Namespace) -> dict[str, Any]:
         judged["float"] = (model, model)
         judged["ptq, least and largest value"] = (
             model,
-            fake_quantise(model, splits.calibration, weight_bits=4, activation_bits=4),
+            fake_quantise(model, splits.calibration, weight_bits=bits, activation_bits=bits),
         )
         judged["ptq, least squared error"] = (model, least_squares(model, splits.calibration, rounding))
     for name, (model, rounded) in judged.items():
@@ -217,25 +219,27 @@ def show(rows: dict[str, Any]) -> str:
 def main() -> None:
     """Train, judge, and write the figures into `--work`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("int8", "int4"))
+    parser.add_argument("what", choices=("int8", "simulated"))
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--ratio", type=float, help="of filters to prune")
-    parser.add_argument("--images", type=int, default=8000, help="of int4: training images")
+    parser.add_argument("--bits", type=int, default=4, help="of simulated: weights and activations")
+    parser.add_argument("--images", type=int, default=8000, help="of simulated: training images")
     parser.add_argument("--n", type=int, help="evaluation images")
     parser.add_argument("--attacks", default="apgd-ce", help="of int8: beside PGD")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="one, where other work keeps the other cores busy")
     parser.add_argument("--work", type=Path, required=True, help="a folder for networks, checkpoints and results")
     arguments = parser.parse_args()
-    defaults = {"int8": (4, 0.5, 10_000), "int4": (8, 0.75, 2000)}[arguments.what]
+    defaults = {"int8": (4, 0.5, 10_000), "simulated": (6, 0.875, 1000)}[arguments.what]
     for name, value in zip(("epochs", "ratio", "n"), defaults, strict=True):
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    rows = {"int8": int8, "int4": int4}[arguments.what](arguments)
+    rows = {"int8": int8, "simulated": simulated}[arguments.what](arguments)
     kept = {key: value for key, value in vars(arguments).items() if key != "work"}
     record = {"arguments": kept, **rows, "environment": environment_record(arguments.threads)}
-    (arguments.work / f"{arguments.what}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    name = arguments.what if arguments.what == "int8" else f"simulated-{arguments.bits}"
+    (arguments.work / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(show(rows))
 
 

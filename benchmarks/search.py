@@ -13,7 +13,8 @@ search are better in latency or in robust accuracy without being worse in the ot
 `scaling`: the same trials (all points of a space, every one with a fine-tuning of its own, on the embedded sample) in
 one process with one thread, on one and on two Ray workers of one thread, and in one process with two threads, in a new
 order every round. Times are from the first trial to the last; Ray's start, which a longer search does not feel, is told
-apart. The overhead of the scheduler is what the time on one worker exceeds that of the trials themselves.
+apart; that a fresh worker first imports everything counts, once each. The overhead of the scheduler is by how much the
+time on one worker exceeds that of the trials themselves.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ from toolkit import bundle, cli
 from toolkit.errors import ToolkitError
 
 COMMANDS = (
-    "harden", "train", "prune", "export", "quantize", "attack", "benchmark", "report", "compare", "verify", "doctor",
+    "harden", "train", "prune", "export", "quantize", "attack", "benchmark", "report", "compare", "verify",
+    "reproduce", "doctor",
 )  # fmt: skip
 
 

@@ -20,7 +20,8 @@ OWNERS = {
     "optuna": {"search/database.py", "search/sampler.py", "search/storage.py"},
     "sqlalchemy": {"search/database.py"},
     "ray": {"search/cluster.py"},
-    "matplotlib": {"search/plot.py"},
+    "matplotlib": {"reproduce/plots.py", "search/plot.py"},
+    "sklearn": {"reproduce/embedding.py"},
 }
 
 

@@ -142,6 +142,9 @@ class TrainConfig(StageConfig):
     """`one-cycle`: linear warm-up to the rate, then linear to 0. `stepped`: the paper's, a tenth after epoch 4."""
     attack_steps: Annotated[int, Field(ge=1)] | None = None
     """PGD steps, of `fgsm` those after a collapse. None: 2 of `adversarial` and `distill`, 7 of `fgsm` and `trades`."""
+    attack_schedule: Literal["crossing", "threat"] = "crossing"
+    """`crossing`: steps that together cross the ball 2.5 times, from a random start. `threat`: as the threat model's
+    preset measures, with its step size, start and, unless `attack_steps` is set, steps."""
     radius: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Of the attack in training, in units of the threat model's radius; above 1 trades clean for robust accuracy."""
     clean_share: Share | None = None
@@ -154,6 +157,8 @@ class TrainConfig(StageConfig):
     """By which `distill` divides logits."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the exponential moving average of the weights, which is shipped in their place; 0: none."""
+    keep: Literal["best", "last"] = "best"
+    """`best`: the last epoch that validation cannot tell from the best; `last`: the last."""
     precision: PrecisionChoice = "auto"
     qat: bool = False
     """Whether, in `harden`, the last part of the training computes on rounded weights and activations."""
@@ -402,6 +407,27 @@ class TrainRunConfig(MachineConfig):
     data: DataConfig = DataConfig(source="fashion-mnist")
     threat: ThreatConfig = ThreatConfig()
     training: TrainConfig = TrainConfig(objective="standard", epochs=8, ema=0.0)
+
+
+class ReproduceConfig(StageConfig):
+    """Everything `toolkit reproduce` needs."""
+
+    target: str
+    """A table, a figure, or `all`."""
+    data: DataConfig = DataConfig()
+    """Without a source: the paper's data sets, those of them that are there."""
+    network: str | None = None
+    """None: the paper's for the data set."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0, 1, 2)
+    protocol: Literal["paper", "fast"] = "paper"
+    work: Path | None = None
+    budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Minutes after which this sitting stops; what is under way is kept and continued."""
+    max_runs: Annotated[int, Field(ge=0)] | None = None
+    """Steps of this sitting at most."""
+    attack_images: Annotated[int, Field(ge=1)] = 1000
+    """Evaluation images of AutoAttack and DeepFool; PGD takes all."""
+    threads: Annotated[int, Field(ge=1)] | None = None
 
 
 Config = TypeVar("Config", bound=StageConfig)

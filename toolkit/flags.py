@@ -74,6 +74,11 @@ TRAINING = (
     Flag("--weight-decay", "weight_decay", "SGD weight decay.", float),
     Flag("--schedule", "schedule", "one-cycle, or stepped as in the paper."),
     Flag("--attack-steps", "attack_steps", "PGD steps of the attack in training; by default 2, of trades 7.", int),
+    Flag(
+        "--attack-schedule",
+        "attack_schedule",
+        "crossing: steps that cross the ball from a random start; threat: as the preset measures.",
+    ),
     Flag("--radius", "radius", "Radius of the attack in training, in units of eps; above 1: more robust.", float),
     Flag(
         "--clean-share", "clean_share", "Share of the loss on clean images; by default 1/6 of distill, else 0.", float
@@ -82,6 +87,7 @@ TRAINING = (
     Flag("--teacher", "teacher", "Robust checkpoint whose soft labels distill learns.", Path),
     Flag("--temperature", "temperature", "By which distill divides logits.", float),
     Flag("--ema", "ema", "Decay of the moving average of the weights, e.g. 0.999; 0: none.", float),
+    Flag("--keep", "keep", "Which epoch is kept: best on validation images, or last."),
     Flag("--train-precision", "precision", "Of the arithmetic in training: auto, float32 or bfloat16."),
     Flag("--augment/--no-augment", "augment", "Random flips and shifts.", bool),
 )
@@ -167,9 +173,19 @@ MACHINE = (
     Flag("--seed", "seed", "Seed of everything random.", int),
     Flag("--threads", "threads", "CPU threads.", int),
 )
+REPRODUCE = (
+    Flag("--seeds", "seeds", "Seeds, one run of everything each, e.g. 0,1,2."),
+    Flag("--protocol", "protocol", "paper: exactly as published; fast: as many epochs by our own recipe."),
+    Flag("--arch", "network", "Another network than the paper's: cnn8, resnet18, torchvision:NAME, file.py:callable."),
+    Flag("--work", "work", "Folder in which everything that was run is kept; by default in the user's cache.", Path),
+    Flag("--budget", "budget", "Minutes after which this sitting stops; the next one goes on.", float),
+    Flag("--max-runs", "max_runs", "Steps of this sitting at most; 0 shows what is known.", int),
+    Flag("--attack-images", "attack_images", "Evaluation images of AutoAttack and DeepFool; PGD takes all.", int),
+    Flag("--threads", "threads", "CPU threads.", int),
+)
 LISTS = (
     *("model.mean", "model.std", "benchmark.batches", "quantize.keep_float", "quantize.targets"),
-    *("bits", "search.seeds"),
+    *("bits", "seeds", "search.seeds"),
 )
 """Fields whose flags take several values with commas between."""
 
@@ -228,9 +244,18 @@ def _default(config: type[BaseModel], path: Sequence[str]) -> str:
     value = field.default
     for name in path[1:]:
         value = getattr(value, name)
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key}={_options_text(options)}" for key, options in value.items())
     if isinstance(value, (tuple, list)):
         return ",".join(map(str, value))
     return "" if value is None or value is PydanticUndefined or isinstance(value, bool) else str(value)
+
+
+def _options_text(options: Any) -> str:
+    """What a setting may be, as `config.parse_space` reads it."""
+    if isinstance(options, (tuple, list)):
+        return ",".join(map(str, options))
+    return f"{options.low:g}:{options.high:g}:{options.step:g}"
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -153,6 +153,17 @@ def test_with_times_that_add_up_the_fastest_of_all_assignments_is_found(
     assert cost(frozenset(found.keep_float)) <= min(map(cost, every)) + 0.1 * len(names)
 
 
+def test_accuracy_ranks_all_layers_once_and_then_the_next_few(tmp_path: Path) -> None:
+    names = [f"layer{number}" for number in range(30)]
+    lost = {name: 0.02 if number % 6 == 0 else 0.0001 * number for number, name in enumerate(names)}
+    writer = Writer(*names)
+    found, _ = search(tmp_path, writer, lambda kept: 8.0 + len(kept), lost, max_drop=0.041)
+    assert set(found.for_accuracy) <= {"layer0", "layer6", "layer12", "layer18", "layer24"}
+    assert len(found.for_accuracy) == 5
+    by_accuracy = len(writer.written) - 1 - len(names)  # beside all integers and the neighbours that were timed
+    assert by_accuracy <= 4 * assignment.SHORTLIST
+
+
 def test_what_was_found_is_kept_for_its_float_twin_alone(tmp_path: Path) -> None:
     found, _ = search(tmp_path, Writer("a", "b"), lambda kept: 8.0 - ("a" in kept), {"a": 0.1})
     path, other = tmp_path / "kept.json", tmp_path / "other"

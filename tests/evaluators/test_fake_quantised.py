@@ -16,7 +16,7 @@ from toolkit.attacks.surrogate import Surrogate
 from toolkit.config import DataConfig, ExportConfig, ModelConfig, ModelRunConfig, QuantizeConfig
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import correct
-from toolkit.evaluators.fake_quantised import QuantisedReLU, fake_quantise
+from toolkit.evaluators.fake_quantised import QuantisedReLU, RangeRecorder, fake_quantise
 from toolkit.evaluators.rounding import pixel_grid, quantise_weights
 from toolkit.exporters.onnx import export_onnx
 from toolkit.exporters.quantize import quantize_int8
@@ -203,3 +203,32 @@ def test_activations_that_are_no_numbers_are_refused() -> None:
 def test_no_images_are_refused() -> None:
     with pytest.raises(ToolkitError, match="no calibration images"):
         fake_quantise(small(), halves(8).first(0))
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_ranges_recorded_in_training_are_those_of_the_images_seen(batch_norm: bool) -> None:
+    model, split = small(batch_norm=batch_norm), halves(40)
+    recorder = RangeRecorder(model)
+    copied = model.copy()
+    recorder.attach(copied.network)
+    copied.predict(10 * images(split))
+    assert not recorder.ranges, "in evaluation mode nothing counts"
+    copied.network.train()
+    for module in copied.network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()  # the statistics of evaluation, so that both see the same activations
+    copied.module(images(split))
+    found = fake_quantise(model, halves(1), ranges=recorder.ranges)
+    assert torch.equal(found.predict(images(split)), fake_quantise(model, split).predict(images(split)))
+
+
+def test_recorded_ranges_survive_an_interruption() -> None:
+    model, split = small(), halves(40)
+    first, second = RangeRecorder(model), RangeRecorder(model)
+    copied = model.copy()
+    first.attach(copied.network.train())
+    copied.module(images(split))
+    second.restore(first.state())
+    assert second.ranges == first.ranges and first.ranges
+    copied.module(10 * images(split))
+    assert first.ranges != second.ranges, "ranges grow with what is seen"

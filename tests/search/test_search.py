@@ -209,6 +209,8 @@ def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
         (["--space", "seed=1,2"], "the search cannot vary seed"),
         (["--storage", "nonsense"], "the storage cannot be used"),
         (["--space", "prune.ratio=0.01,0.02; precision=int8"], "no trial could be made"),
+        (["--round-to", "auto"], "would measure inside a measurement"),
+        (["--space", "prune.round_to=8,auto; prune.ratio=0.4,0.6"], "would measure inside a measurement"),
         (["--address", "127.0.0.1:1"], "the Ray cluster cannot be reached"),
     ],
 )

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from tests.toys import linear_model
-from toolkit.attacks.threat import ThreatModel
+from toolkit.attacks.pgd import pgd
+from toolkit.attacks.surrogate import Surrogate
+from toolkit.attacks.threat import PgdPlan, ThreatModel
 from toolkit.training.adversary import NEAR, Adversary, TrainingAttack, training_attack
 from toolkit.training.losses import cross_entropy_of
 
@@ -72,3 +74,15 @@ def test_the_weights_are_those_of_the_call() -> None:
     assert torch.allclose(found[0], -found[1], atol=1e-6)
     for m in (model, other):
         assert torch.allclose(adversary.logits(m.module, IMAGES).cpu(), m.predict(IMAGES), atol=1e-5)
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+def test_the_attack_as_measured_is_that_of_the_evaluation(random_start: bool) -> None:
+    plan = PgdPlan("paper", LINF, 3, 0.02, random_start)
+    attack = TrainingAttack.as_measured(plan, None)
+    assert (attack.steps, attack.step_size, attack.start) == (3, 0.02, "uniform" if random_start else "zero")
+    model = linear_model(WEIGHT, (1, 4, 4))
+    generator = torch.Generator().manual_seed(3)
+    wanted = pgd(Surrogate(model.module, model.spec.normalization), IMAGES, LABELS, plan, generator)
+    assert torch.allclose(attacked_by(attack), wanted, atol=1e-6)
+    assert TrainingAttack.as_measured(plan, 7).steps == 7

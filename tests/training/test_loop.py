@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.toys import GREY, halves, small_network, wrap
-from toolkit.artifacts import TorchModel
+from toolkit.artifacts import Proportion, TorchModel
 from toolkit.attacks.pgd import pgd
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.threat import PgdPlan, ThreatModel
@@ -530,3 +530,67 @@ def test_training_may_use_a_larger_radius_than_is_validated(model: TorchModel, o
     assert wider.attack.step_size == pytest.approx(1.5 * same.attack.step_size)
     assert all(attack.threat == PLAN.threat for attack in wider.attacks)
     assert wider.fingerprint != same.fingerprint, "a run with one radius is not resumed with another"
+
+
+def test_the_last_epoch_is_kept_where_that_is_asked_for(model: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = STANDARD.model_copy(update={"epochs": 2, "learning_rate": 1e-6})
+
+    def kept(keep: str) -> int:
+        under_way = Run(model, TRAIN, VALIDATION, config.model_copy(update={"keep": keep}), None, seed=0)
+        found = iter([Proportion(64, 64), Proportion(0, 64)])  # the second epoch is clearly worse
+        with monkeypatch.context() as patched:
+            patched.setattr(under_way, "_validate", lambda: (next(found), None))
+            for _ in range(2):
+                for _ in range(under_way.steps_per_epoch):
+                    under_way.advance()
+                under_way.finish_epoch()
+        return under_way.result().best_epoch
+
+    assert (kept("best"), kept("last")) == (1, 2)
+
+
+def test_training_by_the_attack_that_measures(model: TorchModel) -> None:
+    config = CONFIG.model_copy(update={"attack_schedule": "threat", "attack_steps": None, "radius": 2.0})
+    attack = Run(model, TRAIN, VALIDATION, config, PLAN, seed=0).attack
+    assert (attack.steps, attack.step_size, attack.threat.eps) == (PLAN.steps, PLAN.step_size, 0.2)
+
+
+@pytest.mark.parametrize("objective", ["fgsm", "trades"])
+def test_an_objective_with_its_own_attack_takes_no_schedule(model: TorchModel, objective: str) -> None:
+    config = CONFIG.model_copy(update={"objective": objective, "attack_schedule": "threat"})
+    with pytest.raises(ToolkitError, match="has an attack of its own") as error:
+        run(model, config)
+    assert "--attack-schedule threat" in error.value.found
+
+
+class Counter:
+    """An observer that counts training passes of the first layer."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def attach(self, network: nn.Module) -> None:
+        def count(module: nn.Module, *_: object) -> None:
+            self.passes += module.training
+
+        next(module for module in network.modules() if isinstance(module, nn.Conv2d)).register_forward_hook(count)
+
+    def state(self) -> dict[str, Any]:
+        return {"passes": self.passes}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.passes = state["passes"]
+
+
+def test_an_observer_sees_every_batch_once_however_often_the_training_is_cut(
+    model: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, before, after = Counter(), Counter(), Counter()
+    result = run(model, CONFIG, observer=whole)
+    assert whole.passes == 3 * 256 // 32, "neither attacks nor validation count"
+    with monkeypatch.context() as patched:
+        cut_after(patched, 10)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, CONFIG, checkpoint=tmp_path / "state", observer=before)
+    again = run(model, CONFIG, checkpoint=tmp_path / "state", resume=True, observer=after)
+    assert after.passes == whole.passes and equal(weights(result.model), weights(again.model))

@@ -32,6 +32,8 @@ Kept = frozenset[str]
 """Names of the layers that an assignment leaves float."""
 SCREENING_ROUNDS, DECIDING_ROUNDS = 5, 12
 """Rounds in which all neighbours of an assignment are timed, and those in which the best of them is confirmed."""
+SHORTLIST = 8
+"""Layers that are compared again after each one that accuracy made float."""
 IMAGES = 1000
 """Validation images on which accuracy is compared."""
 SEARCH_S = 300.0
@@ -246,14 +248,20 @@ class _Search:
     def accurate(
         self, kept: Kept, judge: Judge, max_drop: float, advance: Callable[[], object]
     ) -> tuple[Kept, tuple[str, ...]]:
-        """With as many more layers float as accuracy needs, those first whose rounding disturbs the logits most."""
+        """With as many more layers float as accuracy needs, those first whose rounding disturbs the logits most.
+
+        All layers are ranked once; from then on only the next few of that order are written and compared.
+        """
         added: list[str] = []
+        order: list[str] = []
         while judge.drop(self.file(kept)).worst > max_drop:
             integer = [name for name in self._layers if name not in kept]
             if len(integer) <= 1:
                 break
-            disturbed = {name: judge.disturbance(self.file(kept | {name})) for name in integer}
-            name = min(integer, key=lambda name: disturbed[name])
+            near = [name for name in order if name in integer][:SHORTLIST] or integer
+            disturbed = {name: judge.disturbance(self.file(kept | {name})) for name in near}
+            order = order or sorted(integer, key=lambda name: disturbed[name])
+            name = min(near, key=lambda name: disturbed[name])
             kept = kept | {name}
             added.append(name)
             advance()

@@ -24,6 +24,8 @@ from toolkit.exporters.calibration import CalibrationReader
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """Multiply and accumulate; everything between them computes on what their quantised inputs and weights give."""
 MAX_BITS = 16
+Range = tuple[float, float]
+"""Least and largest value of a tensor."""
 
 
 class QuantisedReLU(nn.Module):
@@ -60,6 +62,7 @@ def fake_quantise(
     per_channel: bool = True,
     margin: float = 0.0,
     float_weights: Collection[str] = (),
+    ranges: Mapping[str, Range] | None = None,
 ) -> TorchModel:
     """A copy of `model` whose convolutions and linear layers multiply rounded weights by rounded inputs.
 
@@ -77,6 +80,7 @@ def fake_quantise(
         margin: pixels by which attacked images may leave [0, 1]; the images come a second time stretched over it.
         float_weights: names of weights, as `state_dict` of the module with its normalisation has them; their layers
             stay as they are.
+        ranges: what a `RangeRecorder` saw, in place of what calibration images cause.
 
     Raises:
         ToolkitError: bits out of range, no layers, no images, or a network whose activations are not finite.
@@ -85,7 +89,7 @@ def fake_quantise(
         _check_bits(name, bits)
     copied = model.copy()
     network = copied.module.eval().requires_grad_(False).network
-    layers = {name: module for name, module in network.named_modules() if isinstance(module, LAYERS)}
+    layers = _layers(network)
     kept = {name for name in layers if f"network.{name}.weight" in float_weights}
     if not layers:
         raise ToolkitError(
@@ -95,8 +99,10 @@ def fake_quantise(
         )
     layers = {name: module for name, module in layers.items() if name not in kept}
     if activation_bits is not None:
-        reader = CalibrationReader(calibration, "image", margin=margin)
-        _round_activations(copied, layers, reader, margin, activation_bits)
+        sites = _find_sites(copied, layers)
+        if ranges is None:
+            ranges = _observe(copied, sites, CalibrationReader(calibration, "image", margin=margin))
+        _round_activations(copied, layers, sites, ranges, margin, activation_bits)
     if weight_bits is not None:
         for layer in layers.values():
             _round_weights(layer, weight_bits, per_channel)
@@ -104,11 +110,14 @@ def fake_quantise(
 
 
 def _round_activations(
-    model: TorchModel, layers: Mapping[str, nn.Module], reader: CalibrationReader, margin: float, bits: int
+    model: TorchModel,
+    layers: Mapping[str, nn.Module],
+    sites: Mapping[str, Site],
+    ranges: Mapping[str, Range],
+    margin: float,
+    bits: int,
 ) -> None:
     """Round, in place, what the layers read."""
-    sites = _find_sites(model, layers)
-    ranges = _observe(model, sites, reader)
     for name, layer in layers.items():
         if sites.get(name) == "pixels":
             _hook(layer, _QuantiseInput(pixel_grid(model.spec.normalization, margin, bits)))
@@ -117,6 +126,55 @@ def _round_activations(
     for name, site in sites.items():
         if site == "output":
             model.network.set_submodule(name, QuantisedReLU(activation_grid(0.0, ranges[name][1], bits)))
+
+
+class RangeRecorder:
+    """The ranges of activations that `fake_quantise` needs, over what a network computes while it is trained.
+
+    An observer of a training (`training.loop.train`). Static quantisation after fine-tuning is done so in places: the
+    ranges are those over all batches of the fine-tuning, the weights that they came from moving meanwhile.
+
+    Args:
+        model: the network that is going to be trained.
+    """
+
+    def __init__(self, model: TorchModel) -> None:
+        copied = model.copy()
+        self._sites = _find_sites(copied, _layers(copied.network))
+        self.ranges: dict[str, Range] = {}
+
+    def attach(self, network: nn.Module) -> None:
+        """Watch `network`, of the architecture of the model; only what it computes in training mode counts."""
+
+        def record(name: str, module: nn.Module, tensor: Tensor) -> None:
+            if module.training:
+                _widen(self.ranges, name, tensor)
+
+        for name, site in self._sites.items():
+            module = network.get_submodule(name)
+            if site == "output":
+                module.register_forward_hook(lambda module, _, output, name=name: record(name, module, output))
+            else:
+                module.register_forward_pre_hook(lambda module, given, name=name: record(name, module, given[0]))
+
+    def state(self) -> dict[str, Any]:
+        """Everything that `restore` needs, as plain data."""
+        return {name: list(ends) for name, ends in self.ranges.items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.ranges = {name: (float(low), float(high)) for name, (low, high) in state.items()}
+
+
+def _layers(network: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in network.named_modules() if isinstance(module, LAYERS)}
+
+
+def _widen(ranges: dict[str, Range], name: str, tensor: Tensor) -> None:
+    values = tensor.detach()
+    low, high = float(values.amin()), float(values.amax())  # faster by far than aminmax, channels-last
+    known = ranges.get(name, (low, high))
+    ranges[name] = (min(low, known[0]), max(high, known[1]))
 
 
 def _check_bits(name: str, bits: int | None) -> None:
@@ -197,14 +255,12 @@ def _find_sites(model: TorchModel, layers: Collection[str]) -> dict[str, Site]:
     return tracer.sites()
 
 
-def _observe(model: TorchModel, sites: dict[str, Site], reader: CalibrationReader) -> dict[str, tuple[float, float]]:
+def _observe(model: TorchModel, sites: dict[str, Site], reader: CalibrationReader) -> dict[str, Range]:
     """Least and largest value at every site over all calibration images, in float32."""
-    ranges: dict[str, tuple[float, float]] = {}
+    ranges: dict[str, Range] = {}
 
     def record(name: str, tensor: Tensor) -> None:
-        low, high = (float(end) for end in tensor.aminmax())
-        known = ranges.get(name, (low, high))
-        ranges[name] = (min(low, known[0]), max(high, known[1]))
+        _widen(ranges, name, tensor)
 
     handles = []
     for name, site in sites.items():

@@ -22,6 +22,7 @@ from onnxruntime.quantization.quantize import save_tensors_data
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from toolkit.config import QuantizeConfig
+from toolkit.exporters.affine import norms_to_convolutions
 from toolkit.exporters.input_folding import fold_normalization, move_quantiser_to_pixels, read_shape_from_image
 from toolkit.exporters.input_range import LEVELS, InputGrid, covering_grid, pixel_map, symmetric_grid
 from toolkit.exporters.precision import COMPUTE, between_float
@@ -101,7 +102,10 @@ def build_integers(
         *between_float(prepared, kept),
         *(node.name for node in pixel_map(prepared).nodes),
         *(node.name for node in prepared.graph.node if unknown.intersection((*node.input, *node.output))),
+        *_left_float(prepared),
     }
+    if config.per_channel and not wide:  # one scale for all channels would round factors of very different size
+        norms_to_convolutions(prepared, keep=left_float)
     quantised = _run_onnxruntime(
         prepared,
         ranges,
@@ -143,7 +147,7 @@ def build_symmetric(
         prepared,
         ranges,
         symmetric_options(pixel_map(prepared), margin),
-        kept,
+        {*kept, *_left_float(prepared)},
         per_channel=config.per_channel,
         activations=QuantType.QInt8,
         operators=COMPUTE,
@@ -171,7 +175,7 @@ def quantised_tensors(model: ModelProto) -> tuple[str, ...]:
     found = dict.fromkeys(
         name
         for node in graph.node
-        if node.op_type in QUANTISED_OPERATORS
+        if node.op_type in (*QUANTISED_OPERATORS, "BatchNormalization")  # see exporters.affine
         for name in (*node.input, *node.output)
         if kinds.get(name) == TensorProto.FLOAT and name not in constants
     )
@@ -200,7 +204,7 @@ def _run_onnxruntime(
             None,
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(operators),
-            nodes_to_exclude=[*_left_float(prepared), *left_float],
+            nodes_to_exclude=[*left_float],
             per_channel=per_channel,
             reduce_range=reduce_range,
             activation_type=activations,

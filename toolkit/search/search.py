@@ -92,6 +92,12 @@ def prepare_search(config: SearchRunConfig, output: Path) -> Search:
         ToolkitError: bad input.
     """
     compose(config.attack.attacks, classes=2, norm=config.threat.norm)
+    if config.prune.round_to == "auto" or "auto" in config.search.space.get("prune.round_to", ()):
+        raise ToolkitError(
+            "a search times its graphs itself, so --round-to auto would measure inside a measurement",
+            found="--round-to auto",
+            fix='name a multiple, or let the search vary it: --space "prune.round_to=4,8,16; prune.ratio=0.2:0.8:0.1"',
+        )
     first = config.model_copy(update={"seed": config.seeds[0]})
     how = config.search
     bench = Workbench(str(Path.cwd()), str(output.absolute()), how.images, how.attacks)

@@ -13,7 +13,7 @@ from toolkit.attacks.forms import Precision
 from toolkit.attacks.pgd import constrain
 from toolkit.attacks.projections import ASCEND, START
 from toolkit.attacks.surrogate import Loss, Surrogate
-from toolkit.attacks.threat import RELATIVE_STEP, ThreatModel
+from toolkit.attacks.threat import RELATIVE_STEP, PgdPlan, ThreatModel
 
 NEAR = 0.03
 """Standard deviation of the start that TRADES needs, in units of eps (the paper's 0.001 at eps 8/255): at the image
@@ -30,8 +30,8 @@ class TrainingAttack:
     steps: int
     step_size: float
     """In the units of the threat model's ball."""
-    start: Literal["uniform", "normal"] = "uniform"
-    """Uniform in the ball, or normal with the standard deviation `NEAR` times eps."""
+    start: Literal["uniform", "normal", "zero"] = "uniform"
+    """Uniform in the ball, normal with the standard deviation `NEAR` times eps, or the image itself."""
 
     @classmethod
     def multi_step(
@@ -39,6 +39,11 @@ class TrainingAttack:
     ) -> TrainingAttack:
         """PGD whose steps together can cross the ball 2.5 times its radius (Madry et al. 2018)."""
         return cls(threat, steps, RELATIVE_STEP * threat.eps / steps, start)
+
+    @classmethod
+    def as_measured(cls, plan: PgdPlan, steps: int | None) -> TrainingAttack:
+        """The attack by which the plan measures; with `steps`, so many of its steps."""
+        return cls(plan.threat, steps or plan.steps, plan.step_size, "uniform" if plan.random_start else "zero")
 
     @classmethod
     def fast(cls, threat: ThreatModel) -> TrainingAttack:
@@ -112,6 +117,8 @@ class Adversary:
 
 def _start(shape: torch.Size, attack: TrainingAttack, generator: torch.Generator) -> Tensor:
     """In the units of the ball, on the CPU."""
+    if attack.start == "zero":
+        return torch.zeros(shape)
     if attack.start == "normal":
         return torch.empty(shape).normal_(0.0, NEAR * attack.threat.eps, generator=generator)
     return START[attack.threat.norm](shape, attack.threat.eps, generator)

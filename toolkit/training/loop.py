@@ -12,7 +12,7 @@ from toolkit.progress import task
 from toolkit.training.distributed import ALONE, World
 from toolkit.training.interrupt import deferred_interrupt
 from toolkit.training.qat import Rounding
-from toolkit.training.records import TrainingResult
+from toolkit.training.records import Observer, TrainingResult
 from toolkit.training.resume import load_state, save_state
 from toolkit.training.run import Run
 
@@ -36,6 +36,7 @@ def train(
     teacher: TorchModel | None = None,
     rounding: Rounding | None = None,
     world: World = ALONE,
+    observer: Observer | None = None,
 ) -> TrainingResult:
     """Train a copy of `model` and return its last good epoch; 0 epochs or objective `none` return it unchanged.
 
@@ -49,6 +50,7 @@ def train(
         teacher: whose soft labels the objective `distill` learns; with the same classes and shape of images.
         rounding: to what the last part of the training rounds weights and activations (`training.qat`); None: nothing.
         world: the processes that train together; all call this with the same arguments, the first one writes.
+        observer: sees the batches pass through the network while it learns.
 
     Raises:
         ToolkitError: the loss became NaN or diverged, the network cannot be trained, attacked or rounded, the batch is
@@ -56,7 +58,7 @@ def train(
     """
     if config.objective == "none" or config.epochs == 0:
         return TrainingResult(model.copy(), (), 0, "none")
-    run = Run(model, train_split, validation, config, plan, seed, teacher, rounding, world)
+    run = Run(model, train_split, validation, config, plan, seed, teacher, rounding, world, observer)
     if resume:
         kept = checkpoint if world.leads and checkpoint is not None and checkpoint.is_file() else None
         state = world.lead(load_state(kept, run.fingerprint) if kept else None)

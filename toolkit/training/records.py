@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+from torch import nn
 
 from toolkit.artifacts import Proportion, TorchModel
 from toolkit.training.qat import LearntRanges
@@ -62,3 +64,16 @@ class TrainingResult:
     precision: str
     learnt: LearntRanges | None = None
     """Where the training rounded."""
+
+
+class Observer(Protocol):
+    """Sees what passes through a network while it learns, and is kept with the state of the training."""
+
+    def attach(self, network: nn.Module) -> None:
+        """Watch `network`; only what it computes in training mode counts."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that `restore` needs, as plain data."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""

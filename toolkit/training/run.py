@@ -32,7 +32,7 @@ from toolkit.training.forward import find_form, forward
 from toolkit.training.guard import OverfittingGuard
 from toolkit.training.losses import ATTACKED, OBJECTIVES, attack_steps, cross_entropy_of
 from toolkit.training.qat import Rounding, Schedule, prepare, split_state
-from toolkit.training.records import EpochRecord, TrainingResult
+from toolkit.training.records import EpochRecord, Observer, TrainingResult
 from toolkit.training.schedules import SCHEDULES
 from toolkit.training.teacher import Teacher
 from toolkit.training.validation import measure
@@ -57,6 +57,7 @@ class Run:
         teacher: TorchModel | None = None,
         rounding: Rounding | None = None,
         world: World = ALONE,
+        observer: Observer | None = None,
     ) -> None:
         self.original, self.train_split, self.config, self.seed = model, train_split, config, seed
         self.world = world
@@ -106,6 +107,9 @@ class Run:
         self.best_epoch = 0
         self.note = ""
         self.fingerprint = self._fingerprint()
+        self.observer = observer
+        if observer is not None:  # last: copies of the module made above are not observed
+            observer.attach(self.module.network)
 
     def _arm(self, precision: Precision) -> None:
         """Set up the attack of the objective, and that of the validation."""
@@ -117,7 +121,19 @@ class Run:
             raise ValueError(f"the objective {self.config.objective} needs a threat model")
         self.adversary = Adversary(self.module, self.original.spec, precision)
         self.attacks = (TrainingAttack.multi_step(self.plan.threat, VALIDATION_STEPS),)
-        self.attack = training_attack(self.config.objective, self._threat_in_training(), attack_steps(self.config))
+        self.attack = self._attack_in_training(self.plan)
+
+    def _attack_in_training(self, plan: PgdPlan) -> TrainingAttack:
+        objective, threat = self.config.objective, self._threat_in_training()
+        if self.config.attack_schedule == "crossing":
+            return training_attack(objective, threat, attack_steps(self.config))
+        if objective in ("fgsm", "trades"):
+            raise ToolkitError(
+                f"the objective {objective} has an attack of its own",
+                found=f"--attack-schedule {self.config.attack_schedule}",
+                fix="leave --attack-schedule away, or train with the objective adversarial or distill",
+            )
+        return TrainingAttack.as_measured(replace(plan, threat=threat), self.config.attack_steps)
 
     def _threat_in_training(self) -> ThreatModel:
         assert self.plan is not None
@@ -269,7 +285,8 @@ class Run:
         clean, robust = self._validate()
         epoch = self.step // self.steps_per_epoch
         record = EpochRecord(epoch, float(np.mean(self.losses)), clean, robust)
-        if self._counts(record) and record.is_kept_after([earlier for earlier in self.epochs if self._counts(earlier)]):
+        earlier = [one for one in self.epochs if self._counts(one)]
+        if self.config.keep == "last" or (self._counts(record) and record.is_kept_after(earlier)):
             self.best = {key: value.detach().cpu().clone() for key, value in self.shipped.network.state_dict().items()}
             self.best_epoch = epoch
         self.epochs.append(record)
@@ -296,6 +313,7 @@ class Run:
             "best_epoch": self.best_epoch,
             "weights": self._weights(),
             "guard": self.guard and self.guard.state(),
+            "observed": self.observer and self.observer.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -304,6 +322,8 @@ class Run:
         self.epochs = [EpochRecord.from_list(values) for values in state["epochs"]]
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         self._set_weights(state["weights"])
+        if self.observer is not None:
+            self.observer.restore(state["observed"])
         if self.guard is not None:
             self.guard.restore(state["guard"])
             if self.guard.collapse:

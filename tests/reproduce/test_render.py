@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from toolkit.artifacts import Proportion
+from toolkit.reproduce.paper import Figure
+from toolkit.reproduce.plots import draw
+from toolkit.reproduce.render import render
+from toolkit.reproduce.statistics import Mean, compare
+
+Json = dict[str, Any]
+
+
+def cell(*shares: int, column: str = "adversarial", missing: Json | None = None, theirs: float | None = 80.0) -> Json:
+    """Planted numbers: `shares` are right of 1,000, clean; half of that under attack."""
+    runs = [{"seed": n, "test": Proportion(s, 1000).as_dict(), "robust": Proportion(s // 2, 1000).as_dict()}
+            for n, s in enumerate(shares)]  # fmt: skip
+    means, agreement = {}, {}
+    for name, part in (("test", 1), ("robust", 2)):
+        if shares:
+            mean = Mean(tuple(Proportion(share // part, 1000) for share in shares))
+            means[name] = {"value": mean.value, "error": mean.error, "text": str(mean)}
+            agreement[name] = {"text": str(compare(mean, Figure(theirs or 0, 1.0)))}
+    figure = {"mean": theirs, "error": 1.0}
+    return {
+        "row": "pruned",
+        "column": column,
+        "measure_text": "an attack",
+        "in_paper": column == "adversarial",
+        "runs": runs,
+        "missing": missing or {},
+        "means": means,
+        "paper": {"test": figure, "robust": figure} if theirs else None,
+        "agreement": agreement if theirs and shares else None,
+    }
+
+
+def document(kind: str = "main", **panel: Any) -> Json:
+    empty: Json = {"cells": [], "curves": [], "title": "Fashion-MNIST", "network": "cnn8", "comparable": True}
+    return {
+        "target": "table3",
+        "title": "a title",
+        "kind": kind,
+        "place": "main text",
+        "numbering": "",
+        "protocol": "paper",
+        "seeds": [0, 1],
+        "deviations": ["one difference"],
+        "environment": {"cpu": "a processor", "threads": 1, "versions": {"torch": "2"}},
+        "panels": [{**empty, "evaluation_images": 1000, "attack_images": 100, **panel}],
+    }
+
+
+def row(text: str, start: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
+    return [part.strip() for part in line.strip("|").split("|")]
+
+
+def test_ours_stands_beside_the_papers() -> None:
+    found = row(render(document(cells=[cell(780, 820)])), "pruned")
+    assert found[:4] == ["pruned", "adversarial", "80.00 ± 2.00", "80.00 ± 1.00"]
+    assert found[4] == "+0.00, within 2 x 2.24 (our 2 seeds and the paper's)"
+    assert found[5] == "40.00 ± 1.00" and found[7].startswith("-40.00, OUTSIDE 2 x 1.41")
+
+
+def test_a_cell_that_was_not_run_says_so() -> None:
+    found = row(render(document(cells=[cell(missing={"0": "a reason", "1": "a reason"})])), "pruned")
+    assert found[2] == "not run: a reason" and found[3] == "80.00 ± 1.00" and found[5] == "not run"
+
+
+def test_seeds_that_are_missing_are_named() -> None:
+    found = row(render(document(cells=[cell(800, missing={"1": "not yet"})])), "pruned")
+    assert found[2] == "80.00 [77.41, 82.36] (n = 1 seed(s); seed 1 not run)"
+
+
+def test_what_the_paper_does_not_have_is_a_table_of_its_own() -> None:
+    cells = [
+        cell(800, column="AutoAttack", theirs=None),
+        cell(column="DeepFool", missing={"0": "no time"}, theirs=None),
+    ]
+    text = render(document(cells=cells))
+    assert "### What the paper does not have" in text and "- not run: no time" in text
+    assert row(text, "pruned") == ["pruned", "80.00 [77.41, 82.36] / 40.00 [37.01, 43.07]", "not run"]
+
+
+def test_other_images_are_said_not_to_be_the_papers() -> None:
+    text = render(document(cells=[cell(800, theirs=None)], comparable=False))
+    assert "Not the paper's data set" in text and row(text, "pruned")[3] == "not in the paper"
+
+
+def test_time_is_told_as_a_share_of_full_training_and_energy_where_it_is_known() -> None:
+    def spent(seconds: float, joules: float | None, lost: int = 0) -> Json:
+        return {"seed": 0, "seconds": seconds, "cpu_seconds": seconds / 2, "joules": joules, "lost": lost}
+
+    rows = [
+        {"row": "full", "runs": [spent(6000, 7200.0)], "missing": {}},
+        {"row": "tuned", "runs": [spent(600, None, lost=1)], "missing": {}},
+        {"row": "other", "runs": [], "missing": {"0": "a reason"}},
+    ]
+    text = render(document("time", times=rows))
+    assert row(text, "full") == ["full", "1", "100.0", "50.0", "1.000", "2.00"]
+    found = row(text, "tuned")
+    assert found[2:5] == ["10.0 (at least: 1 sitting(s) were killed)", "5.0", "0.100"]
+    assert found[5] == "not measured: the machine does not tell"
+    assert row(text, "other")[2] == "not run: a reason"
+
+
+def curve(axis: str, values: dict[float, tuple[int, ...]]) -> Json:
+    return {"title": "a curve", "axis": axis, "points": [{"x": x, **cell(*found)} for x, found in values.items()]}
+
+
+def test_curves_are_tables_too() -> None:
+    text = render(document("curves", curves=[curve("bits", {8.0: (800, 820), 4.0: ()})]))
+    assert row(text, "8")[1:] == ["81.00 ± 1.00", "40.50 ± 0.50", "2"]
+    assert row(text, "4")[1].startswith("not run")
+
+
+def test_a_missing_layout_says_why() -> None:
+    assert "not run: a reason" in render(document("embedding", embedding={"missing": "a reason"}))
+
+
+def inked(path: Path) -> float:
+    """Share of pixels that are not white."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("L"))
+    return float((pixels < 250).mean())
+
+
+@pytest.mark.parametrize(
+    "panel",
+    [
+        {"cells": [cell(780, 820), cell(800)]},
+        {"curves": [curve("bits", {8.0: (800, 820), 4.0: (300,), 2.0: ()}), curve("share", {0.1: (800,)})]},
+    ],
+)
+def test_what_is_known_is_drawn(tmp_path: Path, panel: Json) -> None:
+    assert draw(document(**panel), tmp_path / "plot.png")
+    assert 0.02 < inked(tmp_path / "plot.png") < 0.9
+
+
+def test_layouts_are_drawn(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    points: Json = {f"a|{layer}": rng.random((20, 2)) for layer in ("input", "layer 8")}
+    np.savez(tmp_path / "points.npz", **points)
+    embedding = {"networks": {"a": ""}, "layers": ["input", "layer 8"], "file": str(tmp_path / "points.npz")}
+    assert draw(document("embedding", embedding=embedding), tmp_path / "plot.png")
+    assert inked(tmp_path / "plot.png") > 0.01
+
+
+def test_nothing_known_is_not_drawn(tmp_path: Path) -> None:
+    assert not draw(document(cells=[cell(missing={"0": "a reason"})]), tmp_path / "plot.png")
+    assert not (tmp_path / "plot.png").exists()

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.reproduce import small
+from toolkit import cli
+from toolkit.attacks.threat import PgdPlan
+from toolkit.errors import ToolkitError
+from toolkit.reproduce import command, paper, runner, targets, workers, world
+from toolkit.reproduce.document import documents
+from toolkit.reproduce.recipes import Measure, Recipe
+from toolkit.reproduce.runner import Runner
+from toolkit.reproduce.steps import Step
+from toolkit.reproduce.work import MODEL, Bench
+from toolkit.training import loop
+
+TUNED = Recipe("standard", 0.8, "adversarial")
+
+
+def fill(runner: Runner, recipe: Recipe, measure: Measure = "pgd-paper") -> dict[str, Any]:
+    """Do one cell's steps, whatever others there are."""
+    panel = runner.panels[0]
+    assert panel.world is not None
+    planner = panel.planners[0]
+    step = planner.measure(recipe, measure)
+    for needed in step.walk():
+        if runner.store.result(needed) is None:
+            assert runner._do(needed, planner, panel.world), runner.failed
+    found = runner.store.result(step)
+    assert found is not None
+    return found
+
+
+# Bad input
+
+
+def test_an_unknown_table_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ToolkitError, match="unknown table or figure") as error:
+        Runner(small.settings(tmp_path, "tabel3"))
+    assert "did you mean 'table3'?" in error.value.fix and not list(tmp_path.iterdir())
+
+
+def test_a_repeated_seed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ToolkitError, match="the seed 1 is named twice") as error:
+        Runner(small.settings(tmp_path, seeds=(1, 0, 1)))
+    assert error.value.found == "--seeds 1,0,1"
+
+
+def test_a_data_set_that_is_named_must_be_there(tmp_path: Path) -> None:
+    data = {"source": "cifar10", "data_dir": tmp_path / "nowhere"}
+    with pytest.raises(ToolkitError, match="CIFAR-10 is not on this machine"):
+        Runner(small.settings(tmp_path, data=data))
+
+
+def test_data_without_the_papers_radius_are_refused(tmp_path: Path) -> None:
+    tiny.write_archive(tmp_path / "data.npz")
+    with pytest.raises(ToolkitError, match="have no radius for this data set") as error:
+        Runner(small.settings(tmp_path / "work", data={"source": f"npz:{tmp_path / 'data.npz'}"}))
+    assert "fashion-mnist" in error.value.fix
+
+
+def test_a_data_set_that_only_the_table_names_leaves_empty_cells(tmp_path: Path) -> None:
+    data = {"data_dir": tmp_path / "nowhere"}
+    found = Runner(small.settings(tmp_path / "work", "table5", data=data))
+    assert found.run() == "everything that can be run is done"
+    cells = documents(found)[0]["panels"][0]["cells"]
+    assert cells and all(cell["missing"] == {"all": "CIFAR-10 is not on this machine"} for cell in cells)
+    assert all(cell["paper"] for cell in cells)
+
+
+def test_the_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny.run("reproduce", "figure5", "--work", tmp_path) == cli.BAD_INPUT
+    assert "did you mean 'figure" in capsys.readouterr().err
+    assert tiny.run("reproduce", "table2", "--seeds", "0,x", "--work", tmp_path) == cli.BAD_INPUT
+    assert "--seeds has no usable value" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small_world")
+def test_the_command_line_shows_what_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("reproduce", "table2", "--data", "fashion-mnist", "--seeds", "0,4", "--work", tmp_path / "work", "-q")
+    assert tiny.run(*command, "--max-runs", "0", "--output", tmp_path / "out") == cli.DONE
+    shown = capsys.readouterr().out
+    assert "| standard | none | not run: not yet: run the same command again | 90.49 ± 0.22 |" in shown
+    assert "stopped: --max-runs 0: nothing was run" in shown and "seeds 0, 4" in shown
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"table2.md", "table2.json"}
+    assert (tmp_path / "out" / "table2.md").read_text() in shown
+    assert tiny.run(*command, "--max-runs", "0", "--json") == cli.DONE
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["panels"][0]["cells"][0]["paper"]["test"] == {"mean": 90.49, "error": 0.22}
+    assert tiny.run(*command, "--dry-run") == cli.DONE
+    assert "fashion-mnist, cnn8, seed 4: robust network   about" in capsys.readouterr().out
+
+
+# The plan
+
+
+@pytest.mark.usefixtures("small_world")
+def test_the_paper_comes_before_what_it_lacks_and_cheap_before_dear(tmp_path: Path) -> None:
+    plan = [step.text for step in Runner(small.settings(tmp_path)).plan()]
+    assert len(plan) == len(set(plan)), "what tables share is run once"
+    last_of_paper = max(i for i, text in enumerate(plan) if text.endswith("eps behind the normalisation, no clipping")
+                        and "AutoAttack" not in text and "integer" not in text and "distill" not in text
+                        and "robust" in text and "PTQ" in text)  # fmt: skip
+    assert last_of_paper < min(i for i, text in enumerate(plan) if "AutoAttack" in text or "DeepFool" in text)
+    assert plan[0].endswith("standard network") and not any("quantisation-aware" in text for text in plan)
+    assert plan.index(f"{plan[0].rsplit(':')[0]}: robust network") > plan.index(
+        next(text for text in plan if "PTQ" in text)
+    ), "what needs a second training from scratch comes after what does not"
+
+
+@pytest.mark.usefixtures("small_world")
+def test_seeds_come_one_after_the_other_within_a_tier(tmp_path: Path) -> None:
+    plan = [step.text for step in Runner(small.settings(tmp_path, "table2", seeds=(5, 3))).plan()]
+    assert [text.split("seed ")[1][0] for text in plan] == ["5"] * (len(plan) // 2) + ["3"] * (len(plan) // 2)
+
+
+@pytest.mark.usefixtures("small_world")
+def test_everything_at_once_runs_nothing_twice(tmp_path: Path) -> None:
+    found = Runner(small.settings(tmp_path, "all", seeds=(0, 1)))
+    plan = [step.text for step in found.plan()]
+    assert len(plan) == len(set(plan)) and len(found.targets) == 9
+    alone = {step.text for step in Runner(small.settings(tmp_path, "table3", seeds=(0, 1))).plan()}
+    assert alone < set(plan)
+    assert sum("t-SNE" in text for text in plan) == 1, "of the first seed alone"
+
+
+@pytest.mark.usefixtures("small_world")
+def test_a_plan_runs_nothing(tmp_path: Path) -> None:
+    found = Runner(small.settings(tmp_path, "figure4"))
+    text = command.plan(found, as_json=False)
+    assert "not to be run: this version of the toolkit has no quantisation-aware training" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["reproduce.json"]
+    steps = json.loads(command.plan(Runner(small.settings(tmp_path, "table2")), as_json=True))
+    assert all(step["seconds"] > 0 for step in steps)
+
+
+@pytest.mark.usefixtures("small_world")
+def test_the_papers_resnet_alone_is_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "load_source", lambda config: replace(small.source(config), threat_key="cifar10"))
+
+    def epochs(protocol: str = "paper", **changes: Any) -> list[int]:
+        changes |= {"data": {"source": "cifar10"}, "protocol": protocol}
+        found = Runner(small.settings(tmp_path / protocol, "table2", **changes))
+        steps = found.panels[0].planners[0].network_of(Recipe("robust")).walk()
+        return [step.settings["config"]["epochs"] for step in steps]
+
+    assert epochs() == [300, 3], "the robust network starts from the standard one"
+    assert epochs(network="cnn8") == [3]
+    assert epochs("fast") == [3, 3]
+
+
+# Running
+
+
+@pytest.mark.usefixtures("small_world")
+def test_a_table_is_filled_over_several_sittings_and_shared_with_others(tmp_path: Path) -> None:
+    first = Runner(small.settings(tmp_path, "table2", data={"source": "fashion-mnist"}, max_runs=1))
+    assert first.run() == "--max-runs 1 is reached"
+    assert len(list(tmp_path.glob("*/result.json"))) == 1
+    second = Runner(small.settings(tmp_path, "table2", data={"source": "fashion-mnist"}))
+    assert second.run() == "everything that can be run is done"
+    cells = documents(second)[0]["panels"][0]["cells"]
+    assert [cell["row"] for cell in cells] == [paper.STANDARD, paper.ROBUST, paper.STANDARD]
+    for cell in cells:
+        (run,) = cell["runs"]
+        assert run["test"]["total"] == small.TEST and not cell["missing"] and cell["agreement"]["test"]["parts"]
+        assert run["training"][-1]["spent"]["count"] == 1
+    assert cells[0]["means"]["test"]["value"] > 60, "the small images can be learnt"
+    done = {json.loads(path.read_text())["label"] for path in tmp_path.glob("*/step.json")}
+    left = {step.text for step in Runner(small.settings(tmp_path, "table6", data={"source": "fashion-mnist"})).plan()}
+    assert left and not left & done, "what tables share is not run again"
+
+
+class Cut:
+    """Kills a training after some steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        del amount, note
+        self.left -= 1
+        if self.left <= 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("small_world")
+def test_a_killed_training_resumes_to_the_same_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe("robust")
+    whole = fill(Runner(small.settings(tmp_path / "whole")), recipe)
+    cut = Runner(small.settings(tmp_path / "cut"))
+
+    @contextmanager
+    def task(_label: str, _total: int) -> Iterator[Cut]:
+        yield Cut(50)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "task", task)
+        patched.setattr(loop, "SAVE_EVERY_S", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            fill(cut, recipe)
+    assert list((tmp_path / "cut").glob("*/training.partial")) and not list((tmp_path / "cut").glob("*/result.json"))
+    again = fill(Runner(small.settings(tmp_path / "cut")), recipe)
+    assert {name: again[name] for name in ("clean", "robust")} == {name: whole[name] for name in ("clean", "robust")}
+    paths = [next((tmp_path / name).glob(f"*/{MODEL}")) for name in ("whole", "cut")]
+    first, second = (torch.load(path, weights_only=True)["state_dict"] for path in paths)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    spent = json.loads(next((tmp_path / "cut").glob(f"*/{MODEL}")).with_name("result.json").read_text())["spent"]
+    assert (spent["count"], spent["lost"]) == (2, 0)
+    assert not list((tmp_path / "cut").glob("*/training.partial"))
+
+
+@pytest.mark.usefixtures("small_world")
+def test_the_budget_interrupts_a_training_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = small.protocols()["paper"]
+    endless = replace(short, base={**short.base, "epochs": 10_000})
+    monkeypatch.setattr(runner, "PROTOCOLS", {"paper": endless})
+    found = Runner(small.settings(tmp_path, "table2", data={"source": "fashion-mnist"}, budget=0.05))
+    assert found.run() == "--budget 0.05 (minutes) is spent"
+    assert list(tmp_path.glob("*/training.partial"))
+
+
+@pytest.mark.usefixtures("small_world")
+def test_a_step_that_fails_leaves_its_cells_empty_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(_step: Step, _bench: Bench) -> dict[str, Any]:
+        raise ToolkitError("the training diverged", found="loss nan", fix="none")
+
+    monkeypatch.setattr(runner, "WORKERS", {**workers.WORKERS, "train": diverge})
+    found = Runner(small.settings(tmp_path, "table2", data={"source": "fashion-mnist"}))
+    assert found.run() == "everything that can be run is done"
+    cells = documents(found)[0]["panels"][0]["cells"]
+    assert all(cell["missing"]["0"] == "the training diverged: loss nan" for cell in cells)
+    monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("small_world")
+def test_quantisation_aware_training_is_said_to_be_lacking(tmp_path: Path) -> None:
+    found = Runner(small.settings(tmp_path, max_runs=0))
+    found.run()
+    (cell,) = [cell for cell in documents(found)[0]["panels"][0]["cells"] if cell["row"] == paper.QAT_ROBUST]
+    assert cell["missing"] == {"0": "this version of the toolkit has no quantisation-aware training"}
+    others = {cell["missing"]["0"] for cell in documents(found)[0]["panels"][0]["cells"]} - set(
+        cell["missing"].values()
+    )
+    assert others == {"not yet: run the same command again"}
+
+
+# Networks and measures
+
+
+@pytest.mark.usefixtures("small_world")
+def test_real_integers_and_simulated_ones_under_every_attack(tmp_path: Path) -> None:
+    """The recorded ranges are those of the fine-tuning; stronger attacks leave less."""
+    found = Runner(small.settings(tmp_path, attack_images=8))
+    simulated = fill(found, Recipe("standard", 0.8, "adversarial", "simulated"))
+    real = fill(found, Recipe("standard", 0.8, "adversarial", "integer"))
+    assert set(real["by_surrogate"]) == {"twin", "fake_quantised", "float"}
+    assert real["worst_case"][0] <= min(share[0] for share in real["by_surrogate"].values())
+    assert abs(real["clean"][0] - simulated["clean"][0]) <= 10
+    strong = fill(found, TUNED, "autoattack-paper")
+    weak = fill(found, TUNED, "deepfool-paper")
+    assert strong["robust"][1] == weak["robust"][1] == 8
+    assert strong["robust"][0] <= weak["clean"][0] and weak["robust"][0] <= weak["clean"][0] and strong["passes"]
+
+
+@pytest.mark.usefixtures("small_world")
+def test_the_two_readings_of_eps_are_two_figures(tmp_path: Path) -> None:
+    found = Runner(small.settings(tmp_path))
+    theirs, sound = (fill(found, TUNED, measure) for measure in ("pgd-paper", "pgd-pixel"))
+    assert sound["robust"][0] <= theirs["robust"][0] and sound["clean"] == theirs["clean"]
+    planner = found.panels[0].planners[0]
+    assert planner.measure(TUNED, "pgd-paper") != planner.measure(TUNED, "pgd-pixel")
+
+
+@pytest.mark.usefixtures("small_world")
+def test_pruning_keeps_the_exact_share(tmp_path: Path) -> None:
+    found = Runner(small.settings(tmp_path))
+    fill(found, Recipe("standard", 0.8))
+    (pruned,) = [json.loads(p.read_text()) for p in tmp_path.glob("*/result.json") if "widths" in p.read_text()]
+    convolutions = list(pruned["widths"].values())[:3]
+    assert [after for _, after in convolutions] == [2, 4, 4]
+
+
+@pytest.mark.usefixtures("small_world")
+def test_all_training_images_train_under_the_papers_protocol_alone(tmp_path: Path) -> None:
+    for protocol, count in (("paper", small.TRAIN), ("fast", small.TRAIN - 100)):
+        found = Runner(small.settings(tmp_path / protocol, protocol=protocol))
+        assert len(found.panels[0].planners[0].splits.train) == count
+
+
+@pytest.mark.usefixtures("small_world")
+def test_another_network_or_fewer_images_are_not_compared_with_the_paper(tmp_path: Path) -> None:
+    for changes in ({"network": "resnet18"}, {"data": {"source": "fashion-mnist", "evaluation": 50}}):
+        found = Runner(small.settings(tmp_path, max_runs=0, **changes))
+        assert all(cell["paper"] is None for cell in documents(found)[0]["panels"][0]["cells"])
+    assert all(cell["paper"] for cell in documents(Runner(small.settings(tmp_path, "table2")))[0]["panels"][0]["cells"])
+
+
+@pytest.mark.usefixtures("small_world")
+def test_layouts_are_of_the_class_and_of_clean_and_attacked_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"a": Recipe("standard"), "b": Recipe("standard", form="simulated")}
+    monkeypatch.setattr(targets, "embedded", lambda _experiment: few)
+    found = Runner(small.settings(tmp_path, "figure2"))
+    text = command.fill(found, tmp_path / "out", as_json=False)
+    assert "10 test images of the class Bag" in text and "| a | standard | " in text
+    assert (tmp_path / "out" / "figure2.png").is_file()
+    written = (tmp_path / "out" / "figure2.json").read_text()
+    assert str(tmp_path) not in written and '"layer 5"' in written
+
+
+def test_the_class_must_exist(tmp_path: Path, small_world: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    del small_world
+    monkeypatch.setattr(targets, "EMBEDDED_CLASS", "Rucksack")
+    monkeypatch.setattr(targets, "embedded", lambda _experiment: {"a": Recipe("standard")})
+    found = Runner(small.settings(tmp_path, "figure2"))
+    found.run()
+    assert any("has no class 'Rucksack'" in reason for reason in found.failed.values())
+
+
+def test_plans_survive_being_written(tmp_path: Path, small_world: None) -> None:
+    del small_world
+    from toolkit.reproduce.work import read_plan
+
+    step = Runner(small.settings(tmp_path)).panels[0].planners[0].measure(TUNED, "pgd-paper")
+    plan = read_plan(json.loads(json.dumps(step.settings["plan"])))
+    assert isinstance(plan, PgdPlan) and (plan.steps, plan.step_size, plan.random_start) == (20, 0.01, False)
+    assert read_plan(None) is None

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from toolkit.artifacts import Proportion
+from toolkit.reproduce.paper import Figure
+from toolkit.reproduce.statistics import Mean, compare, first_repeated
+
+THREE = Mean((Proportion(80, 100), Proportion(84, 100), Proportion(88, 100)))
+ONE = Mean((Proportion(8000, 10_000),))
+
+
+def test_mean_and_standard_error_in_closed_form() -> None:
+    # deviations of -4, 0 and 4 points: variance 32 / 2, so the error of the mean is 4 / sqrt(3)
+    assert THREE.value == pytest.approx(84) and THREE.error == pytest.approx(4 / math.sqrt(3))
+    assert str(THREE) == "84.00 ± 2.31"
+
+
+def test_one_seed_has_no_error_but_an_interval() -> None:
+    assert ONE.error is None and str(ONE) == "80.00 [79.20, 80.77]"
+    assert ONE.sampling_error == pytest.approx(100 * math.sqrt(0.8 * 0.2 / 10_000))
+
+
+def test_errors_add_as_squares() -> None:
+    found = compare(THREE, Figure(80, 1.5))
+    assert found.difference == pytest.approx(4)
+    assert found.error == pytest.approx(math.sqrt(16 / 3 + 2.25))
+    assert found.parts == "our 3 seeds and the paper's"
+
+
+@pytest.mark.parametrize(("theirs", "within"), [(84 + 2 * 5 - 0.01, True), (84 + 2 * 5 + 0.01, False)])
+def test_within_two_standard_errors(theirs: float, within: bool) -> None:
+    wanted = math.sqrt(25 - 16 / 3)  # with ours, a combined error of 5
+    found = compare(THREE, Figure(theirs, wanted))
+    assert found.error == pytest.approx(5) and found.within is within
+    assert ("within" in str(found)) is within and ("OUTSIDE" in str(found)) is not within
+
+
+def test_what_the_error_leaves_out_is_said() -> None:
+    found = compare(ONE, Figure(80.5))
+    assert found.error == pytest.approx(0.4) and found.parts == "test images alone"
+    assert str(found) == "-0.50, within 2 x 0.40 (test images alone)"
+
+
+@pytest.mark.parametrize(("seeds", "repeated"), [((0, 1, 2), None), ((0, 1, 0), 0), ((3, 5, 5), 5), ((7,), None)])
+def test_a_repeated_seed_is_found(seeds: tuple[int, ...], repeated: int | None) -> None:
+    assert first_repeated(seeds) == repeated

@@ -1,0 +1,220 @@
+"""What is known of a table or figure, as plain data: the JSON file, from which Markdown and plots are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from toolkit import __version__
+from toolkit.artifacts import Proportion
+from toolkit.evaluators.environment import environment_record
+from toolkit.paths import public_name
+from toolkit.reproduce.paper import Figure, PaperCell
+from toolkit.reproduce.recipes import MEASURES, Recipe
+from toolkit.reproduce.runner import Panel, Runner
+from toolkit.reproduce.statistics import Mean, compare
+from toolkit.reproduce.steps import Step
+from toolkit.reproduce.targets import NUMBERING, Cell, Target
+
+QUANTITIES = ("test", "robust")
+NOT_MEASURED = "not measured: this machine does not tell"
+DEVIATIONS: Mapping[str, tuple[str, ...]] = {
+    "paper": (
+        "the arithmetic of training and of the attacks' gradients is bfloat16 where the machine is fast in it "
+        "(the paper: float32); every figure is scored in float32",
+        "incomplete last batches of an epoch are left out",
+        "the attack in training sees batch norm in evaluation mode (no difference for cnn8, which has none)",
+        "the simulated integers: weights symmetric, activations asymmetric where a layer reads them, one grid a tensor "
+        "(the paper's library rounds inputs and outputs of layers symmetrically, and outputs of ReLUs asymmetrically)",
+        "PTQ without fine-tuning: ranges over 500 training images (what the paper calibrated on is not known)",
+        "the rate falls after the fourth epoch (its text and its code differ by one)",
+        "the two defects of its published code are not repeated: networks are compressed with their trained weights, "
+        "and integers are real where a row says integer graph",
+    ),
+    "fast": (
+        "our own recipe: as many epochs, but momentum, one-cycle rate, averaged weights, PGD-2 in training; "
+        "some training images are held out and choose the epoch",
+    ),
+}
+"""In what the runs differ from the paper's, by protocol."""
+
+
+def documents(runner: Runner) -> list[dict[str, Any]]:
+    """One document for each table and figure that was asked for, with its data sets as panels."""
+    return [_document(runner, target) for target in runner.targets]
+
+
+def _document(runner: Runner, target: Target) -> dict[str, Any]:
+    config = runner.config
+    return {
+        "target": target.name,
+        "title": target.title,
+        "kind": target.kind,
+        "place": target.place,
+        "numbering": NUMBERING,
+        "protocol": config.protocol,
+        "seeds": list(config.seeds),
+        "deviations": list(DEVIATIONS[config.protocol]),
+        "toolkit_version": __version__,
+        "environment": environment_record(runner.threads),
+        "panels": [_panel(runner, panel) for panel in runner.panels if panel.target is target],
+    }
+
+
+def _panel(runner: Runner, panel: Panel) -> dict[str, Any]:
+    evaluation = next((len(planner.splits.evaluation) for planner in panel.planners.values()), None)
+    training = next((len(planner.splits.train) for planner in panel.planners.values()), None)
+    found: dict[str, Any] = {
+        "data": panel.world.source.name if panel.world else panel.experiment.data,
+        "title": panel.experiment.title if panel.comparable else public_name(_source(panel)),
+        "network": public_name(panel.network),
+        "comparable": panel.comparable,
+        "training_images": training,
+        "evaluation_images": evaluation,
+        "attack_images": runner.config.attack_images,
+        "cells": [_cell(runner, panel, cell) for cell in panel.cells],
+        "curves": [
+            {
+                "title": curve.title,
+                "axis": curve.axis,
+                "points": [
+                    {"x": x, **_measured(runner, panel, recipe, "pgd-paper")} for x, recipe in curve.points.items()
+                ],
+            }
+            for curve in panel.curves
+        ],
+    }
+    if panel.target.kind == "time":
+        found["times"] = [_time(runner, panel, cell) for cell in panel.cells]
+        found["cells"] = []
+    if panel.recipes:
+        found["embedding"] = _embedding(runner, panel)
+    return found
+
+
+def _source(panel: Panel) -> str:
+    return panel.world.source.name if panel.world else panel.experiment.data
+
+
+def _cell(runner: Runner, panel: Panel, cell: Cell) -> dict[str, Any]:
+    measured = _measured(runner, panel, cell.recipe, cell.measure)
+    theirs = cell.paper if panel.comparable else None
+    return {
+        "row": cell.row,
+        "column": cell.column,
+        "network": str(cell.recipe),
+        "measure": cell.measure,
+        "measure_text": MEASURES[cell.measure],
+        "in_paper": cell.measure == "pgd-paper"
+        and cell.tier == 0
+        and cell.column in ("none", "standard", "adversarial"),
+        **measured,
+        "paper": _paper(theirs),
+        "agreement": _agreement(measured, theirs),
+    }
+
+
+def _measured(runner: Runner, panel: Panel, recipe: Recipe, measure: Any) -> dict[str, Any]:
+    """The runs of all seeds, their means, and why what is missing is missing."""
+    runs, missing = [], {}
+    for seed, planner in panel.planners.items():
+        step = planner.measure(recipe, measure)
+        result = runner.store.result(step)
+        if result is None:
+            missing[str(seed)] = runner.reason(panel, step)
+            continue
+        clean, robust = (Proportion(*result[name]) for name in ("clean", "robust"))
+        runs.append(
+            {
+                "seed": seed,
+                "digest": step.digest,
+                "test": clean.as_dict(),
+                "robust": robust.as_dict(),
+                "worst_case": _proportion(result.get("worst_case")),
+                "by_surrogate": {name: _proportion(share) for name, share in result.get("by_surrogate", {}).items()},
+                "training": _training(runner, step),
+            }
+        )
+    if not panel.planners:
+        missing["all"] = runner.reason(panel, None)
+    return {"runs": runs, "missing": missing, "means": _means(runs)}
+
+
+def _training(runner: Runner, step: Step) -> list[dict[str, Any]]:
+    """How every training behind a figure went."""
+    found = []
+    for needed in step.walk():
+        result = runner.store.result(needed) if needed.kind == "train" else None
+        if result is not None:
+            kept = ("kept_epoch", "precision", "threads", "images", "parameters", "spent")
+            found.append({"label": needed.label, **{name: result.get(name) for name in kept}})
+    return found
+
+
+def _means(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    if not runs:
+        return {}
+    means = {name: _mean(runs, name) for name in QUANTITIES}
+    return {name: {"value": mean.value, "error": mean.error, "text": str(mean)} for name, mean in means.items()}
+
+
+def _mean(runs: list[dict[str, Any]], name: str) -> Mean:
+    return Mean(tuple(Proportion(run[name]["correct"], run[name]["total"]) for run in runs))
+
+
+def _paper(cell: PaperCell | None) -> dict[str, Any] | None:
+    if cell is None:
+        return None
+    parts: dict[str, Figure] = {"test": cell.test, "robust": cell.robust}
+    return {name: {"mean": figure.mean, "error": figure.error} for name, figure in parts.items()}
+
+
+def _agreement(measured: Mapping[str, Any], cell: PaperCell | None) -> dict[str, Any] | None:
+    if cell is None or not measured["runs"]:
+        return None
+    found = {name: compare(_mean(measured["runs"], name), getattr(cell, name)) for name in QUANTITIES}
+    return {
+        name: {
+            "difference": item.difference,
+            "combined_error": item.error,
+            "parts": item.parts,
+            "within": item.within,
+            "text": str(item),
+        }
+        for name, item in found.items()
+    }
+
+
+def _time(runner: Runner, panel: Panel, cell: Cell) -> dict[str, Any]:
+    """What the last training of a network took, by seed; what it starts from not counted."""
+    runs, missing = [], {}
+    for seed, planner in panel.planners.items():
+        step = planner.network_of(cell.recipe)
+        result = runner.store.result(step)
+        if result is None:
+            missing[str(seed)] = runner.reason(panel, step)
+        else:
+            runs.append({"seed": seed, "threads": result["threads"], **result["spent"]})
+    if not panel.planners:
+        missing["all"] = runner.reason(panel, None)
+    return {"row": cell.row, "runs": runs, "missing": missing}
+
+
+def _embedding(runner: Runner, panel: Panel) -> dict[str, Any]:
+    from toolkit.reproduce.embedding import POINTS
+    from toolkit.reproduce.targets import EMBEDDED_CLASS
+
+    planner = next(iter(panel.planners.values()), None)
+    facts: dict[str, Any] = {"class": EMBEDDED_CLASS, "networks": {n: str(r) for n, r in panel.recipes.items()}}
+    if planner is None:
+        return {**facts, "missing": runner.reason(panel, None)}
+    step = planner.embed(panel.recipes, EMBEDDED_CLASS)
+    result = runner.store.result(step)
+    if result is None:
+        return {**facts, "missing": runner.reason(panel, step)}
+    kept = {name: result[name] for name in ("images", "robust", "layers")}
+    return {**facts, "seed": planner.seed, **kept, "file": str(runner.store.folder(step) / POINTS)}
+
+
+def _proportion(counts: list[int] | None) -> dict[str, Any] | None:
+    return None if counts is None else Proportion(*counts).as_dict()

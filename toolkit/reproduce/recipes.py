@@ -1,0 +1,183 @@
+"""What is done to a network, in words of the paper, and the steps that this takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from toolkit.artifacts import Splits
+from toolkit.attacks.threat import PgdPlan, resolve_plan
+from toolkit.config import ThreatConfig
+from toolkit.reproduce.protocol import Experiment, Protocol
+from toolkit.reproduce.steps import Step
+
+Start = Literal["standard", "robust"]
+Finetuning = Literal["none", "standard", "adversarial", "distill"]
+Form = Literal["float", "simulated", "integer", "qat"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One network of a table."""
+
+    start: Start
+    pruned: float = 0.0
+    tuned: Finetuning = "none"
+    form: Form = "float"
+    """`simulated`: rounded weights and activations in floats, as in the paper; `integer`: the ONNX graph."""
+    bits: int = 8
+    tuned_as: Literal["after_pruning", "with_quantisation"] = "after_pruning"
+
+    def __str__(self) -> str:
+        parts: list[str] = [self.start]
+        if self.pruned:
+            parts.append(f"pruned {self.pruned:g}")
+        if self.tuned != "none":
+            parts.append(f"{self.tuned} fine-tuning")
+        forms = {"simulated": f"PTQ int{self.bits}", "integer": f"integer graph int{self.bits}"}
+        if self.form == "qat":
+            parts = [f"QAT int{self.bits}"]
+        elif self.form != "float":
+            parts.append(forms[self.form])
+        return ", ".join(parts)
+
+
+Measure = Literal["pgd-paper", "pgd-pixel", "autoattack-paper", "autoattack-pixel", "deepfool-paper", "pgd-l2"]
+MEASURES: Mapping[Measure, str] = {
+    "pgd-paper": "PGD-20, eps behind the normalisation, no clipping",
+    "pgd-pixel": "PGD-20, the same eps in pixels, clipped",
+    "autoattack-paper": "AutoAttack's composition, eps behind the normalisation, no clipping",
+    "autoattack-pixel": "AutoAttack's composition, the same eps in pixels, clipped",
+    "deepfool-paper": "DeepFool within the paper's ball",
+    "pgd-l2": "PGD-20 in l2, in pixels, clipped",
+}
+WHOLE: tuple[Measure, ...] = ("pgd-paper", "pgd-pixel", "pgd-l2")
+"""Measures made on all evaluation images; the dear ones take fewer."""
+
+
+def plan_of(measure: Measure, experiment: Experiment) -> PgdPlan:
+    """Threat model and schedule of a measure."""
+    if measure == "pgd-l2":
+        return resolve_plan(ThreatConfig(norm="l2", eps=experiment.l2), experiment.data)
+    preset = "paper" if measure.endswith("paper") else "pixel"
+    return resolve_plan(ThreatConfig.model_validate({"preset": preset}), experiment.data)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Turns recipes for one data set, network and seed into steps."""
+
+    experiment: Experiment
+    protocol: Protocol
+    network: str
+    source: str
+    """Where the images come from, in the user's words."""
+    splits: Splits
+    seed: int
+    images: int
+    """Evaluation images of dear measures."""
+
+    def network_of(self, recipe: Recipe) -> Step:
+        """The step whose network the recipe ends in, before it is rounded."""
+        if recipe.form == "qat":
+            return self._qat(recipe)
+        base = self._base(recipe.start)
+        step = base
+        if recipe.pruned:
+            settings = {"ratio": recipe.pruned, "scope": "layer", "round_to": 1}
+            step = Step(
+                "prune", f"{self._name}: prune {recipe.pruned:g} of the {recipe.start} network", settings, (base,)
+            )
+        if recipe.tuned == "none":
+            return step
+        teacher = (self._base("robust"),) if recipe.tuned == "distill" else ()
+        label = f"{self._name}: {recipe.tuned} fine-tuning of {step.label.removeprefix(self._name + ': ')}"
+        return Step("train", label, self._training(recipe.tuned_as, recipe.tuned), (step, *teacher))
+
+    def measure(self, recipe: Recipe, measure: Measure) -> Step:
+        """The step that measures the recipe's network."""
+        parents: tuple[Step, ...] = (self.network_of(recipe),)
+        if recipe.form == "integer":
+            parents = (*parents, self.integer(recipe))
+        settings = self._measuring(recipe, measure)
+        return Step("measure", f"{self._name}: {recipe}: {MEASURES[measure]}", settings, parents)
+
+    def integer(self, recipe: Recipe) -> Step:
+        """The step that writes the recipe's network as an integer graph."""
+        settings = {"calibration": self.splits.calibration.digest, "per_channel": False, "calibrate": "minmax"}
+        return Step("integer", f"{self._name}: integer graph of {recipe}", settings, (self.network_of(recipe),))
+
+    def embed(self, recipes: Mapping[str, Recipe], class_name: str) -> Step:
+        """The step that lays out what layers make of one class's images, clean and attacked, in two dimensions."""
+        settings = {
+            "forms": {name: [recipe.form, self._rounding(recipe)] for name, recipe in recipes.items()},
+            "class": class_name,
+            "perplexity": 30,
+            "evaluation": self._evaluated("pgd-paper"),
+            "seed": self.seed,
+        }
+        parents = tuple(self.network_of(recipe) for recipe in recipes.values())
+        return Step("embed", f"{self._name}: t-SNE of the class {class_name}", settings, parents)
+
+    @property
+    def _name(self) -> str:
+        return f"{self.source}, {self.network}, seed {self.seed}"
+
+    @property
+    def _pretrained(self) -> bool:
+        """As the paper's ResNet-18: the standard network is trained for longer, and the robust one starts from it."""
+        return self.experiment.pretraining is not None and self.network == self.experiment.network
+
+    def _base(self, start: str) -> Step:
+        objective = "standard" if start == "standard" else "adversarial"
+        settings = self._training("base", objective)
+        parents: tuple[Step, ...] = ()
+        if start == "standard" and self._pretrained and self.protocol.name == "paper":
+            settings = {**settings, "config": {**settings["config"], "epochs": self.experiment.pretraining}}
+        if start == "robust" and self._pretrained:
+            parents = (self._base("standard"),)
+        origin = {} if parents else {"network": self.network}
+        return Step("train", f"{self._name}: {start} network", {**settings, **origin}, parents)
+
+    def _training(self, stage: Any, objective: str) -> dict[str, Any]:
+        # what the protocol leaves open is left out, so that new settings elsewhere make no run worthless
+        config = self.protocol.training(stage, objective).model_dump(mode="json", exclude_unset=True)
+        plan = plan_of("pgd-paper", self.experiment) if objective != "standard" else None
+        return {
+            "config": config,
+            "plan": plan and [plan.record(), plan.steps, plan.step_size, plan.random_start],
+            "seed": self.seed,
+            "train": self.splits.train.digest,
+        }
+
+    def _measuring(self, recipe: Recipe, measure: Measure) -> dict[str, Any]:
+        plan = plan_of(measure, self.experiment)
+        facts = {
+            "measure": measure,
+            "form": recipe.form,
+            "plan": [plan.record(), plan.steps, plan.step_size, plan.random_start],
+            "evaluation": self._evaluated(measure),
+            "seed": self.seed,
+        }
+        if recipe.form != "float":
+            facts |= self._rounding(recipe)
+        return facts
+
+    def _rounding(self, recipe: Recipe) -> dict[str, Any]:
+        """How the simulated form is made: fine-tuning has recorded the ranges, else calibration images tell them."""
+        recorded = recipe.tuned != "none"
+        calibration = None if recorded and recipe.form == "simulated" else self.splits.calibration.digest
+        return {"bits": recipe.bits, "recorded": recorded, "calibration": calibration}
+
+    def _evaluated(self, measure: Measure) -> list[Any]:
+        split = self.splits.evaluation if measure in WHOLE else self.splits.evaluation.first(self.images)
+        return [len(split), split.digest]
+
+    def _qat(self, recipe: Recipe) -> Step:
+        objective = "adversarial"
+        settings = self._training("base", objective)
+        changed = {**settings["config"], "learning_rate": 0.01, "momentum": 0.9}
+        parents = (self._base("standard"),) if self._pretrained else ()
+        label = f"{self._name}: quantisation-aware training, int{recipe.bits}"
+        return Step("qat", label, {**settings, "config": changed, "bits": recipe.bits}, parents)

@@ -1,0 +1,189 @@
+"""Documents as Markdown: our mean and standard error beside the paper's; an empty cell says why it is empty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+NOT_IN_PAPER = "not in the paper"
+QUANTITIES, WHOSE = ("test", "robust"), ("ours", "paper", "difference")
+ENERGY = "not measured: the machine does not tell"
+
+
+def render(document: Mapping[str, Any], plot: str | None = None) -> str:
+    """The whole document.
+
+    Args:
+        document: as `document.documents` gives it.
+        plot: name of the image file beside the text, if there is one.
+    """
+    parts = [
+        f"# {document['target']}: {document['title']}",
+        f"Paper: {document['place']}. {document['numbering']}",
+        f"Protocol `{document['protocol']}`, seeds {', '.join(map(str, document['seeds']))}. {_machine(document)}",
+        "Accuracy in per cent: mean ± standard error over seeds, or of one seed [95 % Wilson interval]. `within`: the "
+        "difference to the paper is at most two standard errors of the difference; behind it what that error is "
+        "made of. Where the paper prints no error, or only one seed was run, it is too small.",
+    ]
+    if plot:
+        parts.append(f"![{document['title']}]({plot})")
+    for panel in document["panels"]:
+        parts += _panel(document["kind"], panel)
+    parts.append("## Differences from the paper's runs\n\n" + "\n".join(f"- {item}" for item in document["deviations"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _machine(document: Mapping[str, Any]) -> str:
+    found = document["environment"]
+    return f"{found['cpu']}, {found['threads']} thread(s); torch {found['versions'].get('torch', '?')}."
+
+
+def _panel(kind: str, panel: Mapping[str, Any]) -> list[str]:
+    images = f", {panel['evaluation_images']:,} test images" if panel["evaluation_images"] else ""
+    parts = [f"## {panel['title']}, {panel['network']}{images}"]
+    if not panel["comparable"]:
+        parts.append("Not the paper's data set, images or network: its numbers do not stand beside these.")
+    paper_cells = [cell for cell in panel["cells"] if cell["in_paper"]]
+    if paper_cells:
+        parts.append(_comparison(paper_cells))
+    others = [cell for cell in panel["cells"] if not cell["in_paper"]]
+    if others:
+        parts.append(f"### What the paper does not have\n\n{_columns_text(others, panel)}")
+        parts.append(_matrix(others))
+        parts.append(_reasons(others))
+    if kind == "time":
+        parts.append(_times(panel["times"]))
+    parts += [_curve(curve) for curve in panel["curves"]]
+    if "embedding" in panel:
+        parts.append(_embedding(panel["embedding"]))
+    return [part for part in parts if part]
+
+
+def _comparison(cells: Sequence[Mapping[str, Any]]) -> str:
+    header = ("network", "fine-tuning", *(f"{name}, {whose}" for name in QUANTITIES for whose in WHOSE))
+    return _table(
+        header, [(cell["row"], cell["column"], *_pair(cell, "test"), *_pair(cell, "robust")) for cell in cells]
+    )
+
+
+def _pair(cell: Mapping[str, Any], name: str) -> tuple[str, str, str]:
+    """Ours, the paper's, and the difference."""
+    theirs = _figure(cell["paper"][name]) if cell["paper"] else NOT_IN_PAPER
+    if not cell["runs"]:
+        return (f"not run: {_why(cell)}" if name == QUANTITIES[0] else "not run"), theirs, ""
+    ours = cell["means"][name]["text"]
+    if cell["missing"]:
+        ours += f" (n = {len(cell['runs'])} seed(s); {_seeds(cell['missing'])} not run)"
+    return ours, theirs, cell["agreement"][name]["text"] if cell["agreement"] else ""
+
+
+def _figure(figure: Mapping[str, Any]) -> str:
+    error = "" if figure["error"] is None else f" ± {figure['error']:.2f}"
+    return f"{figure['mean']:.2f}{error}"
+
+
+def _why(cell: Mapping[str, Any]) -> str:
+    return "; ".join(dict.fromkeys(cell["missing"].values()))
+
+
+def _seeds(missing: Iterable[str]) -> str:
+    return "seed " + ", ".join(missing)
+
+
+def _columns_text(cells: Sequence[Mapping[str, Any]], panel: Mapping[str, Any]) -> str:
+    texts = {cell["column"]: cell["measure_text"] for cell in cells}
+    lines = [f"- {column}: {text}" for column, text in texts.items()]
+    lines.append(
+        f"- test / robust; AutoAttack and DeepFool on the first {panel['attack_images']:,} test images. AutoAttack is "
+        "the worst case per image over its attacks, PGD-20 and the clean image. Of an integer graph PGD is made on its "
+        "differentiable twin, AutoAttack on its twin, its simulated form and the float network."
+    )
+    return "\n".join(lines)
+
+
+def _matrix(cells: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(cell["column"] for cell in cells))
+    rows = dict.fromkeys(cell["row"] for cell in cells)
+    by_place = {(cell["row"], cell["column"]): cell for cell in cells}
+    return _table(("network", *columns), [(row, *(_both(by_place[row, column]) for column in columns)) for row in rows])
+
+
+def _both(cell: Mapping[str, Any]) -> str:
+    if not cell["runs"]:
+        return "not run"
+    test, robust = (cell["means"][name]["text"] for name in ("test", "robust"))
+    return f"{test} / {robust}"
+
+
+def _reasons(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Why cells of the matrix are empty, where there is no room for it."""
+    reasons = dict.fromkeys(reason for cell in cells for reason in cell["missing"].values())
+    return "\n".join(f"- not run: {reason}" for reason in reasons)
+
+
+def _times(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of the last training of each network; the ratio is that of processor times, seed by seed."""
+    header = ("training", "seeds", "minutes", "minutes of processor time", "share of full training", "energy, Wh")
+    full = {run["seed"]: run["cpu_seconds"] for run in rows[0]["runs"]}
+    body = []
+    for row in rows:
+        if not row["runs"]:
+            body.append((row["row"], "0", f"not run: {_why(row)}", "", "", ""))
+            continue
+        runs = row["runs"]
+        shares = [run["cpu_seconds"] / full[run["seed"]] for run in runs if run["seed"] in full]
+        body.append(
+            (
+                row["row"],
+                str(len(runs)),
+                _average([run["seconds"] / 60 for run in runs], ".1f") + _lost(runs),
+                _average([run["cpu_seconds"] / 60 for run in runs], ".1f"),
+                _average(shares, ".3f") if shares else "not known: full training was not run",
+                ENERGY
+                if any(run["joules"] is None for run in runs)
+                else _average([run["joules"] / 3600 for run in runs], ".2f"),
+            )
+        )
+    note = (
+        "Without what the training starts from. Processor time leaves out what other processes took of the machine, "
+        "but not what they took of its caches; energy is that of the whole machine meanwhile. The paper's numbers are "
+        "not at hand."
+    )
+    return f"{note}\n\n{_table(header, body)}"
+
+
+def _lost(runs: Sequence[Mapping[str, Any]]) -> str:
+    lost = sum(run["lost"] for run in runs)
+    return f" (at least: {lost} sitting(s) were killed)" if lost else ""
+
+
+def _average(values: Sequence[float], form: str) -> str:
+    return format(sum(values) / len(values), form)
+
+
+def _curve(curve: Mapping[str, Any]) -> str:
+    header = (curve["axis"], "test", "robust (PGD-20)", "seeds")
+    rows = []
+    for point in curve["points"]:
+        values = (
+            [point["means"][name]["text"] for name in ("test", "robust")]
+            if point["runs"]
+            else [f"not run: {_why(point)}", ""]
+        )
+        rows.append((f"{point['x']:g}", *values, str(len(point["runs"]))))
+    return f"### {curve['title']}\n\n{_table(header, rows)}"
+
+
+def _embedding(found: Mapping[str, Any]) -> str:
+    if "missing" in found:
+        return f"not run: {found['missing']}"
+    rows = [
+        (name, found["networks"][name], f"{correct} of {total}") for name, (correct, total) in found["robust"].items()
+    ]
+    text = f"{found['images']} test images of the class {found['class']}, seed {found['seed']}; t-SNE, perplexity 30."
+    return f"{text}\n\n{_table(('panel', 'network', 'attacked images classified rightly'), rows)}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

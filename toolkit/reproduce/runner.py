@@ -1,0 +1,306 @@
+"""Fills the cells of tables and figures, the most useful first, and goes on where an earlier sitting stopped."""
+
+from __future__ import annotations
+
+import threading
+import time
+from _thread import interrupt_main
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from toolkit.config import DataConfig, ReproduceConfig
+from toolkit.errors import ToolkitError
+from toolkit.prepare import set_threads
+from toolkit.progress import notice
+from toolkit.reproduce import paper, targets
+from toolkit.reproduce.estimate import Estimator
+from toolkit.reproduce.protocol import EXPERIMENTS, PROTOCOLS, Experiment
+from toolkit.reproduce.recipes import Planner, Recipe
+from toolkit.reproduce.statistics import first_repeated
+from toolkit.reproduce.steps import Step
+from toolkit.reproduce.store import Store, default_folder
+from toolkit.reproduce.targets import Cell, Curve, Target
+from toolkit.reproduce.work import Bench
+from toolkit.reproduce.workers import WORKERS, lacking
+from toolkit.reproduce.world import World, open_world
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One cell of one seed: the step that fills it."""
+
+    step: Step
+    planner: Planner
+    tier: int
+    rank: int
+    """Of the seed in the list."""
+
+
+@dataclass
+class Panel:
+    """A table or figure on one data set."""
+
+    target: Target
+    experiment: Experiment
+    network: str
+    world: World | None
+    missing: str = ""
+    """Why nothing can be run; empty if it can."""
+    planners: dict[int, Planner] = field(default_factory=dict)
+    """By seed."""
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the paper's numbers are of these images and this network."""
+        if self.world is None:
+            return self.network == self.experiment.network
+        return self.world.is_the_papers and self.network == self.experiment.network
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """The paper's cells, and behind them those that it does not have."""
+        kind, experiment = self.target.kind, self.experiment
+        found = targets.baselines(experiment) if kind in ("baselines", "appendix") else []
+        if kind == "main":
+            fashion = experiment.data == "fashion-mnist"
+            found += targets.compressed(
+                experiment, paper.FASHION_MNIST_COMPRESSED if fashion else paper.CIFAR10_COMPRESSED
+            )
+            found += targets.beyond(experiment)
+        elif kind == "appendix":
+            fashion = experiment.data == "fashion-mnist"
+            numbers = paper.FASHION_MNIST_APPENDIX if fashion else paper.CIFAR10_APPENDIX
+            found = targets.renumbered([*found, *targets.compressed(experiment, numbers)], numbers)
+        elif kind == "time":
+            found = targets.timed(experiment)
+        return found
+
+    @cached_property
+    def curves(self) -> tuple[Curve, ...]:
+        """The panels of a figure over compression."""
+        return targets.curves(self.target.name) if self.target.kind == "curves" else ()
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """The networks of figure 2."""
+        return targets.embedded(self.experiment) if self.target.kind == "embedding" else {}
+
+    def step(self, cell: Cell, seed: int) -> Step:
+        """The step that fills a cell."""
+        return self.planners[seed].measure(cell.recipe, cell.measure)
+
+    def places(self) -> list[Place]:
+        """Everything that is to be filled."""
+        found = []
+        for rank, (seed, planner) in enumerate(self.planners.items()):
+            found += [Place(self.step(cell, seed), planner, cell.tier, rank) for cell in self.cells]
+            recipes = [recipe for curve in self.curves for recipe in curve.points.values()]
+            found += [Place(planner.measure(recipe, "pgd-paper"), planner, 1, rank) for recipe in recipes]
+            if self.recipes and rank == 0:
+                found.append(Place(planner.embed(self.recipes, targets.EMBEDDED_CLASS), planner, 2, rank))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """A step that would be done, and for about how long."""
+
+    text: str
+    seconds: float
+
+
+class Runner:
+    """One call of `toolkit reproduce`.
+
+    Args:
+        config: tables, data, seeds, protocol and limits.
+
+    Raises:
+        ToolkitError: an unknown table, a repeated seed, a data set that was named and is not there, or a work folder of
+            another protocol.
+    """
+
+    def __init__(self, config: ReproduceConfig) -> None:
+        self.config, self.protocol = config, PROTOCOLS[config.protocol]
+        self.targets = targets.find_targets(config.target)
+        _check_seeds(config.seeds)
+        self.threads = set_threads(config.threads)
+        self._planners: dict[tuple[str, int], Planner] = {}
+        self.panels = self._open_panels()
+        self.store = Store(config.work or default_folder(config.protocol), self.protocol)
+        self.failed: dict[Step, str] = {}
+        """What went wrong in this sitting."""
+
+    def _open_panels(self) -> list[Panel]:
+        worlds: dict[str, World | ToolkitError] = {}
+        panels = []
+        for target in self.targets:
+            for data in [self.config.data.source] if self.config.data.source else target.data:
+                if data not in worlds:
+                    worlds[data] = self._open(data)
+                panels.append(self._panel(target, data, worlds[data]))
+        return panels
+
+    def _open(self, data: str) -> World | ToolkitError:
+        config: DataConfig = self.config.data.model_copy(update={"source": data})
+        try:
+            return open_world(config, self.protocol)
+        except ToolkitError as error:
+            if self.config.data.source is not None:
+                raise
+            return error
+
+    def _panel(self, target: Target, data: str, world: World | ToolkitError) -> Panel:
+        if isinstance(world, ToolkitError):
+            experiment = EXPERIMENTS[data]
+            return Panel(target, experiment, self.config.network or experiment.network, None, world.problem)
+        experiment = world.experiment
+        network = self.config.network or experiment.network
+        planners = {}
+        for seed in self.config.seeds:
+            key = (world.source.name, seed)
+            if key not in self._planners:
+                splits, images = world.splits(seed), self.config.attack_images
+                self._planners[key] = Planner(
+                    experiment, self.protocol, network, world.source.name, splits, seed, images
+                )
+            planners[seed] = self._planners[key]
+        return Panel(target, experiment, network, world, planners=planners)
+
+    def plan(self) -> list[PlannedStep]:
+        """The steps that would be done, in their order, with estimates."""
+        estimator, planned, done = Estimator(), [], set[Step]()
+        for place, world in self._in_order(estimator, done):
+            for step in place.step.walk():
+                if step not in done and self.store.result(step) is None:
+                    planned.append(PlannedStep(step.label, estimator.seconds(step, place.planner, world)))
+                    done.add(step)
+        return planned
+
+    def _in_order(self, estimator: Estimator, done: set[Step]) -> Iterator[tuple[Place, World]]:
+        """Places that are not filled, the most useful first: by tier, then seed, then by what they still cost.
+
+        What one place needs makes others cheaper, so the order is found anew after each.
+        """
+        waiting = [(place, panel.world) for panel in self.panels for place in panel.places() if panel.world]
+        waiting = [(place, world) for place, world in waiting if lacking(place.step) is None]
+        needs = {place: tuple(place.step.walk()) for place, _ in waiting}
+        known = {step for steps in needs.values() for step in steps if self.store.result(step) is not None}
+
+        def cost(item: tuple[Place, World]) -> tuple[int, int, float]:
+            place, world = item
+            steps = [step for step in needs[place] if step not in known and step not in done]
+            seconds = sum(estimator.seconds(step, place.planner, world) for step in steps)
+            return place.tier, place.rank, seconds
+
+        while waiting:
+            waiting = [item for item in waiting if item[0].step not in known and item[0].step not in done]
+            if not waiting:
+                return
+            best = min(waiting, key=cost)
+            waiting.remove(best)
+            yield best
+
+    def run(self, after_each: Callable[[], object] = lambda: None) -> str:
+        """Do steps until all are done, or the limits are reached; says why it stopped.
+
+        Args:
+            after_each: called after every step, to show what is known.
+        """
+        if self.config.max_runs == 0:
+            return "--max-runs 0: nothing was run"
+        with self.store.locked():
+            return self._run(after_each)
+
+    def _run(self, after_each: Callable[[], object]) -> str:
+        budget, limit = self.config.budget, self.config.max_runs
+        deadline = None if budget is None else time.monotonic() + 60 * budget
+        runs, done = 0, set[Step]()
+        with _alarm(budget) as expired:
+            try:
+                for place, world in self._in_order(Estimator(), done):
+                    for step in place.step.walk():
+                        if self.store.result(step) is not None:
+                            done.add(step)
+                            continue
+                        if limit is not None and runs >= limit:
+                            return f"--max-runs {limit} is reached"
+                        if deadline is not None and time.monotonic() >= deadline:
+                            return f"--budget {budget:g} (minutes) is spent"
+                        if not self._do(step, place.planner, world):
+                            break
+                        done.add(step)
+                        runs += 1
+                        after_each()
+                    done.add(place.step)
+            except KeyboardInterrupt:
+                if not expired():
+                    raise
+                return f"--budget {budget:g} (minutes) is spent"
+        return "everything that can be run is done"
+
+    def _do(self, step: Step, planner: Planner, world: World) -> bool:
+        """Do one step; False if it failed, which another sitting may try again."""
+        if step in self.failed or any(parent in self.failed for parent in step.walk()):
+            return False
+        notice(step.label)
+        bench = Bench(self.store, world, planner.splits)
+        try:
+            with self.store.sitting(step) as sittings:
+                result = WORKERS[step.kind](step, bench)
+        except ToolkitError as error:
+            self.failed[step] = f"{error.problem}: {error.found}"
+            notice(f"failed: {error.problem}: {error.found}")
+            return False
+        self.store.finish(step, result, sittings)
+        return True
+
+    def impossible(self) -> list[str]:
+        """Why some cells cannot be filled here, each reason once."""
+        reasons = {f"{panel.experiment.title}: {panel.missing}" for panel in self.panels if panel.missing}
+        reasons |= {lacks for panel in self.panels for place in panel.places() if (lacks := lacking(place.step))}
+        return sorted(reasons)
+
+    def reason(self, panel: Panel, step: Step | None) -> str:
+        """Why a cell is empty."""
+        if panel.missing:
+            return panel.missing
+        assert step is not None  # every panel with a world has steps
+        lacks = lacking(step)
+        if lacks:
+            return lacks
+        failed = next((self.failed[needed] for needed in step.walk() if needed in self.failed), None)
+        return failed or "not yet: run the same command again"
+
+
+@contextmanager
+def _alarm(minutes: float | None) -> Iterator[Callable[[], bool]]:
+    """Interrupt the main thread when the time is over, as Ctrl-C does; give a function that says whether it is."""
+    rung = threading.Event()
+
+    def ring() -> None:
+        rung.set()
+        interrupt_main()
+
+    if minutes is None:
+        yield lambda: False
+        return
+    timer = threading.Timer(60 * minutes, ring)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield rung.is_set
+    finally:
+        timer.cancel()
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    repeated = first_repeated(seeds)
+    if repeated is not None:
+        raise ToolkitError(
+            f"the seed {repeated} is named twice",
+            found=f"--seeds {','.join(map(str, seeds))}",
+            fix="name every seed once: a repeated run adds nothing to a mean but makes its error look smaller",
+        )

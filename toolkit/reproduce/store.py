@@ -1,0 +1,165 @@
+"""The work folder: what came of every step, in a folder of its own under the step's digest."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import ToolkitError
+from toolkit.reproduce.energy import joules
+from toolkit.reproduce.protocol import Protocol
+from toolkit.reproduce.steps import Step
+
+FORMAT = 1
+MARKER, LOCK = "reproduce.json", "lock"
+RESULT, STEP, SITTINGS = "result.json", "step.json", "sittings.json"
+
+
+def default_folder(protocol: str) -> Path:
+    """Where work is kept unless `--work` says otherwise: the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "toolkit" / "reproduce" / protocol
+
+
+@dataclass
+class Sittings:
+    """The time that a step took, over as many sittings as it needed."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    joules: float | None = 0.0
+    """Of the whole machine meanwhile; None: not measured."""
+    count: int = 0
+    lost: int = 0
+    """Sittings that were killed, whose time nobody knows: the sums are then too small."""
+
+
+class Store:
+    """Keeps what comes of steps.
+
+    Args:
+        root: the work folder.
+        protocol: whose work it keeps.
+
+    Raises:
+        ToolkitError: the folder is another protocol's, or cannot be written.
+    """
+
+    def __init__(self, root: Path, protocol: Protocol) -> None:
+        self.root = root
+        marker = {"format": FORMAT, "protocol": protocol.name, "settings": protocol.digest}
+        path = root / MARKER
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+            if known is None:
+                _write(path, marker)
+        except (OSError, ValueError) as error:
+            raise ToolkitError(
+                "the work folder cannot be used",
+                found=f"{root}: {type(error).__name__}: {error}",
+                fix="name a folder that you may write with --work DIR",
+            ) from error
+        if known is not None and known != marker:
+            theirs = known.get("protocol") if isinstance(known, dict) else known
+            other = "other settings of it" if theirs == protocol.name else f"the protocol {theirs}"
+            raise ToolkitError(
+                "the work folder is of another protocol",
+                found=f"{root} was filled under {other}, and this run is under {protocol.name}",
+                fix="name another folder with --work DIR, or leave --work away",
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder while steps are done; on systems without such locks nothing is kept out.
+
+        Raises:
+            ToolkitError: another run is filling it.
+        """
+        if sys.platform == "win32":
+            yield
+            return
+        import fcntl
+
+        with (self.root / LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+            except OSError as error:
+                raise ToolkitError(
+                    "another run is filling this work folder",
+                    found=str(self.root),
+                    fix="wait for it, name another folder with --work DIR, or show what is known with --max-runs 0",
+                ) from error
+            yield
+
+    def folder(self, step: Step) -> Path:
+        """Where the step's files lie."""
+        return self.root / step.digest[:20]
+
+    def result(self, step: Step) -> dict[str, Any] | None:
+        """What came of the step; None if it has not been done.
+
+        Raises:
+            ToolkitError: the file is damaged.
+        """
+        path = self.folder(step) / RESULT
+        if not path.is_file():
+            return None
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ToolkitError(
+                "a result in the work folder is damaged",
+                found=f"{path}: {error}",
+                fix="remove this file's folder; the step is then done again",
+            ) from error
+        return found
+
+    def finish(self, step: Step, result: dict[str, Any], sittings: Sittings) -> None:
+        """Keep what came of the step; from now on it is done."""
+        folder = self.folder(step)
+        facts = {"kind": step.kind, "label": step.label, "settings": step.settings}
+        _write(folder / STEP, {**facts, "parents": [parent.digest for parent in step.parents]})
+        _write(folder / RESULT, {**result, "spent": vars(sittings)})
+
+    @contextmanager
+    def sitting(self, step: Step) -> Iterator[Sittings]:
+        """Count the time of a block as the step's, whether it ends well or not."""
+        path = self.folder(step) / SITTINGS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = Sittings(**_read(path))
+        under_way = Sittings(found.seconds, found.cpu_seconds, found.joules, found.count, found.lost + 1)
+        _write(path, vars(under_way))  # what stands if nobody comes back from this sitting
+        start, cpu, energy = time.perf_counter(), time.process_time(), joules()
+        try:
+            yield found
+        finally:
+            found.seconds += time.perf_counter() - start
+            found.cpu_seconds += time.process_time() - cpu
+            now = joules()
+            known = energy is not None and now is not None and found.joules is not None
+            found.joules = now.since(energy) + found.joules if known else None  # type: ignore[union-attr,arg-type,operator]
+            found.count += 1
+            _write(path, vars(found))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def _write(path: Path, content: object) -> None:
+    """Whole, or as it was."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

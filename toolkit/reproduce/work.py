@@ -1,0 +1,157 @@
+"""Doing a step: training, pruning, writing an integer graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolkit.artifacts import ModelSpec, Normalized, Splits, TorchModel
+from toolkit.attacks.threat import PgdPlan, ThreatModel
+from toolkit.config import ExportConfig, PruneConfig, QuantizeConfig, TrainConfig
+from toolkit.evaluators.cost import integer_coverage
+from toolkit.evaluators.fake_quantised import RangeRecorder, fake_quantise
+from toolkit.exporters.onnx import export_onnx
+from toolkit.exporters.quantize import quantize_int8
+from toolkit.models.checkpoint import save_checkpoint
+from toolkit.models.loading import assemble, read_model_file
+from toolkit.models.registry import build_network
+from toolkit.pruning import prune
+from toolkit.reproduce.recipes import plan_of
+from toolkit.reproduce.steps import Step
+from toolkit.reproduce.store import Store
+from toolkit.reproduce.world import World
+from toolkit.training.loop import train
+
+MODEL, TRAINING, FLOAT_GRAPH, INTEGER_GRAPH = "model.pt", "training.partial", "model.fp32.onnx", "model.onnx"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every step works with."""
+
+    store: Store
+    world: World
+    splits: Splits
+    """Of the step's seed."""
+
+    def model(self, step: Step) -> TorchModel:
+        """The network that came of a step."""
+        source = self.world.source
+        return assemble(
+            read_model_file(self.store.folder(step) / MODEL),
+            arch=None,
+            class_names=source.train.class_names,
+            input_shape=source.train.shape,
+            normalization=source.normalization_hint,
+            dataset=source.name,
+        )
+
+    def simulated(self, step: Step, rounding: Mapping[str, Any]) -> TorchModel:
+        """The same with weights and activations rounded, all of a tensor in one grid, as the paper simulates integers.
+
+        Args:
+            step: the step.
+            rounding: bits, and whether the ranges are those that the step's own training recorded.
+        """
+        ranges = None
+        if rounding["recorded"]:
+            recorded = (self.store.result(step) or {})["ranges"]
+            ranges = {name: (float(low), float(high)) for name, (low, high) in recorded.items()}
+        return fake_quantise(
+            self.model(step),
+            self.splits.calibration,
+            weight_bits=rounding["bits"],
+            activation_bits=rounding["bits"],
+            per_channel=False,
+            margin=self.margin,
+            ranges=ranges,
+        )
+
+    @property
+    def margin(self) -> float:
+        """By how much the paper's attacked pixels leave [0, 1]; quantisers of pixels represent them."""
+        return plan_of("pgd-paper", self.world.experiment).threat.margin(self.world.source.normalization_hint)
+
+    def file(self, step: Step, name: str) -> Path:
+        """One of a step's files."""
+        return self.store.folder(step) / name
+
+
+def read_plan(values: list[Any] | None) -> PgdPlan | None:
+    """The plan in a step's settings."""
+    if values is None:
+        return None
+    record, steps, step_size, random_start = values
+    threat = ThreatModel(record["norm"], record["eps"], record["space"], record["clip"])
+    return PgdPlan(record["preset"], threat, steps, step_size, random_start)
+
+
+def do_training(step: Step, bench: Bench) -> dict[str, Any]:
+    """Train from scratch, or go on with a parent's network; the ranges of its activations are recorded meanwhile."""
+    settings = step.settings
+    start = bench.model(step.parents[0]) if step.parents else _fresh(settings["network"], settings["seed"], bench)
+    teacher = bench.model(step.parents[1]) if len(step.parents) > 1 else None
+    recorder = RangeRecorder(start)
+    result = train(
+        start,
+        bench.splits.train,
+        bench.splits.validation,
+        TrainConfig.model_validate(settings["config"]),
+        read_plan(settings["plan"]),
+        seed=settings["seed"],
+        label=step.label,
+        checkpoint=bench.file(step, TRAINING),
+        resume=True,
+        teacher=teacher,
+        observer=recorder,
+    )
+    save_checkpoint(result.model, bench.file(step, MODEL))
+    bench.file(step, TRAINING).unlink(missing_ok=True)
+    return {
+        "ranges": recorder.state(),
+        "kept_epoch": result.best_epoch,
+        "epochs": [record.to_list() for record in result.epochs],
+        "precision": result.precision,
+        "threads": torch.get_num_threads(),
+        "images": len(bench.splits.train),
+        "parameters": sum(parameter.numel() for parameter in result.model.network.parameters()),
+    }
+
+
+def _fresh(architecture: str, seed: int, bench: Bench) -> TorchModel:
+    source = bench.world.source
+    torch.manual_seed(seed)
+    network = build_network(architecture, len(source.train.class_names), source.train.shape)
+    hint = source.normalization_hint
+    spec = ModelSpec(architecture, source.train.class_names, source.train.shape, hint, source.name)
+    return TorchModel(Normalized(network, hint).eval(), spec)
+
+
+def do_pruning(step: Step, bench: Bench) -> dict[str, Any]:
+    """Remove filters from the parent's network."""
+    result = prune(bench.model(step.parents[0]), PruneConfig.model_validate(step.settings))
+    save_checkpoint(result.model, bench.file(step, MODEL))
+    return {
+        "parameters": [result.parameters_before, result.parameters_after],
+        "widths": {layer.name: [layer.before, layer.after] for layer in result.layers},
+    }
+
+
+def do_integer(step: Step, bench: Bench) -> dict[str, Any]:
+    """Write the parent's network as a float and as an integer ONNX graph, and prove that integers run."""
+    model = bench.model(step.parents[0])
+    fp32 = export_onnx(model, bench.file(step, FLOAT_GRAPH), ExportConfig())
+    config = QuantizeConfig(int8=True, per_channel=step.settings["per_channel"], calibrate=step.settings["calibrate"])
+    path = bench.file(step, INTEGER_GRAPH)
+    quantize_int8(fp32, path, bench.splits.calibration, config, input_margin=bench.margin)
+    coverage = integer_coverage(path)
+    return {
+        "integer_coverage": coverage.share,
+        "kernel_time_share_integer": coverage.kernel_time_share_integer,
+        "bytes": {name: bench.file(step, name).stat().st_size for name in (FLOAT_GRAPH, INTEGER_GRAPH)},
+        "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
+    }
