@@ -137,7 +137,7 @@ def test_everything_at_once_runs_nothing_twice(tmp_path: Path) -> None:
 def test_a_plan_runs_nothing(tmp_path: Path) -> None:
     found = Runner(small.settings(tmp_path, "figure4"))
     text = command.plan(found, as_json=False)
-    assert "not to be run: this version of the toolkit has no quantisation-aware training" in text
+    assert "not to be run: reproduce does not train quantisation-aware yet (`harden --qat` does)" in text
     assert [path.name for path in tmp_path.iterdir()] == ["reproduce.json"]
     steps = json.loads(command.plan(Runner(small.settings(tmp_path, "table2")), as_json=True))
     assert all(step["seconds"] > 0 for step in steps)
@@ -247,7 +247,7 @@ def test_quantisation_aware_training_is_said_to_be_lacking(tmp_path: Path) -> No
     found = Runner(small.settings(tmp_path, max_runs=0))
     found.run()
     (cell,) = [cell for cell in documents(found)[0]["panels"][0]["cells"] if cell["row"] == paper.QAT_ROBUST]
-    assert cell["missing"] == {"0": "this version of the toolkit has no quantisation-aware training"}
+    assert cell["missing"] == {"0": "reproduce does not train quantisation-aware yet (`harden --qat` does)"}
     others = {cell["missing"]["0"] for cell in documents(found)[0]["panels"][0]["cells"]} - set(
         cell["missing"].values()
     )

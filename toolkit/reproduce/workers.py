@@ -18,7 +18,7 @@ WORKERS: Mapping[Kind, Worker] = {
     "measure": do_measuring,
     "embed": do_embedding,
 }
-LACKING: Mapping[Kind, str] = {"qat": "this version of the toolkit has no quantisation-aware training"}
+LACKING: Mapping[Kind, str] = {"qat": "reproduce does not train quantisation-aware yet (`harden --qat` does)"}
 """Why a step of a kind without a worker cannot be done."""
 
 
