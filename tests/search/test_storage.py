@@ -96,7 +96,7 @@ def test_a_heart_that_stopped_elsewhere_is_noticed(url: str, monkeypatch: pytest
     silent = a_study(url)
     lost = ask(silent)
     silent._stop.set()
-    time.sleep(2.1)
+    time.sleep(2.1)  # real time: the data base compares its own clock with the last heartbeat
     other = a_study(url)
     assert ask(other).parameters == lost.parameters
     silent._held.clear()

@@ -317,9 +317,9 @@ def _emulate(path: Path, images: JudgedImages) -> _Emulation:
     integer = {row.layer for row in running.layers if row.integer}
     if not integer:
         return _Emulation(images)
-    shape: tuple[int, int, int] = tuple(images.clean[0].shape[1:])  # type: ignore[assignment]
+    channels, height, width = images.clean[0].shape[1:]
     try:
-        twin = build_twin(path, input_shape=shape)
+        twin = build_twin(path, input_shape=(channels, height, width))
     except ToolkitError as error:
         return _Emulation(images, note=f"not emulated: {error.found}")
     saturating = SaturatingTwin(twin, to_qdq(load_onnx(path)), integer)

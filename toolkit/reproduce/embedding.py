@@ -48,6 +48,7 @@ def do_embedding(step: Step, bench: Bench) -> dict[str, Any]:
             for layer, values in {INPUT: both, **_activations(model, both)}.items():
                 layouts[f"{name}|{layer}"] = _lay_out(values, settings["perplexity"], settings["seed"])
                 bar.advance()
+    # numpy's stub takes a name that may be "allow_pickle" for that argument; these are "network|layer"
     np.savez_compressed(bench.file(step, POINTS), **layouts)  # type: ignore[arg-type]
     return {"images": len(split), "robust": accuracy, "layers": sorted({name.split("|")[1] for name in layouts})}
 

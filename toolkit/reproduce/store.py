@@ -144,8 +144,10 @@ class Store:
             found.seconds += time.perf_counter() - start
             found.cpu_seconds += time.process_time() - cpu
             now = joules()
-            known = energy is not None and now is not None and found.joules is not None
-            found.joules = now.since(energy) + found.joules if known else None  # type: ignore[union-attr,arg-type,operator]
+            if energy is None or now is None or found.joules is None:
+                found.joules = None  # a sum with an unknown part is unknown
+            else:
+                found.joules += now.since(energy)
             found.count += 1
             _write(path, vars(found))
 

@@ -67,7 +67,7 @@ def _panel(
         [100 * _share(point, what).value for point in tried],
         s=18,
         color=PALE,
-        label="tried (validation images, quick attacks)",
+        label="tried (validation images, quick attacks; timed alone, not beside the bundles)",
     )
     for number, point in enumerate(bundles):
         share, best = _share(point, what), point.trial == recommended
