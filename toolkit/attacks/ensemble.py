@@ -126,19 +126,21 @@ class Pass:
         return f"{self.attack}-{self.steps}{target}{' from there' if self.onward else ''}"
 
 
-HALFWAY, NEAR, BESIDE = 0.5, 0.75, 0.9
-"""How near the boundary short attacks must have brought an image for further short attacks, for long ones, and for the
-dearest, to be made on it: of the others at most one in 1,000 was fooled where it was measured (docs/results)."""
+HALFWAY, NEAR, CLOSE, BESIDE, TOUCHING = 0.5, 0.75, 0.85, 0.9, 0.95
+"""How near the boundary short attacks must have brought an image for further short attacks, for long ones (in `fast`
+from `CLOSE` on), for the dearest, and for further random starts, to be made on it: of the others at most one in 1,000
+was fooled where it was measured (docs/results)."""
 ALL_RANKS = tuple(range(1, TARGETS + 1))
 _SHORT = (Pass("apgd-ce", 20), Pass("apgd-t", 20, (1,)), Pass("apgd-t", 20, (2, 3), near=HALFWAY))
 FAST = (
     *_SHORT,
-    Pass("apgd-ce", LONG, near=NEAR),
-    Pass("apgd-t", STEPS, ALL_RANKS, near=BESIDE, exact=True),
-    Pass("fab-t", STEPS, ALL_RANKS[:1], near=NEAR),
+    Pass("apgd-ce", LONG, near=BESIDE),
+    Pass("apgd-t", STEPS, ALL_RANKS, near=CLOSE, exact=True),
+    *2 * (Pass("apgd-t", STEPS, ALL_RANKS, near=TOUCHING, exact=True),),  # each from another random start
     Pass(SQUARE, SHORT_SEARCH),
-    Pass(SQUARE, ONWARD_SEARCH, near=NEAR, onward=True),
+    Pass(SQUARE, ONWARD_SEARCH, near=BESIDE, onward=True),
 )
+"""What felled nothing beside these on three networks is left out: FAB, and long attacks on images farther away."""
 ENSEMBLE = (
     *_SHORT,
     Pass("apgd-ce", STEPS, everywhere=True, near=NEAR),
