@@ -13,7 +13,7 @@ from toolkit.reproduce.paper import Figure, PaperCell
 from toolkit.reproduce.recipes import MEASURES, Recipe
 from toolkit.reproduce.runner import Panel, Runner
 from toolkit.reproduce.statistics import Mean, compare
-from toolkit.reproduce.steps import Step
+from toolkit.reproduce.steps import TRAININGS, Step
 from toolkit.reproduce.targets import NUMBERING, Cell, Target
 
 QUANTITIES = ("test", "robust")
@@ -26,6 +26,8 @@ DEVIATIONS: Mapping[str, tuple[str, ...]] = {
         "the attack in training sees batch norm in evaluation mode (no difference for cnn8, which has none)",
         "the simulated integers: weights symmetric, activations asymmetric where a layer reads them, one grid a tensor "
         "(the paper's library rounds inputs and outputs of layers symmetrically, and outputs of ReLUs asymmetrically)",
+        "QAT: the second half of the training rounds, and in its last fifth ranges stand still; weights in one grid "
+        "an output channel; binary networks are not trained (the paper's figure has them)",
         "PTQ without fine-tuning: ranges over 500 training images (what the paper calibrated on is not known)",
         "the rate falls after the fourth epoch (its text and its code differ by one)",
         "the two defects of its published code are not repeated: networks are compressed with their trained weights, "
@@ -144,7 +146,7 @@ def _training(runner: Runner, step: Step) -> list[dict[str, Any]]:
     """How every training behind a figure went."""
     found = []
     for needed in step.walk():
-        result = runner.store.result(needed) if needed.kind == "train" else None
+        result = runner.store.result(needed) if needed.kind in TRAININGS else None
         if result is not None:
             kept = ("kept_epoch", "precision", "threads", "images", "parameters", "spent")
             found.append({"label": needed.label, **{name: result.get(name) for name in kept}})

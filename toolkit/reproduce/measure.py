@@ -24,7 +24,12 @@ from toolkit.reproduce.work import INTEGER_GRAPH, Bench, read_plan
 
 JOURNAL = "journal.sqlite"
 Surrogates = dict[SurrogateName, TorchModel]
-OWN: dict[str, SurrogateName] = {"float": "float", "simulated": "fake_quantised", "integer": "twin"}
+OWN: dict[str, SurrogateName] = {
+    "float": "float",
+    "simulated": "fake_quantised",
+    "qat": "fake_quantised",
+    "integer": "twin",
+}
 """The network on which the attack of the paper's kind is made, by form: the judged one itself, or its twin."""
 
 
@@ -64,7 +69,7 @@ def _lineup(step: Step, bench: Bench) -> tuple[Surrogates, dict[TargetName, Pred
         model = bench.model(network)
         return {"float": model}, {"torch": model}
     simulated = bench.simulated(network, step.settings)
-    if form == "simulated":
+    if form in ("simulated", "qat"):
         return {"fake_quantised": simulated}, {"torch": simulated}
     path = bench.file(step.parents[1], INTEGER_GRAPH)
     twin = twin_model(build_twin(path), bench.world.source.train.class_names)

@@ -179,5 +179,6 @@ class Planner:
         settings = self._training("base", objective)
         changed = {**settings["config"], "learning_rate": 0.01, "momentum": 0.9}
         parents = (self._base("standard"),) if self._pretrained else ()
+        origin = {} if parents else {"network": self.network}
         label = f"{self._name}: quantisation-aware training, int{recipe.bits}"
-        return Step("qat", label, {**settings, "config": changed, "bits": recipe.bits}, parents)
+        return Step("qat", label, {**settings, **origin, "config": changed, "bits": recipe.bits}, parents)

@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 Kind = Literal["train", "prune", "integer", "qat", "measure", "embed"]
 
+TRAININGS: tuple[Kind, ...] = ("train", "qat")
+"""What learns weights."""
+
 
 @dataclass(frozen=True, eq=False)
 class Step:

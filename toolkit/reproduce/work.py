@@ -25,6 +25,7 @@ from toolkit.reproduce.steps import Step
 from toolkit.reproduce.store import Store
 from toolkit.reproduce.world import World
 from toolkit.training.loop import train
+from toolkit.training.qat import LearntRanges, Rounding, simulate
 
 MODEL, TRAINING, FLOAT_GRAPH, INTEGER_GRAPH = "model.pt", "training.partial", "model.fp32.onnx", "model.onnx"
 
@@ -56,7 +57,11 @@ class Bench:
         Args:
             step: the step.
             rounding: bits, and whether the ranges are those that the step's own training recorded.
+
+        A network whose training rounded is rounded as it was at the end of that.
         """
+        if step.kind == "qat":
+            return simulate(self.model(step), self._learnt(step))
         ranges = None
         if rounding["recorded"]:
             recorded = (self.store.result(step) or {})["ranges"]
@@ -70,6 +75,16 @@ class Bench:
             margin=self.margin,
             ranges=ranges,
         )
+
+    def rounding(self, step: Step) -> Rounding:
+        """To what the training of a step of the kind `qat` rounds."""
+        bits = step.settings["bits"]
+        return Rounding(bits, bits, self.margin)
+
+    def _learnt(self, step: Step) -> LearntRanges:
+        ends = (self.store.result(step) or {})["learnt"]
+        pairs = {name: tuple((float(low), float(high)) for low, high in calls) for name, calls in ends.items()}
+        return LearntRanges(self.rounding(step), pairs)
 
     @property
     def margin(self) -> float:
@@ -91,11 +106,15 @@ def read_plan(values: list[Any] | None) -> PgdPlan | None:
 
 
 def do_training(step: Step, bench: Bench) -> dict[str, Any]:
-    """Train from scratch, or go on with a parent's network; the ranges of its activations are recorded meanwhile."""
+    """Train from scratch, or go on with a parent's network.
+
+    The ranges of its activations are recorded meanwhile; a quantisation-aware training learns its own.
+    """
     settings = step.settings
     start = bench.model(step.parents[0]) if step.parents else _fresh(settings["network"], settings["seed"], bench)
     teacher = bench.model(step.parents[1]) if len(step.parents) > 1 else None
-    recorder = RangeRecorder(start)
+    rounding = bench.rounding(step) if step.kind == "qat" else None
+    recorder = RangeRecorder(start) if rounding is None else None
     result = train(
         start,
         bench.splits.train,
@@ -107,12 +126,14 @@ def do_training(step: Step, bench: Bench) -> dict[str, Any]:
         checkpoint=bench.file(step, TRAINING),
         resume=True,
         teacher=teacher,
+        rounding=rounding,
         observer=recorder,
     )
     save_checkpoint(result.model, bench.file(step, MODEL))
     bench.file(step, TRAINING).unlink(missing_ok=True)
     return {
-        "ranges": recorder.state(),
+        **({"ranges": recorder.state()} if recorder else {}),
+        **({"learnt": result.learnt.ends} if result.learnt else {}),
         "kept_epoch": result.best_epoch,
         "epochs": [record.to_list() for record in result.epochs],
         "precision": result.precision,

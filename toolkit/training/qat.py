@@ -39,6 +39,8 @@ from toolkit.training.fake_quantisers import (
 )
 from toolkit.training.sites import find_sites
 
+MIN_BITS = 2
+"""With one, nothing is left of a tensor but its sign, which needs a network of its own (binary weights)."""
 FLOAT_SHARE = 0.5
 """Share of the training before it rounds."""
 SETTLED_SHARE = 0.8
@@ -114,11 +116,11 @@ class Rounding:
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits"):
             bits = getattr(self, name)
-            if not 2 <= bits <= MAX_BITS:
+            if not MIN_BITS <= bits <= MAX_BITS:
                 raise ToolkitError(
                     f"a training cannot round {name.replace('_', ' ').replace(' bits', 's')} to so many bits",
                     found=f"{bits} bits",
-                    fix=f"choose 2 to {MAX_BITS} bits",
+                    fix=f"choose {MIN_BITS} to {MAX_BITS} bits",
                 )
 
     def record(self) -> dict[str, Any]:
