@@ -28,7 +28,7 @@ schema: $(STAMP)  ## write docs/report.schema.json again
 
 peers: $(STAMP)  ## an environment of its own with what benchmarks compare against
 	$(PYTHON) -m venv .venv-peers
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > .venv-peers/main.pth
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" > .venv-peers/main.pth
 	mv .venv-peers/main.pth "$$(.venv-peers/bin/python -c 'import site; print(site.getsitepackages()[0])')/main.pth"
 	.venv-peers/bin/python -m pip install --quiet --no-deps --requirement constraints-peers.txt
 
