@@ -18,7 +18,8 @@ Json = dict[str, Any]
 
 def cell(*shares: int, column: str = "adversarial", missing: Json | None = None, theirs: float | None = 80.0) -> Json:
     """Planted numbers: `shares` are right of 1,000, clean; half of that under attack."""
-    runs = [{"seed": n, "test": Proportion(s, 1000).as_dict(), "robust": Proportion(s // 2, 1000).as_dict()}
+    runs = [{"seed": n, "test": Proportion(s, 1000).as_dict(), "robust": Proportion(s // 2, 1000).as_dict(),
+             "worst_case": Proportion(s // 4, 1000).as_dict()}
             for n, s in enumerate(shares)]  # fmt: skip
     means, agreement = {}, {}
     for name, part in (("test", 1), ("robust", 2)):
@@ -116,7 +117,7 @@ def curve(axis: str, values: dict[float, tuple[int, ...]]) -> Json:
 
 def test_curves_are_tables_too() -> None:
     text = render(document("curves", curves=[curve("bits", {8.0: (800, 820), 4.0: ()})]))
-    assert row(text, "8")[1:] == ["81.00 ± 1.00", "40.50 ± 0.50", "2"]
+    assert row(text, "8")[1:] == ["81.00 ± 1.00", "40.50 ± 0.50", "20.00, 20.50", "2"]
     assert row(text, "4")[1].startswith("not run")
 
 

@@ -18,6 +18,7 @@ from toolkit.errors import ToolkitError
 from toolkit.reproduce import command, paper, runner, targets, workers, world
 from toolkit.reproduce.document import documents
 from toolkit.reproduce.recipes import Measure, Recipe
+from toolkit.reproduce.render import render
 from toolkit.reproduce.runner import Runner
 from toolkit.reproduce.steps import Step
 from toolkit.reproduce.work import MODEL, Bench
@@ -249,7 +250,9 @@ def test_quantisation_aware_training_is_judged_as_it_rounds(tmp_path: Path) -> N
     found = Runner(small.settings(tmp_path, "figure4"))
     two, eight = (Recipe("standard", tuned="adversarial", form="qat", bits=bits) for bits in (2, 8))
     coarse, fine = fill(found, two), fill(found, eight)
-    assert set(fine["by_surrogate"]) == {"fake_quantised"} and fine["clean"][0] > 50
+    assert set(fine["by_surrogate"]) == {"fake_quantised", "float"} and fine["clean"][0] > 50
+    assert coarse["robust"] == coarse["by_surrogate"]["fake_quantised"], "the paper's attack"
+    assert coarse["worst_case"][0] <= min(share[0] for share in coarse["by_surrogate"].values())
     panel = found.panels[0]
     assert panel.world is not None
     step = panel.planners[0].network_of(two)
@@ -260,6 +263,8 @@ def test_quantisation_aware_training_is_judged_as_it_rounds(tmp_path: Path) -> N
     assert coarse["clean"] == [int((rounded.predict(batch.images).argmax(1) == batch.labels).sum()), 100]
     (document,) = documents(found)
     trained = [run["training"] for point in document["panels"][0]["curves"][0]["points"] for run in point["runs"]]
+    worst = 100 * coarse["worst_case"][0] / coarse["worst_case"][1]
+    assert f"| {worst:.2f} | 1 |" in render(document) and "Few bits mask gradients" in render(document)
     assert len(trained) == 2 and all(len(one) == 1 and one[0]["parameters"] for one in trained)
 
 

@@ -22,8 +22,6 @@ ENSEMBLE_COST = 600
 DEEPFOOL_COST = 100
 SURROGATES = 4
 """By how many an integer graph's attack is dearer: three networks, of which two round."""
-ROUNDING = 1.7
-"""By how much a training that rounds in its second half is dearer, about."""
 SMALL_S = 10.0
 """Of what neither trains nor attacks."""
 
@@ -47,14 +45,13 @@ class Estimator:
         share = _share_left(step)
         gradient = self._seconds_per_gradient(planner.network, world) * share
         if step.kind in TRAININGS:
-            many = ROUNDING if step.kind == "qat" else 1.0
-            config = TrainConfig.model_validate(step.settings["config"])
-            return config.epochs * len(planner.splits.train) * cost_per_image(config) * gradient * many
+            config = TrainConfig.model_validate({**step.settings["config"], "qat": step.kind == "qat"})
+            return config.epochs * len(planner.splits.train) * cost_per_image(config) * gradient
         measure = step.settings["measure"]
         cost = {"autoattack": ENSEMBLE_COST, "deepfool": DEEPFOOL_COST}.get(
             measure.split("-")[0], step.settings["plan"][1]
         )
-        many = {"float": 1, "simulated": 2, "qat": 2, "integer": SURROGATES}[step.settings["form"]]
+        many = {"float": 1, "simulated": 2, "qat": 3, "integer": SURROGATES}[step.settings["form"]]
         return float(step.settings["evaluation"][0] * cost * many * gradient)
 
     def _seconds_per_gradient(self, network: str, world: World) -> float:

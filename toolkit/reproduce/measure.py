@@ -63,14 +63,20 @@ def do_measuring(step: Step, bench: Bench) -> dict[str, Any]:
 
 
 def _lineup(step: Step, bench: Bench) -> tuple[Surrogates, dict[TargetName, Predictor]]:
-    """Attacks on an integer graph are made on its twin, on its simulated form and on the float network."""
+    """The networks that are attacked, and what is judged.
+
+    Attacks on an integer graph are made on its twin, on its simulated form and on the float network; those on a network
+    that was trained to be rounded on it and on the float network, because few bits mask its gradients.
+    """
     form, network = step.settings["form"], step.parents[0]
     if form == "float":
         model = bench.model(network)
         return {"float": model}, {"torch": model}
     simulated = bench.simulated(network, step.settings)
-    if form in ("simulated", "qat"):
+    if form == "simulated":
         return {"fake_quantised": simulated}, {"torch": simulated}
+    if form == "qat":
+        return {"fake_quantised": simulated, "float": bench.model(network)}, {"torch": simulated}
     path = bench.file(step.parents[1], INTEGER_GRAPH)
     twin = twin_model(build_twin(path), bench.world.source.train.class_names)
     surrogates: Surrogates = {"twin": twin, "fake_quantised": simulated, "float": bench.model(network)}

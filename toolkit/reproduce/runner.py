@@ -252,7 +252,7 @@ class Runner:
                 result = WORKERS[step.kind](step, bench)
         except ToolkitError as error:
             self.failed[step] = f"{error.problem}: {error.found}"
-            notice(f"failed: {error.problem}: {error.found}")
+            notice(f"failed: {error.problem}: {error.found}; fix: {error.fix}")
             return False
         self.store.finish(step, result, sittings)
         return True

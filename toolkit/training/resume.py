@@ -32,7 +32,7 @@ def load_state(path: Path, fingerprint: str) -> dict[str, Any]:
         raise ToolkitError(
             "the training checkpoint is damaged",
             found=f"{path}: {type(error).__name__}",
-            fix="start again without --resume",
+            fix="delete that file, or start again without --resume",
         ) from error
     if not same:
         raise ToolkitError(
