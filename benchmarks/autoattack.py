@@ -37,8 +37,9 @@ from toolkit.evaluators.environment import environment_record, usable_threads
 from toolkit.evaluators.evaluation import Clock, Conditions, Evaluation
 from toolkit.evaluators.journal import Journal
 from toolkit.evaluators.robustness import arm, evaluate_robustness
+from toolkit.evaluators.saturation_emulation import twin_of_session
 from toolkit.evaluators.scoring import Judges, Ledger, clean_flags
-from toolkit.evaluators.surrogate import build_twin, twin_model
+from toolkit.evaluators.surrogate import twin_model
 from toolkit.evaluators.worst_case import pursue
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.prepare import prepare
@@ -94,7 +95,10 @@ def expert(bundle: Path, images: int, threads: int) -> dict[str, Any]:
     deployed = OnnxPredictor(bundle / "model.onnx")
     robust = correct(deployed, batch.images, batch.labels)
     start = time.perf_counter()
-    for network in (prepared.model, twin_model(build_twin(bundle / "model.onnx"), prepared.model.spec.class_names)):
+    for network in (
+        prepared.model,
+        twin_model(twin_of_session(bundle / "model.onnx"), prepared.model.spec.class_names),
+    ):
         robust &= correct(deployed, auto_attack(network, batch.images, batch.labels, plan.threat.eps), batch.labels)
     found = Proportion.of(robust)
     claimed = report.robust_accuracy["deployed"]

@@ -48,7 +48,8 @@ from toolkit.evaluators.accuracy import right
 from toolkit.evaluators.cost import integer_coverage
 from toolkit.evaluators.environment import environment_record
 from toolkit.evaluators.latency import benchmark
-from toolkit.evaluators.surrogate import build_twin, twin_model
+from toolkit.evaluators.saturation_emulation import twin_of_session
+from toolkit.evaluators.surrogate import twin_model
 from toolkit.exporters.engines import make_writer
 from toolkit.exporters.onnx import export_onnx
 from toolkit.exporters.session import OnnxPredictor
@@ -107,7 +108,7 @@ def robustness(files: Mapping[str, Path], fp32: Path, prepared: PreparedAttack, 
     names, split = prepared.model.spec.class_names, prepared.splits.evaluation.first(count)
     makers = {"float": prepared.model}
     for name, path in files.items():
-        twin = twin_model(build_twin(path), names)
+        twin = twin_model(twin_of_session(path), names)
         makers[name] = TorchModel(twin.module, prepared.model.spec)
     attacks = {name: PlannedAttack(model, prepared.plan, seed=0, precision=precision) for name, model in makers.items()}
     predictors = {name: OnnxPredictor(path) for name, path in {"fp32": fp32, **files}.items()}

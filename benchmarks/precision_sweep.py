@@ -24,8 +24,9 @@ from toolkit.evaluators.environment import environment_record
 from toolkit.evaluators.evaluation import Conditions
 from toolkit.evaluators.latency import benchmark
 from toolkit.evaluators.robustness import evaluate_robustness
+from toolkit.evaluators.saturation_emulation import twin_of_session
 from toolkit.evaluators.simulation import parse_bits, simulate
-from toolkit.evaluators.surrogate import build_twin, measure_fidelity, twin_model
+from toolkit.evaluators.surrogate import measure_fidelity, twin_model
 from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.prepare import PreparedAttack, prepare_attack
@@ -81,7 +82,7 @@ def one(prepared: PreparedAttack, twin: OnnxModel, how: QuantizeConfig, path: Pa
     model, evaluation = prepared.model, prepared.splits.evaluation
     margin = prepared.plan.threat.margin(model.spec.normalization)
     Quantizer(twin, prepared.splits.calibration, how, input_margin=margin).write(path)
-    coverage, predictor, own = integer_coverage(path, threads=1), OnnxPredictor(path), build_twin(path)
+    coverage, predictor, own = integer_coverage(path, threads=1), OnnxPredictor(path), twin_of_session(path)
     surrogates = {"float": model, "twin": twin_model(own, model.spec.class_names)}
     conditions = Conditions(prepared.plan, model.spec.normalization, 0)
     found = evaluate_robustness(surrogates, {"deployed": predictor}, evaluation, conditions)  # type: ignore[arg-type]

@@ -29,7 +29,8 @@ from toolkit.evaluators.environment import environment_record
 from toolkit.evaluators.evaluation import Conditions
 from toolkit.evaluators.fake_quantised import fake_quantise
 from toolkit.evaluators.robustness import Robustness, evaluate_robustness
-from toolkit.evaluators.surrogate import build_twin, twin_model
+from toolkit.evaluators.saturation_emulation import twin_of_session
+from toolkit.evaluators.surrogate import twin_model
 from toolkit.exporters.onnx import export_onnx
 from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.ranges import Interval
@@ -130,7 +131,7 @@ def int8(arguments: argparse.Namespace) -> dict[str, Any]:
         quantizer = Quantizer(fp32, splits.calibration, QuantizeConfig(int8=True), input_margin=margin, ranges=ranges)
         path = quantizer.write(place.with_suffix(".int8.onnx")).model.path
         found = evaluate_robustness(
-            {"float": model, "twin": twin_model(build_twin(path), model.spec.class_names)},
+            {"float": model, "twin": twin_model(twin_of_session(path), model.spec.class_names)},
             {"fp32": OnnxPredictor(fp32.path), "deployed": OnnxPredictor(path)},
             splits.evaluation.first(arguments.n),
             Conditions(plan, normalization, arguments.seed, compose(arguments.attacks, 10, plan.threat.norm)),

@@ -42,7 +42,8 @@ from toolkit.data.sources import DataSource, load_source
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.environment import environment_record, usable_threads
 from toolkit.evaluators.fidelity import compare
-from toolkit.evaluators.surrogate import build_twin, twin_model
+from toolkit.evaluators.saturation_emulation import twin_of_session
+from toolkit.evaluators.surrogate import twin_model
 from toolkit.exporters.calibration import CalibrationReader
 from toolkit.exporters.onnx import export_onnx
 from toolkit.exporters.quantize import quantize_int8
@@ -250,7 +251,7 @@ class Recorded:
 def measure(path: Path, material: Material) -> dict[str, Any]:
     """Fidelity of the twin of one file to the session as deployed, and how far optimisation alone moves the session."""
     start = time.perf_counter()
-    twin = build_twin(path)
+    twin = twin_of_session(path)
     plan = PgdPlan("benchmark", ThreatModel("linf", EPS, "pixels", clip=True), STEPS, EPS / 3, random_start=True)
     attacker = Surrogate(twin.module, twin.normalization, resolve_precision("auto"), input_shape=twin.input_shape)
     clean, labels = torch.split(material.images, BATCH), torch.split(material.labels, BATCH)

@@ -188,8 +188,9 @@ class QuantizeConfig(StageConfig):
     """`auto`: the method that loses least on validation images."""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     per_channel: bool = True
-    reduce_range: bool = False
-    """Weights of seven bits, which no pair of products overflows 16 bits with: for x86 without VNNI."""
+    reduce_range: bool | None = None
+    """Weights of seven bits, which no pair of products overflows 16 bits with: for x86 without VNNI. None: if this
+    machine is one."""
     keep_float: tuple[str, ...] = ()
     """Layers that are not quantised, by their nodes' names in the float twin; `*` stands for anything."""
     activation_bits: int = 8

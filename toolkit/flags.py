@@ -112,7 +112,7 @@ QUANTIZE = (
     Flag(
         "--reduce-range/--full-range",
         "quantize.reduce_range",
-        "Weights of 7 bits, for x86 machines without VNNI.",
+        "Weights of 7 bits, for x86 machines without VNNI; by default if this machine is one.",
         bool,
     ),
     Flag("--keep-float", "quantize.keep_float", "Layers to leave float, e.g. node_conv2d,node_linear*."),

@@ -17,8 +17,9 @@ from toolkit.evaluators.examination import Examination, examine
 from toolkit.evaluators.fake_quantised import fake_quantise
 from toolkit.evaluators.image_files import Gallery
 from toolkit.evaluators.journal import Journal
+from toolkit.evaluators.saturation_emulation import twin_of_session
 from toolkit.evaluators.scoring import SurrogateName, TargetName
-from toolkit.evaluators.surrogate import Twin, UnconvertibleGraph, build_twin, twin_model
+from toolkit.evaluators.surrogate import Twin, UnconvertibleGraph, twin_model
 from toolkit.exporters.input_range import input_range
 from toolkit.exporters.interface import GraphInterface
 from toolkit.exporters.session import OnnxPredictor, Provider
@@ -76,7 +77,7 @@ class Lineup:
         if not twin:
             return found
         try:
-            made = build_twin(path, interface, input_shape=input_shape)
+            made = twin_of_session(path, interface, input_shape=input_shape)
         except UnconvertibleGraph as error:
             warn(f"{error.problem}: {error.found}; attacks are made without its twin")
             return found

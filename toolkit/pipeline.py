@@ -31,7 +31,14 @@ from toolkit.exporters.session import OnnxPredictor
 from toolkit.exporters.target_kinds import chosen_targets
 from toolkit.graphs import Graphs, search_rounding, settled, some_pixels, timed, with_rounding, write_graphs
 from toolkit.lineup import Lineup
-from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack, resolved_data, resolved_threat
+from toolkit.prepare import (
+    PreparedAttack,
+    load_teacher,
+    prepare_attack,
+    resolved_data,
+    resolved_quantize,
+    resolved_threat,
+)
 from toolkit.pruning import PruningResult, prune
 from toolkit.reports.build import Evidence, build_report
 from toolkit.reports.markdown import render_markdown
@@ -180,6 +187,7 @@ def resolve(config: HardenConfig, prepared: PreparedAttack) -> HardenConfig:
         update={
             "data": resolved_data(config.data, prepared.source),
             "threat": resolved_threat(config.threat, prepared.plan),
+            "quantize": resolved_quantize(config.quantize, config.benchmark.provider),
             "threads": prepared.threads,
         }
     )

@@ -10,12 +10,14 @@ import torch
 from toolkit import __version__
 from toolkit.artifacts import ModelSpec, Normalization, Splits, TorchModel
 from toolkit.attacks.threat import PgdPlan, resolve_plan
-from toolkit.config import DataConfig, ModelConfig, ModelRunConfig, ThreatConfig, TrainConfig
+from toolkit.config import DataConfig, ModelConfig, ModelRunConfig, QuantizeConfig, ThreatConfig, TrainConfig
 from toolkit.data.pixels import PixelStatistics, differences
 from toolkit.data.sources import DataSource, check_fits, load_source
 from toolkit.data.splits import check_trained_on, make_splits
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.environment import usable_threads
+from toolkit.evaluators.saturating_layers import saturates_here
+from toolkit.exporters.session import Provider
 from toolkit.models.loading import assemble, read_model_file, resolve_path
 from toolkit.paths import public_name
 from toolkit.progress import notice, warn
@@ -175,6 +177,14 @@ def resolved_threat(config: ThreatConfig, plan: PgdPlan) -> ThreatConfig:
             "random_start": plan.random_start,
         }
     )
+
+
+def resolved_quantize(config: QuantizeConfig, provider: Provider = "cpu") -> QuantizeConfig:
+    """`config` with seven bits for weights where the integer kernels of this machine saturate, unless it says."""
+    if config.reduce_range is not None:
+        return config
+    needed = config.activation_bits == 8 and provider == "cpu" and saturates_here()
+    return config.model_copy(update={"reduce_range": needed})
 
 
 def _normalization(config: ModelConfig, source: DataSource) -> Normalization:

@@ -13,6 +13,7 @@ from toolkit.evaluators.accuracy import measure_accuracy
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
 from toolkit.evaluators.evaluation import Conditions
 from toolkit.evaluators.robustness import evaluate_robustness
+from toolkit.evaluators.saturating_layers import saturates_here
 from toolkit.evaluators.scoring import SurrogateName
 from toolkit.evaluators.surrogate import UnconvertibleGraph, build_twin, twin_model
 from toolkit.exporters.half import write_half
@@ -84,7 +85,8 @@ class TargetMaker:
         if kind.name == "cuda":
             largest = write_half(self.fp32.path, output, self.calibration)
         else:
-            how = self.how.model_copy(update={"activation_bits": 8, "weight_bits": 8, "calibrate_adversarial": 0.0})
+            update = {"activation_bits": 8, "weight_bits": 8, "calibrate_adversarial": 0.0, "reduce_range": False}
+            how = self.how.model_copy(update=update)
             if how.calibrate == "auto":  # what was chosen for asymmetric grids says nothing of symmetric ones
                 how = how.model_copy(update={"calibrate": "minmax"})
             Quantizer(self.fp32, self.calibration, how, input_margin=self.margin).write_tensorrt(output)
@@ -92,7 +94,7 @@ class TargetMaker:
         return self._check(kind, output, largest)
 
     def _check(self, kind: TargetKind, path: Path, largest: float | None) -> TargetResult:
-        reference, found = OnnxPredictor(self.fp32.path), OnnxPredictor(path)
+        reference, found = OnnxPredictor(self.fp32.path), _exact_session(path)
         parity = measure_parity(reference, found, self.evaluation)
         if kind.name == "cuda" and not parity.relative <= HALF_TOLERANCE:
             raise ToolkitError(
@@ -184,8 +186,13 @@ def attack_target(path: Path, model: TorchModel, split: Split, conditions: Condi
             surrogates["twin"] = twin_model(twin, model.spec.class_names)
     except UnconvertibleGraph as error:
         warn(f"{error.problem}: {error.found}; it is attacked by transfer alone")
-    found = evaluate_robustness(surrogates, {"deployed": OnnxPredictor(path)}, split, conditions)
+    found = evaluate_robustness(surrogates, {"deployed": _exact_session(path)}, split, conditions)
     return TargetRobustness(found.worst_case["deployed"], tuple(surrogates))
+
+
+def _exact_session(path: Path) -> OnnxPredictor:
+    """Runs a file for another runtime with the sums that it has there: this CPU's integer kernels may saturate."""
+    return OnnxPredictor(path, optimized=not saturates_here())
 
 
 def coverage_record(row: ProviderCoverage) -> schema.ProviderCoverage:

@@ -118,7 +118,7 @@ def test_a_graph_without_a_twin_is_compared_all_the_same(
     def refuse(path: Path) -> None:
         raise UnconvertibleGraph(path, ("Strange",))
 
-    monkeypatch.setattr(calibration, "build_twin", refuse)
+    monkeypatch.setattr(calibration, "twin_of_session", refuse)
     found = compare_calibrations(*pair, attack, halves(24, seed=1))
     assert found.plain.clipped_clean is None and found.adversarial.clipped_attacked is None
     assert found.adversarial.clean.total == 24

@@ -47,7 +47,7 @@ def explained(folder: Path, layers: nn.Sequential, **how: object) -> Explanation
 
 def test_rounding_of_evenly_spread_values_has_the_noise_of_theory(tmp_path: Path) -> None:
     """Signal E[x^2], noise step^2 / 12; the image's own quantiser is exact for pixels of 8 bits."""
-    found = explained(tmp_path, network())
+    found = explained(tmp_path, network(), reduce_range=True)  # so that no machine's sums saturate
     assert next(noise.tensor for noise in found.tensors) in ("image", "relu") and found.images == 200
     for noise in found.tensors:
         assert noise.clipped == 0 and noise.snr <= noise.own_snr + 0.5 and noise.own_snr > 35

@@ -68,9 +68,13 @@ def found(planted: Quantizer, split: Split) -> Portability:
 
 
 def test_large_weights_change_labels_without_vnni_and_seven_bits_cure_it(found: Portability) -> None:
-    there = found.row("without_vnni")
+    there = found.row("with_vnni" if found.saturates_here else "without_vnni")
     assert there is not None and there.changed is not None and there.changed_attacked is not None
-    assert there.changed.value > 0.1 and there.overflows and there.warns
+    assert there.changed.value > 0.1 and there.warns
+    saturated = found.row("without_vnni")
+    assert saturated is not None and saturated.overflows
+    if found.saturates_here:  # the emulation of this very machine
+        assert saturated.changed == Proportion(0, 120) and saturated.max_difference == pytest.approx(0, abs=1e-3)
     assert found.layers[0].share > 0.1 and found.layers[0].layer == "node_conv2d"
     cured, there_cured = found.row("reduce_range"), found.row("reduce_range_without_vnni")
     assert cured is not None and there_cured is not None
@@ -92,13 +96,13 @@ def test_all_settings_are_compared_on_all_images(found: Portability) -> None:
         "s8s8",
         "float_bias",
     }
-    assert {row.setting for row in found.rows} == settings
+    assert {row.setting for row in found.rows} == settings | ({"with_vnni"} if found.saturates_here else set())
     for row in found.rows:
         assert row.changed is not None and row.changed.total == 120, row
         assert row.changed_attacked is not None and row.changed_attacked.total == 120
         assert row.accuracy is not None and row.robust_accuracy is not None
         assert row.robust_accuracy.value <= row.accuracy.value
-    assert found.twin_agreement == Proportion(240, 240) or found.saturates_here
+    assert found.twin_agreement == Proportion(240, 240)
 
 
 def test_the_same_graph_answers_the_same_under_every_opset(found: Portability) -> None:
@@ -111,7 +115,8 @@ def test_variants_are_other_graphs_and_close(found: Portability) -> None:
     for setting in ("reduce_range", "s8s8", "float_bias"):
         row = found.row(setting)
         assert row is not None and row.changed is not None and row.max_difference is not None
-        assert row.max_difference > 0 and row.changed.value < 0.2 and row.integer_coverage is not None
+        near = row.changed.value < 0.2 or found.saturates_here  # there the reference itself is far from exact
+        assert row.max_difference > 0 and near and row.integer_coverage is not None
 
 
 def constants_of(path: Path) -> dict[str, Any]:
@@ -138,7 +143,8 @@ def test_variants_are_what_they_are_called(planted: Quantizer, tmp_path: Path) -
     assert {entry.key for entry in signed.metadata_props} == {"a"}
     white = torch.ones(1, 1, 8, 8)
     twin = OnnxPredictor(planted_path(planted)).predict(white)
-    assert (OnnxPredictor(tmp_path / "s8s8.onnx").predict(white) - twin).abs().max() < 0.1 * twin.std()
+    exact = OnnxPredictor(tmp_path / "s8s8.onnx", optimized=False)  # no machine saturates there
+    assert (exact.predict(white) - twin).abs().max() < 0.1 * twin.std()
 
 
 def planted_path(quantizer: Quantizer) -> Path:
@@ -226,7 +232,8 @@ def test_warnings_need_more_than_half_a_percent(found: Elsewhere, warns: bool) -
 def test_the_warning_names_the_cure_and_its_cost(found: Portability) -> None:
     record = portability_record(found)
     assert record is not None
-    lines = [line for line in warnings(record) if line.startswith("x86 without VNNI (emulated): ")]
+    other = "x86 with VNNI" if found.saturates_here else "x86 without VNNI"
+    lines = [line for line in warnings(record) if line.startswith(f"{other} (emulated): ")]
     assert len(lines) == 1 and "--reduce-range leaves 0 overflows and costs" in lines[0]
     section = portability_section(record)
     assert f"> **WARNING**: {lines[0]}." in section and "| opset 18 to 23 |" in section

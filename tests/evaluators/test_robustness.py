@@ -112,10 +112,10 @@ class Counter:
             monkeypatch.setattr(module, name, self._wrapped(name, getattr(module, name)))
         run: Callable[..., None] = Pass.run
 
-        def counted(how: Pass, *arguments: Any) -> None:
+        def counted(how: Pass, *arguments: Any, **others: Any) -> None:
             *inputs, settle = arguments
             self._count(str(how))
-            run(how, *inputs, self._cutting(settle))
+            run(how, *inputs, self._cutting(settle), **others)
 
         monkeypatch.setattr(Pass, "run", counted)
 

@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from onnx import ModelProto, numpy_helper
 
 from tests.graphs import f32, integers, model, node, qdq_classifier, save, u8
+from toolkit.evaluators import saturation_emulation
 from toolkit.evaluators.cost import integer_coverage
+from toolkit.evaluators.saturating_layers import Saturating, Spared, saturates_here, saturating_layers
 from toolkit.evaluators.saturation_emulation import (
     Overflows,
     SaturatingTwin,
-    Spared,
     _saturating,
     clipped_off,
     risky_pairs,
-    saturates_here,
-    saturating_layers,
+    twin_of_session,
 )
-from toolkit.evaluators.surrogate import build_twin
+from toolkit.evaluators.surrogate import Twin, build_twin
 from toolkit.evaluators.twin.graph import read_attributes
 from toolkit.evaluators.twin.network import Step
 from toolkit.evaluators.twin.operators import OPERATORS
@@ -191,6 +191,33 @@ def test_a_whole_graph_is_what_numpy_makes_of_it_with_and_without_saturation(tmp
 
 
 @pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("saturates", [True, False])
+def test_the_twin_of_the_session_computes_as_the_machine_does(
+    saturates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = classifier()
+    path = save(made, tmp_path / "m.onnx")
+    images = torch.rand(40, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    here = saturates_here()
+    monkeypatch.setattr(saturation_emulation, "saturates_here", lambda: saturates)
+    twin, exact = twin_of_session(path), build_twin(path)
+    wanted = torch.from_numpy(reference(made, images.numpy(), saturating=saturates)).float()
+    torch.testing.assert_close(twin.predict(images), wanted, rtol=1e-4, atol=1e-3)
+    if saturates == here:
+        torch.testing.assert_close(twin.predict(images), OnnxPredictor(path).predict(images), rtol=1e-4, atol=1e-3)
+    assert torch.equal(gradient(twin, images[:1]), gradient(exact, images[:1])) or saturates
+    assert bool(gradient(twin, images).abs().flatten(1).amax(dim=1).gt(0).all()), "straight through what is clipped"
+
+
+def gradient(twin: Twin, images: torch.Tensor) -> torch.Tensor:
+    """Of the first logit."""
+    moved = images.clone().requires_grad_()
+    twin.module(moved)[:, 0].sum().backward()
+    assert moved.grad is not None
+    return moved.grad
+
+
+@pytest.mark.usefixtures("quiet")
 def test_without_overflows_the_emulation_is_the_twin(tmp_path: Path) -> None:
     made = classifier()
     for item in made.graph.initializer:
@@ -223,7 +250,6 @@ def layer(name: str, weight: Any, first: Any, **attributes: Any) -> ModelProto:
     [
         (layer("c", integers(3, 1, 3, 3), u8(0), group=3), "depthwise: its kernel widens to 16 bits first"),
         (layer("c", integers(4, 3, 3, 3, kind=np.uint8), u8(0)), "unsigned weights: their kernel widens them first"),
-        (layer("c", integers(4, 3, 3, 3), np.int8(0)), "signed activations: no kernel here saturates"),
         (layer("other", integers(4, 3, 3, 3), u8(0)), "a float kernel"),
     ],
 )
@@ -234,17 +260,65 @@ def test_layers_whose_kernels_do_not_saturate_are_named(made: ModelProto, reason
     assert spared == (Spared(name, reason),)
 
 
-def test_products_of_two_activations_do_not_saturate() -> None:
+@pytest.mark.parametrize(
+    ("point", "reason"),
+    [
+        (u8(0), "a product of two activations: its kernel widens them first"),
+        (np.int8(0), "not emulated: a product of two activations, of which the second is signed, saturates"),
+    ],
+)
+def test_products_of_two_activations_saturate_where_the_second_is_signed(point: Any, reason: str) -> None:
     nodes = [
         node("QuantizeLinear", ["image", "s", "z"], ["q"]),
         node("DequantizeLinear", ["q", "s", "z"], ["x"]),
         node("Transpose", ["x"], ["t"], perm=[0, 1, 3, 2]),
         node("MatMul", ["x", "t"], ["y"], name="m"),
     ]
-    found, spared = saturating_layers(model(nodes, {"s": f32(0.01), "z": u8(0)}), {"m"})
-    assert not found and spared == (Spared("m", "a product of two activations: its kernel widens them first"),)
+    found, spared = saturating_layers(model(nodes, {"s": f32(0.01), "z": point}), {"m"})
+    assert not found and spared == (Spared("m", reason),)
 
 
-def test_a_layer_of_the_same_types_is_found() -> None:
-    found, spared = saturating_layers(layer("c", integers(4, 3, 3, 3), u8(7)), {"c"})
-    assert found == {"y": "c"} and not spared
+@pytest.mark.parametrize(("point", "shift"), [(u8(7), 0), (np.int8(7), 128)])
+def test_a_layer_of_the_same_types_is_found(point: Any, shift: int) -> None:
+    found, spared = saturating_layers(layer("c", integers(4, 3, 3, 3), point), {"c"})
+    assert found == {"y": Saturating("c", shift)} and not spared
+
+
+WEIGHTS: dict[str, Any] = {
+    "Conv": (8, 4, 3, 3), "Conv in groups": (8, 2, 3, 3), "Conv by depth": (4, 1, 3, 3), "Gemm": (8, 4 * 49),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize("weights", [np.int8, np.uint8])
+@pytest.mark.parametrize(("activations", "point"), [(np.uint8, 0), (np.uint8, 90), (np.int8, 3)])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_twin_of_the_session_gives_its_bits_whatever_the_types(
+    kind: str, activations: Any, point: int, weights: Any, count: int, tmp_path: Path
+) -> None:
+    """Filters of large weights of one sign; on machines without VNNI half of their sums overflow."""
+    shape = WEIGHTS[kind]
+    drawn = np.random.default_rng(0).integers(60, 128, shape)
+    drawn[::2] *= 1 if weights is np.uint8 else -1
+    constants = {
+        "s": f32(1 / 255), "zx": activations(point), "w": drawn.astype(weights), "one": f32(1), "zw": weights(0),
+        "so": f32(drawn[0].size / 4), "zo": activations(point), "axes": np.array([2, 3]),
+    }  # fmt: skip
+    group = 1 if kind == "Gemm" else 4 // shape[1]
+    nodes = [
+        node("QuantizeLinear", ["image", "s", "zx"], ["q"]),
+        *([node("Flatten", ["q"], ["f"])] if kind == "Gemm" else []),
+        node("DequantizeLinear", ["f" if kind == "Gemm" else "q", "s", "zx"], ["x"]),
+        node("DequantizeLinear", ["w", "one", "zw"], ["weight"]),
+        node("Gemm", ["x", "weight"], ["y"], transB=1)
+        if kind == "Gemm"
+        else node("Conv", ["x", "weight"], ["y"], group=group, strides=[2, 2], pads=[1] * 4),
+        node("QuantizeLinear", ["y", "so", "zo"], ["p"]),
+        node("DequantizeLinear", ["p", "so", "zo"], ["logits" if kind == "Gemm" else "z"]),
+        *([] if kind == "Gemm" else [node("ReduceMean", ["z", "axes"], ["logits"], keepdims=0)]),
+    ]
+    path = save(model(nodes, constants, shape=("N", 4, 7, 7)), tmp_path / "m.onnx")
+    images = torch.rand(count, 4, 7, 7, generator=torch.Generator().manual_seed(1))
+    twin, session = twin_of_session(path), OnnxPredictor(path)
+    torch.testing.assert_close(twin.predict(images), session.predict(images), rtol=1e-5, atol=1e-3)

@@ -15,6 +15,7 @@ from toolkit.artifacts import Normalization, Normalized, TorchModel
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.config import ExportConfig, QuantizeConfig
 from toolkit.errors import ToolkitError
+from toolkit.evaluators.saturation_emulation import twin_of_session
 from toolkit.evaluators.surrogate import (
     Twin,
     UnconvertibleGraph,
@@ -50,7 +51,7 @@ def integer_file(float_file: Path) -> Path:
 
 def exact(path: Path, images: torch.Tensor, **options: Any) -> Twin:
     """The twin of a file, after a check that it computes what ONNX Runtime computes."""
-    twin = build_twin(path, **options)
+    twin = twin_of_session(path, **options)
     predictor = OnnxPredictor(path, interface=options.get("interface"), threads=1)
     torch.testing.assert_close(twin.predict(images), predictor.predict(images), rtol=1e-5, atol=1e-5)
     assert twin.predict(images).std() > 0.01
@@ -70,7 +71,7 @@ def test_our_float_file_has_the_logits_and_gradients_of_the_network(float_file: 
 
 
 def test_our_integer_file_is_met_exactly_and_gives_nearly_the_gradient_of_the_float_one(integer_file: Path) -> None:
-    twin = build_twin(integer_file)
+    twin = twin_of_session(integer_file)
     assert twin.quantised
     predictor = OnnxPredictor(integer_file, threads=1)
     assert torch.equal(twin.predict(SMALL).argmax(1), predictor.predict(SMALL).argmax(1))
@@ -130,7 +131,7 @@ def test_whole_number_files_round_straight_through(tmp_path: Path) -> None:
 
 def test_probabilities_have_their_logits_in_the_twin(tmp_path: Path) -> None:
     path = linear_file(tmp_path / "m.onnx", ("N", 3, 6, 6), tail=True)
-    twin, predictor = build_twin(path), OnnxPredictor(path, threads=1)
+    twin, predictor = twin_of_session(path), OnnxPredictor(path, threads=1)
     logits = twin.predict(IMAGES)
     torch.testing.assert_close(logits, IMAGES.flatten(1) @ torch.from_numpy(weights(108, 5)))
     torch.testing.assert_close(logits.log_softmax(1), predictor.predict(IMAGES))
@@ -198,7 +199,7 @@ def test_the_twin_is_a_network_like_any_other(integer_file: Path) -> None:
 
 
 def test_fidelity_of_a_twin_is_that_of_its_model(integer_file: Path) -> None:
-    twin, predictor = build_twin(integer_file), OnnxPredictor(integer_file, threads=1)
+    twin, predictor = twin_of_session(integer_file), OnnxPredictor(integer_file, threads=1)
     for candidate in (twin, twin_model(twin)):
         found = measure_fidelity(candidate, predictor, torch.split(SMALL, 16), torch.split(SMALL.flip(0), 16))
         assert found.valid and found.relative < 1e-5 and found.agreement_clean.total == 40

@@ -53,8 +53,16 @@ class Moves(Pass):
     """An attack that shifts all pixels of every image by `steps` thousandths, and submits all that it was given."""
 
     def run(
-        self, _surrogate: Surrogate, images: Tensor, _labels: Tensor, _threat: ThreatModel, _: object, settle: Settle
+        self,
+        _surrogate: Surrogate,
+        images: Tensor,
+        _labels: Tensor,
+        _threat: ThreatModel,
+        _: object,
+        settle: Settle,
+        start: Tensor | None = None,
     ) -> None:
+        images = images if start is None else start
         settle((images + self.steps / 1000).clamp(0, 1), torch.arange(len(images)))
 
 
@@ -241,14 +249,21 @@ def test_an_attack_for_one_graph_ends_on_what_fools_that_graph_alone() -> None:
         """Notes whether its first image is done."""
 
         def run(
-            self, surrogate: Surrogate, images: Tensor, labels: Tensor, threat: ThreatModel, _: object, settle: Settle
+            self,
+            surrogate: Surrogate,
+            images: Tensor,
+            labels: Tensor,
+            threat: ThreatModel,
+            _: object,
+            settle: Settle,
+            start: Tensor | None = None,
         ) -> None:
             def watched(attacked: Tensor, positions: Tensor) -> Tensor:
                 done = settle(attacked, positions)
                 answers.append(bool(done[0]))
                 return done
 
-            super().run(surrogate, images, labels, threat, _, watched)
+            super().run(surrogate, images, labels, threat, _, watched, start)
 
     targets: dict[TargetName, Predictor] = {"fp32": above(0.2), "deployed": above(0.5)}
     surrogates: dict[SurrogateName, TorchModel] = {"float": threshold(), "twin": threshold()}

@@ -32,6 +32,10 @@ EARLY, HALF = 0.25, 0.5
 """Shares of all steps: from the first to the second the loss rises more than from there to the end."""
 SLACK = 0.1
 """By how much the expected end must stay below the boundary for an image to be given up, of its clean loss."""
+FIRST_STEP, ONWARD_STEP = 2.0, 0.25
+"""The first step from a random point, and from where other attacks came to, in units of the radius."""
+ONWARD_NOISE = 0.3
+"""How far around where other attacks came to the random start lies, in units of the radius."""
 
 LossName = Literal["cross_entropy", "dlr", "margin"]
 LOSSES: dict[LossName, losses.LabelLoss] = {
@@ -50,6 +54,7 @@ def apgd(
     steps: int,
     generator: torch.Generator,
     loss: LossName = "cross_entropy",
+    start: Tensor | None = None,
     settle: Settle | None = None,
 ) -> Tensor:
     """The attacked images of highest loss, float32 [n, C, H, W]; settled ones as they were when settled.
@@ -62,11 +67,15 @@ def apgd(
         steps: gradients per image.
         generator: of the random start.
         loss: the loss by its name.
+        start: float32 [n, C, H, W] within the ball, near which the attack begins, with short steps, as other attacks
+            left them; None: anywhere.
         settle: ends the attack on images that fool the graph that counts.
     """
     function = LOSSES[loss]
     climb = climb_l1 if threat.norm == "l1" else _climb
-    return climb(surrogate, images, labels, labels, lambda z, y, _: function(z, y), threat, steps, generator, settle)
+    return climb(
+        surrogate, images, labels, labels, lambda z, y, _: function(z, y), threat, steps, generator, settle, start=start
+    )
 
 
 def apgd_targeted(
@@ -137,15 +146,19 @@ def _climb(
     generator: torch.Generator,
     settle: Settle | None,
     clean: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """With the losses of the clean images those that will not cross the boundary are given up, which lies at 0."""
     images, labels, targets = (value.to(surrogate.device) for value in (images, labels, targets))
     scale = threat.pixel_scale(surrogate.normalization).to(images.device)
     survivors = Survivors(images, settle)
-    start = START[threat.norm](images.shape, threat.eps, generator).to(images.device)
-    current = constrain(images + scale * start, images, threat, scale)
+    first_step, noise, centre = FIRST_STEP, 1.0, images
+    if start is not None:
+        first_step, noise, centre = ONWARD_STEP, ONWARD_NOISE, start.to(images.device)
+    moved = centre + noise * scale * START[threat.norm](images.shape, threat.eps, generator).to(images.device)
+    current = constrain(moved, images, threat, scale)
     slope = _slope(surrogate, current, labels, targets, objective)
-    state = _begin(images, labels, targets, current, slope, 2 * threat.eps, clean)
+    state = _begin(images, labels, targets, current, slope, first_step * threat.eps, clean)
     checks = _checkpoints(steps)
     period_start = 0
     for step in range(1, steps):

@@ -63,6 +63,7 @@ GRADIENT_ATTACKS: Mapping[str, Recipe] = {
     "fmn": Recipe(fmn, STEPS, random=False, exact=True),
     "apgd-ce": Recipe(partial(apgd, loss="cross_entropy"), STEPS),
     "apgd-dlr": Recipe(partial(apgd, loss="dlr"), STEPS),
+    "apgd-margin": Recipe(partial(apgd, loss="margin"), STEPS),
     "cw": Recipe(carlini_wagner, STEPS, random=False, norms=("l2",), exact=True),
     "apgd-t": Recipe(partial(apgd_targeted, reachable_only=True), STEPS, targeted=True),
     "fab-t": Recipe(partial(fab_targeted, reachable_only=True), STEPS, targeted=True, exact=True),
@@ -86,7 +87,7 @@ class Pass:
     exact: bool = False
     """In float32: beside the boundary gradients in bfloat16 mislead."""
     onward: bool = False
-    """By queries, from the nearest point to the boundary that earlier attacks came to."""
+    """From the nearest point to the boundary that earlier attacks came to."""
 
     @property
     def by_queries(self) -> bool:
@@ -105,14 +106,27 @@ class Pass:
         threat: ThreatModel,
         generator: torch.Generator,
         settle: Settle,
+        start: Tensor | None = None,
     ) -> None:
-        """Make the attack, of a kind that needs gradients; what it finds is handed to `settle`."""
+        """Make the attack, of a kind that needs gradients; what it finds is handed to `settle`.
+
+        Args:
+            surrogate: what it is made on.
+            images: float32 [n, C, H, W] in [0, 1].
+            labels: int64 [n], the true classes.
+            threat: the ball.
+            generator: of everything random.
+            settle: judges attacked images.
+            start: float32 [n, C, H, W], where an attack begins that goes `onward`.
+        """
         recipe = GRADIENT_ATTACKS[self.attack]
         how: dict[str, object] = {"settle": settle}
         if recipe.steps is not None:
             how["steps"] = self.steps
         if recipe.random:
             how["generator"] = generator
+        if self.onward:
+            how["start"] = start
         if recipe.targeted:
             count = len(images)
             images, labels = images.repeat(self.copies, 1, 1, 1), labels.repeat(self.copies)

@@ -11,7 +11,8 @@ from torch import Tensor
 from toolkit.artifacts import Batch, Predictor, Proportion, Split
 from toolkit.attacks.planned import PlannedAttack
 from toolkit.evaluators.accuracy import correct
-from toolkit.evaluators.surrogate import Twin, UnconvertibleGraph, build_twin, saturation
+from toolkit.evaluators.saturation_emulation import twin_of_session
+from toolkit.evaluators.surrogate import Twin, UnconvertibleGraph, saturation
 from toolkit.exporters.engine import QuantizedModel
 from toolkit.exporters.session import OnnxPredictor, Provider
 from toolkit.progress import task
@@ -130,7 +131,7 @@ class _Side:
         path = quantized.model.path
         self._predictor: Predictor = OnnxPredictor(path, provider=provider)
         try:
-            self._twin: Twin | None = build_twin(path)
+            self._twin: Twin | None = twin_of_session(path)
         except UnconvertibleGraph:
             self._twin = None  # no twin to watch the quantisers in: the counts are left out
         self._tally, self._clean, self._attacked = _Tally(), _Watch(), _Watch()

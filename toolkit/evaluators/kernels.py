@@ -85,7 +85,7 @@ def measure(
     """
     stem = "optimized" if optimized else "written"
     source, result = folder / f"{stem}-in.onnx", folder / f"{stem}-out.onnx"
-    source.write_bytes(_named(model).SerializeToString())
+    source.write_bytes(with_names(model).SerializeToString())
     session = make_session(
         source,
         provider=provider,
@@ -107,8 +107,8 @@ def _example(shape: list[int | str | None]) -> np.ndarray[Any, np.dtype[np.float
     return np.linspace(0, 1, math.prod(sizes), dtype=np.float32).reshape(sizes)
 
 
-def _named(model: ModelProto) -> ModelProto:
-    """A copy whose nodes all have names, no two the same; a profile knows nodes by name only."""
+def with_names(model: ModelProto) -> ModelProto:
+    """A copy whose nodes all have names, no two the same; a profile knows nodes by name only, and so do its layers."""
     copied = ModelProto()
     copied.CopyFrom(model)
     seen: set[str] = set()

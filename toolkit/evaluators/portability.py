@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,9 @@ from toolkit.attacks.planned import PlannedAttack
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import right
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
-from toolkit.evaluators.saturation_emulation import Overflows, SaturatingTwin, Spared, saturates_here
+from toolkit.evaluators.kernels import with_names
+from toolkit.evaluators.saturating_layers import Spared, saturates_here
+from toolkit.evaluators.saturation_emulation import Overflows, SaturatingTwin
 from toolkit.evaluators.surrogate import build_twin
 from toolkit.exporters.onnx import load_onnx, save_onnx
 from toolkit.exporters.qoperator import to_qdq
@@ -40,9 +42,16 @@ IMAGES, PIXELS = 500, 2**24
 BATCH = 100
 
 Setting = Literal[
-    "unoptimised", "without_vnni", "opset", "reduce_range", "reduce_range_without_vnni", "s8s8", "float_bias"
+    "unoptimised",
+    "without_vnni",
+    "with_vnni",
+    "opset",
+    "reduce_range",
+    "reduce_range_without_vnni",
+    "s8s8",
+    "float_bias",
 ]
-SAME_FILE: tuple[Setting, ...] = ("unoptimised", "without_vnni", "opset")
+SAME_FILE: tuple[Setting, ...] = ("unoptimised", "without_vnni", "with_vnni", "opset")
 """Settings under which the very graph that ships is expected to answer as it does here."""
 VARIANTS: Mapping[Setting, Variant] = {
     "reduce_range": Variant(reduce_range=True),
@@ -142,7 +151,7 @@ class Portability:
     layers: tuple[Overflows, ...]
     spared: tuple[Spared, ...]
     twin_agreement: Proportion | None
-    """Images with the same label by the twin, without saturation, and by the session here; None: not emulated."""
+    """Images with the same label by the session here and by what emulates a machine like it; None: not emulated."""
     saturates_here: bool
 
     @property
@@ -173,7 +182,7 @@ def measure_portability(
         rows = [measured.unoptimised()]
         bar.advance()
         emulation = _emulate(deployed, images)
-        rows += emulation.rows("without_vnni")
+        rows += emulation.same_file(measured.reference)
         bar.advance()
         for opset in OPSETS:
             rows.append(measured.under_opset(opset))
@@ -192,7 +201,7 @@ def measure_portability(
         layers=emulation.layers,
         spared=emulation.spared,
         twin_agreement=emulation.agreement(measured.reference),
-        saturates_here=saturates_here(),
+        saturates_here=emulation.saturates_here,
     )
 
 
@@ -294,21 +303,34 @@ class _Emulation:
     layers: tuple[Overflows, ...] = ()
     spared: tuple[Spared, ...] = ()
     note: str = ""
+    saturates_here: bool = field(default_factory=saturates_here)
 
-    def rows(self, setting: Setting, before: Answers | None = None) -> list[Elsewhere]:
-        """Against the same graph with exact sums, or (`before`) another graph's answers; nothing for a float graph."""
-        if self.saturated is None or self.exact is None:
+    def same_file(self, session: Answers) -> list[Elsewhere]:
+        """Where the file that ships computes otherwise than here; nothing for a float graph.
+
+        A machine that saturates itself shows how true the emulation is; exact sums are what others compute.
+        """
+        if self.exact is None:
+            return self.rows("without_vnni", session)
+        if not self.saturates_here:
+            return self.rows("without_vnni", self.exact)
+        return [*self.rows("without_vnni", session), compare(self.exact, session, self.images, "with_vnni")]
+
+    def rows(self, setting: Setting, before: Answers) -> list[Elsewhere]:
+        """With 16-bit sums against other answers; nothing for a float graph."""
+        if self.saturated is None:
             return [Elsewhere(setting, note=self.note)] if self.note else []
         overflows = sum(layer.overflows for layer in self.layers)
-        return [compare(self.saturated, before or self.exact, self.images, setting, overflows=overflows)]
+        return [compare(self.saturated, before, self.images, setting, overflows=overflows)]
 
     def agreement(self, session: Answers) -> Proportion | None:
-        """Of the emulation's exact sums with what the session answers."""
-        if self.exact is None:
+        """Of what the session answers with the emulation of a machine like this one."""
+        emulated = self.saturated if self.saturates_here else self.exact
+        if emulated is None:
             return None
-        same = [self.exact.clean.argmax(1) == session.clean.argmax(1)]
-        if self.exact.attacked is not None and session.attacked is not None:
-            same.append(self.exact.attacked.argmax(1) == session.attacked.argmax(1))
+        same = [emulated.clean.argmax(1) == session.clean.argmax(1)]
+        if emulated.attacked is not None and session.attacked is not None:
+            same.append(emulated.attacked.argmax(1) == session.attacked.argmax(1))
         return Proportion.of(torch.cat(same))
 
 
@@ -322,6 +344,6 @@ def _emulate(path: Path, images: JudgedImages) -> _Emulation:
         twin = build_twin(path, input_shape=(channels, height, width))
     except ToolkitError as error:
         return _Emulation(images, note=f"not emulated: {error.found}")
-    saturating = SaturatingTwin(twin, to_qdq(load_onnx(path)), integer)
+    saturating = SaturatingTwin(twin, to_qdq(with_names(load_onnx(path))), integer)
     saturated = Answers.of(saturating, images)
     return _Emulation(images, saturated, Answers.of(twin, images), saturating.layers, saturating.spared)

@@ -7,7 +7,8 @@ pads an image is its zero point. The reduction axis of a convolution is ordered 
 of the group, whether images lie channels-first or channels-last (QLinearConv brings them and the weights into
 that order; its symmetric kernel takes four channels at a time, which makes the same pairs). Of a product it is the
 inner axis as it stands. Not concerned: depthwise convolutions, products of two activations and unsigned weights
-(kernels that widen to 16 bits first), and signed activations.
+(kernels that widen to 16 bits first). Signed activations are taken for unsigned ones by adding 128 first, so they
+saturate too. Compared with ONNX Runtime on such a machine, bit by bit (docs/results, without-vnni).
 
 A pair of weights overflows only if both have one sign and sum to 129 or more, so that few pairs have to be looked at:
 the sums are the exact ones, and what is clipped of single pairs is taken off.
@@ -17,38 +18,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto
 from torch import Tensor
 from torch.nn import functional
 
 from toolkit.artifacts import Normalized
-from toolkit.evaluators.environment import cpu_features
-from toolkit.evaluators.surrogate import Twin
+from toolkit.evaluators.cost import integer_coverage
+from toolkit.evaluators.kernels import with_names
+from toolkit.evaluators.saturating_layers import Spared, saturates_here, saturating_layers
+from toolkit.evaluators.surrogate import Twin, build_twin
 from toolkit.evaluators.twin.layers import pad_spatial, padding
 from toolkit.evaluators.twin.network import Step, TwinNetwork
 from toolkit.evaluators.twin.values import Scaled
-from toolkit.exporters.precision import COMPUTE
+from toolkit.exporters.interface import GraphInterface
+from toolkit.exporters.onnx import load_onnx
+from toolkit.exporters.qoperator import to_qdq
 
 LEAST, LARGEST = -32768, 32767
 """Of a sum of two products."""
 BLOCK = 2**22
 """Sums of pairs that are computed at a time, and elements of the columns of an image."""
-VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
-"""Instruction sets that sum four products in 32 bits."""
-MOVES = ("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Identity", "Slice", "Gather")
-"""Operators that hand on the integers of their first input."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spared:
-    """A layer that no saturating kernel runs, or that is not emulated, and why."""
-
-    layer: str
-    reason: str
 
 
 @dataclass(slots=True)
@@ -105,7 +99,7 @@ def clipped_off(columns: Tensor, pairs: RiskyPairs, channels: int) -> tuple[Tens
         the sum over all pairs of (sum of the pair - clipped sum), float64 [channels, places]; the number of overflows.
     """
     places = columns.shape[1]
-    total = torch.zeros(channels, places, dtype=torch.float64)
+    total = torch.zeros(channels, places, dtype=torch.float64, device=columns.device)
     overflows = 0
     block = max(1, BLOCK // places)
     for start in range(0, len(pairs.channel), block):
@@ -116,12 +110,6 @@ def clipped_off(columns: Tensor, pairs: RiskyPairs, channels: int) -> tuple[Tens
         overflows += int(excess.count_nonzero())
         total.index_add_(0, pairs.channel[chosen], excess.double())
     return total, overflows
-
-
-def saturates_here() -> bool:
-    """Whether this machine is one of those that saturate; False where its system does not tell its features."""
-    found = set(cpu_features())
-    return "avx2" in found and found.isdisjoint(VNNI)
 
 
 class SaturatingTwin:
@@ -142,10 +130,12 @@ class SaturatingTwin:
         changed: dict[str, Callable[..., Any]] = {}
         for step in network.steps:
             if step.outputs[0] in layers:
-                counted = Overflows(layers[step.outputs[0]], step.operator)
+                found = layers[step.outputs[0]]
+                counted = Overflows(found.layer, step.operator)
                 self._counts[step.outputs[0]] = counted
-                changed[step.outputs[0]] = _saturating(step, counted)
-        self._module = Normalized(network.with_functions(changed), twin.normalization).eval().requires_grad_(False)
+                changed[step.outputs[0]] = _saturating(step, counted, found.shift)
+        self.module = Normalized(network.with_functions(changed), twin.normalization).eval().requires_grad_(False)
+        """Pixels float32 [n, C, H, W] in [0, 1] to logits; gradients are those of the exact sums."""
 
     @property
     def layers(self) -> tuple[Overflows, ...]:
@@ -165,88 +155,38 @@ class SaturatingTwin:
     def predict(self, images: Tensor) -> Tensor:
         """Logits float32 [n, classes] of images float32 [n, C, H, W] in [0, 1]."""
         with torch.inference_mode():
-            found: Tensor = self._module(images)
+            found: Tensor = self.module(images)
         return found
 
 
-def saturating_layers(model: ModelProto, integer: Collection[str]) -> tuple[Mapping[str, str], tuple[Spared, ...]]:
-    """Which layers a saturating kernel would run: first output to name; and the others with the reason.
+def twin_of_session(
+    path: Path, interface: GraphInterface | None = None, *, input_shape: tuple[int, int, int] | None = None
+) -> Twin:
+    """The twin of a file as ONNX Runtime computes it on this machine: where its kernels saturate, the twin does.
 
     Args:
-        model: a graph in QDQ form.
-        integer: names of the layers that run in integers; layers without a name are taken to.
+        path: like `interface`, `input_shape` and what it raises as in `build_twin`.
+        interface: how it is fed.
+        input_shape: (channels, height, width).
     """
-    graph = _Types(model)
-    found, spared = {}, []
-    for node in model.graph.node:
-        if node.op_type in COMPUTE:
-            name = node.name or node.output[0]
-            reason = "a float kernel" if node.name and node.name not in integer else graph.exemption(node)
-            if reason is None:
-                found[node.output[0]] = name
-            else:
-                spared.append(Spared(name, reason))
-    return found, tuple(spared)
+    twin = build_twin(path, interface, input_shape=input_shape)
+    if not (twin.quantised and saturates_here()):
+        return twin
+    integer = {row.layer for row in integer_coverage(path).layers if row.integer}
+    return replace(twin, module=SaturatingTwin(twin, to_qdq(with_names(load_onnx(path))), integer).module)
 
 
-class _Types:
-    """The integer types that lie behind the factors of layers."""
-
-    def __init__(self, model: ModelProto) -> None:
-        self._constants = {item.name: item for item in model.graph.initializer}
-        self._makers = {name: node for node in model.graph.node for name in node.output}
-
-    def exemption(self, node: NodeProto) -> str | None:
-        """Why a layer that runs in integers cannot saturate; None: it can."""
-        weights = self._source(node.input[1])
-        shape = self._constants[weights].dims if weights in self._constants else None
-        kinds = [self._type(node.input[0]), self._type(node.input[1])]
-        if None in kinds:
-            return "a float kernel"
-        if shape is None:
-            return "a product of two activations: its kernel widens them first"
-        group = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-        if node.op_type == "Conv" and shape[1] == 1 and shape[0] == group:
-            return "depthwise: its kernel widens to 16 bits first"
-        if kinds[1] != TensorProto.INT8:
-            return "unsigned weights: their kernel widens them first"
-        if kinds[0] != TensorProto.UINT8:
-            return "signed activations: no kernel here saturates"
-        return None
-
-    def _source(self, name: str) -> str:
-        """The integers that `name` is the dequantised form of; itself where it is none."""
-        maker = self._makers.get(name)
-        while maker is not None and maker.op_type in MOVES:
-            maker = self._makers.get(maker.input[0])
-        return maker.input[0] if maker is not None and maker.op_type == "DequantizeLinear" else name
-
-    def _type(self, name: str) -> int | None:
-        """Of those integers; None: there are none."""
-        source = self._source(name)
-        if source == name:
-            return None
-        if source in self._constants:
-            return int(self._constants[source].data_type)
-        maker = self._makers.get(source)
-        while maker is not None and maker.op_type in MOVES:
-            maker = self._makers.get(maker.input[0])
-        if maker is None or maker.op_type != "QuantizeLinear":
-            return None
-        point = self._constants.get(maker.input[2]) if len(maker.input) > 2 else None
-        named = next((attribute.i for attribute in maker.attribute if attribute.name == "output_dtype"), 0)
-        return int(point.data_type if point is not None else named or TensorProto.UINT8)
-
-
-def _saturating(step: Step, counted: Overflows) -> Callable[..., Any]:
-    """The step's function, with saturation."""
+def _saturating(step: Step, counted: Overflows, shift: int = 0) -> Callable[..., Any]:
+    """The step's function, with saturation of products with activations that are `shift` larger than in the graph."""
     clip = _clip_convolution if step.operator == "Conv" else _clip_product
 
     def layer(first: Any, second: Any, *rest: Any) -> Any:
         sums = step.function(first, second, *rest)
         if not all(isinstance(value, Scaled) for value in (sums, first, second)):
             return sums
-        off = clip(first, second, step.attributes, counted)
+        with torch.no_grad():
+            moved = first._replace(zero_point=first.zero_point + shift)
+            off = clip(moved, second, step.attributes, counted)
         counted.pairs += sums.values.numel() * -(-_length(second.values, step) // 2)
         return sums if off is None else sums._replace(values=sums.values - off.to(sums.values))
 

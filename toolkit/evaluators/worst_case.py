@@ -37,7 +37,7 @@ class PassRecord:
     fooled: int
     """Of these, those that fool the first of the graphs now, and did not before."""
     onward: bool = False
-    """By queries, from where the attacks before it were stuck."""
+    """From where the attacks before it were stuck."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ def _attack(
     threat, images, labels = conditions.plan.threat, batch.images, batch.labels
     generator = torch.Generator().manual_seed(derive_seed(conditions.seed, FIRST_STREAM + attempt.number, chunk))
     settle = _settle(attempt, batch, indices, run)
+    start = run.ledger.nearest(attempt.graphs[0], indices, images) if attempt.how.onward else None
     if attempt.name is not None:
-        attempt.how.run(armed[attempt.name], images, labels, threat, generator, settle)
+        attempt.how.run(armed[attempt.name], images, labels, threat, generator, settle, start=start)
         return
-    graph = attempt.graphs[0]
     square(
         _searched(attempt, armed, run),
         images,
@@ -147,7 +147,7 @@ def _attack(
         conditions.normalization,
         queries=attempt.how.steps,
         generator=generator,
-        start=run.ledger.nearest(graph, indices, batch.images) if attempt.how.onward else None,
+        start=start,
         settle=settle,
     )
 

@@ -13,6 +13,7 @@ HEADER = ("where", "labels that change", "attacked", "largest logit difference",
 SETTINGS: Mapping[str, str] = {
     "unoptimised": "here, without graph optimisation",
     "without_vnni": "x86 without VNNI (emulated)",
+    "with_vnni": "x86 with VNNI (emulated)",
     "opset": "opset",
     "reduce_range": "written anew: weights of 7 bits (--reduce-range)",
     "reduce_range_without_vnni": "the same on x86 without VNNI (emulated)",
@@ -128,7 +129,7 @@ def warnings(found: schema.Portability | None) -> list[str]:
         if row.warning and row.changed is not None:
             where = f"under opset {row.opset}" if row.setting == "opset" else SETTINGS[row.setting]
             attacked = "" if row.changed_attacked is None else f", attacked {_count(row.changed_attacked)}"
-            cure = _cure(found) if row.setting == "without_vnni" else ""
+            cure = _cure(found) if row.setting in ("without_vnni", "with_vnni") else ""
             lines.append(
                 f"{where}: {_count(row.changed)} of the labels change{attacked}; more than {LIMIT:.1%} are "
                 f"too many{cure}"
@@ -143,8 +144,8 @@ def _cure(found: schema.Portability) -> str:
         return ""
     cost = 100 * (found.accuracy.value - there.accuracy.value)
     return (
-        f"; for such machines --reduce-range leaves {there.overflows:,} overflows and costs {cost:+.2f} points of "
-        "clean accuracy"
+        f"; for machines without VNNI --reduce-range leaves {there.overflows:,} overflows and costs {cost:+.2f} points "
+        "of clean accuracy"
     )
 
 
@@ -162,7 +163,8 @@ def portability_section(found: schema.Portability | None) -> str:
         return text
     here = " **This machine is one of them.**" if found.saturates_here else ""
     faithful = found.twin_agreement
-    same = "" if faithful is None else f" With exact sums it gives {faithful.value:.2%} of the session's labels."
+    sums = "It" if found.saturates_here else "With exact sums it"
+    same = "" if faithful is None else f" {sums} gives {faithful.value:.2%} of the session's labels."
     return (
         f"{text}\n\nOn x86 without VNNI two neighbouring products are summed in 16 bits, with saturation.{here} The "
         f"emulation computes what such a machine does from the weights and the images' activations.{same}\n\n"

@@ -478,9 +478,17 @@ class ElsewhereRow(Part):
     """The deployed graph in another setting, against itself on the machine's CPU, on the same images."""
 
     setting: Literal[
-        "unoptimised", "without_vnni", "opset", "reduce_range", "reduce_range_without_vnni", "s8s8", "float_bias"
+        "unoptimised",
+        "without_vnni",
+        "with_vnni",
+        "opset",
+        "reduce_range",
+        "reduce_range_without_vnni",
+        "s8s8",
+        "float_bias",
     ]
-    """The first three: the very graph that ships. `without_vnni`: emulated. The others: the graph written anew."""
+    """The first four: the very graph that ships. `without_vnni` and, told where this machine has none, `with_vnni`:
+    emulated. The others: the graph written anew."""
     opset: int | None
     changed: Share | None
     """Labels of clean images that change; null: not measured, `note` says why."""

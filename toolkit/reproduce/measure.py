@@ -16,8 +16,9 @@ from toolkit.evaluators.accuracy import measure_accuracy
 from toolkit.evaluators.evaluation import Conditions
 from toolkit.evaluators.journal import Journal
 from toolkit.evaluators.robustness import Robustness, evaluate_robustness
+from toolkit.evaluators.saturation_emulation import twin_of_session
 from toolkit.evaluators.scoring import Judges, SurrogateName, TargetName, primary_of
-from toolkit.evaluators.surrogate import build_twin, twin_model
+from toolkit.evaluators.surrogate import twin_model
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.reproduce.steps import Step
 from toolkit.reproduce.work import INTEGER_GRAPH, Bench, read_plan
@@ -78,7 +79,7 @@ def _lineup(step: Step, bench: Bench) -> tuple[Surrogates, dict[TargetName, Pred
     if form == "qat":
         return {"fake_quantised": simulated, "float": bench.model(network)}, {"torch": simulated}
     path = bench.file(step.parents[1], INTEGER_GRAPH)
-    twin = twin_model(build_twin(path), bench.world.source.train.class_names)
+    twin = twin_model(twin_of_session(path), bench.world.source.train.class_names)
     surrogates: Surrogates = {"twin": twin, "fake_quantised": simulated, "float": bench.model(network)}
     return surrogates, {"deployed": OnnxPredictor(OnnxModel(path, "deployed").path)}
 
