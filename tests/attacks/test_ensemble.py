@@ -20,6 +20,7 @@ from toolkit.attacks.ensemble import (
     Recipe,
     compose,
 )
+from toolkit.attacks.losses import margin
 from toolkit.attacks.pgd import largest_violation, rounding
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.threat import ThreatModel
@@ -103,6 +104,30 @@ def test_every_named_attack_finds_images_within_the_threat_model(name: str, norm
     generator = torch.Generator().manual_seed(0)
     short.run(problem.surrogate(), problem.images, problem.labels, threat, generator, settle)
     assert fooled.sum() >= 2
+
+
+@pytest.mark.parametrize("norm", get_args(Norm))
+def test_an_attack_that_goes_on_begins_where_others_came_to(norm: Norm) -> None:
+    """A few short steps from there come further than as many from anywhere; nothing leaves the ball."""
+    problem, threat = a_problem(classes=3), ThreatModel(norm, EPS[norm], "pixels", clip=True)
+    generator, kept = torch.Generator().manual_seed(0), problem.images.clone()
+
+    def collect(attacked: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        over = largest_violation(attacked, problem.images[positions], threat, RGB)
+        assert over <= rounding(attacked.shape, threat, RGB)
+        kept[positions] = attacked
+        return torch.zeros(len(positions), dtype=torch.bool)
+
+    inputs = (problem.surrogate(), problem.images, problem.labels, threat, generator, collect)
+    Pass("apgd-margin", 40).run(*inputs)
+    first, start = margin(problem.model.predict(kept), problem.labels), kept.clone()
+    Pass("apgd-margin", 3, onward=True).run(*inputs, start=start)
+    onward = margin(problem.model.predict(kept), problem.labels)
+    Pass("apgd-margin", 3).run(*inputs)
+    anywhere = margin(problem.model.predict(kept), problem.labels)
+    clean = margin(problem.model.predict(problem.images), problem.labels)
+    assert bool((onward > anywhere).float().mean() > 0.6 and onward.sum() > anywhere.sum())
+    assert bool((onward - clean).sum() > 0.8 * (first - clean).sum()), "the noise around the start costs little"
 
 
 @pytest.mark.parametrize("exact", [False, True])

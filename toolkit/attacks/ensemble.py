@@ -152,11 +152,13 @@ FAST = (
     Pass("apgd-t", STEPS, ALL_RANKS, near=CLOSE, exact=True),
     Pass("apgd-t", STEPS, ALL_RANKS[:3], near=TOUCHING, exact=True),  # this and the next from other random starts
     Pass("apgd-t", STEPS, ALL_RANKS[:3], near=TOUCHING, exact=True),
+    *(Pass("apgd-margin", STEPS, near=BESIDE, exact=True, onward=True),) * 3,  # each from where the last one came to
     Pass(SQUARE, SHORT_SEARCH),
     Pass(SQUARE, ONWARD_SEARCH, near=BESIDE, onward=True),
 )
 """Of the ensemble what pays (benchmarks/attack_passes.py): long attacks begin nearer the boundary, where nearly all is
-fooled that they fool; FAB, without which the rest leaves about as little, is not made."""
+fooled that they fool; FAB, without which the rest leaves about as little, is not made. In its place attacks begin anew
+around the nearest image so far."""
 ENSEMBLE = (
     *_SHORT,
     Pass("apgd-ce", STEPS, everywhere=True, near=NEAR),
