@@ -140,18 +140,16 @@ class Pass:
         return f"{self.attack}-{self.steps}{target}{' from there' if self.onward else ''}"
 
 
-HALFWAY, NEAR, CLOSE, BESIDE, TOUCHING = 0.5, 0.75, 0.85, 0.9, 0.95
+HALFWAY, NEAR, CLOSE, BESIDE = 0.5, 0.75, 0.85, 0.9
 """How near the boundary short attacks must have brought an image for further short attacks, for long ones (in `fast`
-from `CLOSE` on), for the dearest, and for further random starts, to be made on it. How many images
-each of them costs is in docs/results (attack-passes, autoattack)."""
+from `CLOSE` on), and for the dearest and further starts, to be made on it. How many images each of them costs is in
+docs/results (attack-passes, autoattack)."""
 ALL_RANKS = tuple(range(1, TARGETS + 1))
 _SHORT = (Pass("apgd-ce", 20), Pass("apgd-t", 20, (1,)), Pass("apgd-t", 20, (2, 3), near=HALFWAY))
 FAST = (
     *_SHORT,
     Pass("apgd-ce", LONG, near=CLOSE),
     Pass("apgd-t", STEPS, ALL_RANKS, near=CLOSE, exact=True),
-    Pass("apgd-t", STEPS, ALL_RANKS[:3], near=TOUCHING, exact=True),  # this and the next from other random starts
-    Pass("apgd-t", STEPS, ALL_RANKS[:3], near=TOUCHING, exact=True),
     *(Pass("apgd-margin", STEPS, near=BESIDE, exact=True, onward=True),) * 3,  # each from where the last one came to
     Pass(SQUARE, SHORT_SEARCH),
     Pass(SQUARE, ONWARD_SEARCH, near=BESIDE, onward=True),
