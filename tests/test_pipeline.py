@@ -19,10 +19,11 @@ from torch import nn
 
 from tests import tiny
 from tests.tiny import World, repeatable
-from toolkit import cli, graphs, pipeline, planning
-from toolkit.config import HardenConfig, build, read_settings
+from toolkit import cli, graphs, pipeline, planning, prepare
+from toolkit.config import HardenConfig, QuantizeConfig, build, read_settings
 from toolkit.evaluators import widths, worst_case
 from toolkit.evaluators.assignment import Assignment, Drop, find_assignment
+from toolkit.evaluators.saturating_layers import saturates_here
 from toolkit.evaluators.timing import Interval
 from toolkit.evaluators.widths import RoundingChoice, choose_rounding
 from toolkit.training.run import Run
@@ -48,9 +49,11 @@ def test_it_says_what_changes_elsewhere(hardened: World) -> None:
     quantization = report_of(hardened.bundle)["quantization"]
     found = quantization["elsewhere"]
     assert found["images"] == found["attacked"] == tiny.TEST
-    assert {row["setting"] for row in found["rows"]} == {
+    wanted = {
         "unoptimised", "without_vnni", "opset", "reduce_range", "reduce_range_without_vnni", "s8s8", "float_bias"
     }  # fmt: skip
+    here = {"with_vnni"} if saturates_here() else set()
+    assert {row["setting"] for row in found["rows"]} == wanted | here
     assert all(row["changed"]["total"] == row["changed_attacked"]["total"] == tiny.TEST for row in found["rows"])
     assert {row["layer"] for row in found["layers"]} == {row["layer"] for row in quantization["layers"]}
     assert "## Elsewhere" in (hardened.bundle / "report.md").read_text()
@@ -600,3 +603,21 @@ def test_a_diverged_training_leaves_nothing(here: Path, capsys: pytest.CaptureFi
     assert tiny.run(*command) == cli.BAD_INPUT
     assert "diverged" in capsys.readouterr().err
     assert not any("out" in name for name in tiny.entries(here))
+
+
+@pytest.mark.parametrize(
+    ("saturates", "how", "provider", "wanted"),
+    [
+        (True, {}, "cpu", True),
+        (False, {}, "cpu", False),
+        (True, {"reduce_range": False}, "cpu", False),
+        (False, {"reduce_range": True}, "cpu", True),
+        (True, {"activation_bits": 16}, "cpu", False),
+        (True, {}, "cuda", False),
+    ],
+)
+def test_weights_have_seven_bits_where_sums_saturate_unless_told_otherwise(
+    saturates: bool, how: dict[str, Any], provider: Any, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "saturates_here", lambda: saturates)
+    assert prepare.resolved_quantize(QuantizeConfig(**how), provider).reduce_range is wanted

@@ -3,19 +3,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from torch import nn
 
+from tests.sums import exact_sums
 from toolkit import progress
 from toolkit.artifacts import ModelSpec, Normalized, OnnxModel, Split, TorchModel
 from toolkit.config import DataConfig, ExportConfig
 from toolkit.data.sources import load_source
-from toolkit.evaluators.saturating_layers import saturates_here
 from toolkit.exporters.onnx import export_onnx
 from toolkit.models.networks import cnn8
 
@@ -31,20 +29,8 @@ def _no_progress() -> Iterator[None]:
 
 @pytest.fixture(scope="package", autouse=True)
 def _exact_sums() -> Iterator[None]:
-    """What is compared here is the graph: on x86 without VNNI, too, sums must not saturate at 16 bits.
-
-    ONNX Runtime's own option takes slower kernels there, for unsigned weights, and does nothing elsewhere.
-    """
-    plain = onnxruntime.InferenceSession
-
-    def exact(path: Any, sess_options: Any = None, *further: Any, **others: Any) -> Any:
-        options = sess_options or onnxruntime.SessionOptions()
-        options.add_session_config_entry("session.x64quantprecision", "1")
-        return plain(path, options, *further, **others)
-
-    with pytest.MonkeyPatch.context() as patch:
-        if saturates_here():
-            patch.setattr(onnxruntime, "InferenceSession", exact)
+    """What is compared here is the graph."""
+    with exact_sums():
         yield
 
 

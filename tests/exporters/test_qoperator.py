@@ -33,9 +33,10 @@ def operators(made: ModelProto) -> set[str]:
     return {item.op_type for item in made.graph.node}
 
 
-CONV = {"w": integers(4, 3, 3, 3), "ws": floats([0.01, 0.02, 0.03, 0.04]), "wz": np.zeros(4, np.int8)}
-GEMM = {"m": integers(6, 5), "ms": floats([0.01, 0.02, 0.03, 0.04, 0.05]), "mz": np.zeros(5, np.int8)}
-GEMM_T = {"m": integers(5, 108), "ms": floats([0.01, 0.02, 0.03, 0.04, 0.05]) / 4, "mz": np.zeros(5, np.int8)}
+# Weights of 7 bits, so that no machine's sums saturate.
+CONV = {"w": integers(4, 3, 3, 3) // 2, "ws": floats([0.01, 0.02, 0.03, 0.04]), "wz": np.zeros(4, np.int8)}
+GEMM = {"m": integers(6, 5) // 2, "ms": floats([0.01, 0.02, 0.03, 0.04, 0.05]), "mz": np.zeros(5, np.int8)}
+GEMM_T = {"m": integers(5, 108) // 2, "ms": floats([0.01, 0.02, 0.03, 0.04, 0.05]) / 4, "mz": np.zeros(5, np.int8)}
 FLAT = node("Flatten", ["q"], ["f"])
 QUANTISED = {
     "QLinearConv": between(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.sums import exact_sums
 from tests.toys import GREY, halves, small_network, wrap
 from toolkit.artifacts import TorchModel
 from toolkit.attacks.threat import PgdPlan, ThreatModel
@@ -95,6 +96,13 @@ def tensor_behind(path: Path, images: Tensor, wanted: torch.Size, folder: Path) 
     return torch.from_numpy(found[-1]).view(wanted)
 
 
+@pytest.fixture
+def exact() -> Iterator[None]:
+    with exact_sums():
+        yield
+
+
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("margin", [0.0, 0.05])
 @pytest.mark.parametrize("kind", ["chain", "residual"])
 def test_the_integer_graph_computes_what_was_trained(kind: str, margin: float, tmp_path: Path) -> None:
