@@ -38,6 +38,7 @@ from toolkit.prepare import (
     resolved_data,
     resolved_quantize,
     resolved_threat,
+    tell_reduced,
 )
 from toolkit.pruning import PruningResult, prune
 from toolkit.reports.build import Evidence, build_report
@@ -114,7 +115,9 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
         with watch.stage("load"):
             prepared = prepare_attack(config)
             teacher = load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
-        config = resolve(config, prepared)
+        asked, config = config.quantize, resolve(config, prepared)
+        if asked.int8:
+            tell_reduced(asked, config.quantize)
         with watch.stage("prune"):
             rounding = search_rounding(config, prepared.model, prepared.splits, workspace.rounding)
             config = config.model_copy(update={"prune": with_rounding(config.prune, rounding)})

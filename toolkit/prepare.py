@@ -187,6 +187,12 @@ def resolved_quantize(config: QuantizeConfig, provider: Provider = "cpu") -> Qua
     return config.model_copy(update={"reduce_range": needed})
 
 
+def tell_reduced(asked: QuantizeConfig, resolved: QuantizeConfig) -> None:
+    """Say so where the machine, and not the user, decided for weights of seven bits."""
+    if asked.reduce_range is None and resolved.reduce_range:
+        notice("this machine has no VNNI, and sums of 8-bit weights can saturate: weights get 7 bits (--full-range: 8)")
+
+
 def _normalization(config: ModelConfig, source: DataSource) -> Normalization:
     channels, hint = source.train.shape[0], source.normalization_hint
     mean = hint.mean if config.mean is None else channel_values("mean", config.mean, channels)

@@ -46,7 +46,15 @@ from toolkit.graphs import search_rounding, with_rounding
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import SHIPPED, check_outputs
 from toolkit.models.registry import build_network
-from toolkit.prepare import describe, load_teacher, prepare, resolved_quantize, set_threads, warn_of_other_images
+from toolkit.prepare import (
+    describe,
+    load_teacher,
+    prepare,
+    resolved_quantize,
+    set_threads,
+    tell_reduced,
+    warn_of_other_images,
+)
 from toolkit.pruning import PruningResult, prune
 from toolkit.targets import TargetMaker, TargetResult, make_beside
 from toolkit.training.distributed import follows, joined
@@ -218,7 +226,8 @@ def quantize_file(
         risks: say what changes on other machines and under other settings.
     """
     refuse_bits(how)
-    how = resolved_quantize(how)
+    asked, how = how, resolved_quantize(how)
+    tell_reduced(asked, how)
     kinds = chosen_targets(how)
     beside = {kind.name: output.with_name(target_file(output.name, kind)) for kind in kinds}
     for file in (output, *beside.values()):
