@@ -23,14 +23,12 @@ from toolkit.artifacts import Proportion, Split
 from toolkit.config import BenchmarkConfig, DataConfig, ExportConfig, ModelConfig, ModelRunConfig, QuantizeConfig
 from toolkit.evaluators.cost import integer_coverage
 from toolkit.evaluators.environment import environment_record, usable_threads
-from toolkit.evaluators.kernels import with_names
 from toolkit.evaluators.latency import Stopclock
 from toolkit.evaluators.saturating_layers import saturates_here
 from toolkit.evaluators.saturation_emulation import SaturatingTwin
 from toolkit.evaluators.surrogate import build_twin
 from toolkit.evaluators.timing import ratio_interval
-from toolkit.exporters.onnx import export_onnx, load_onnx
-from toolkit.exporters.qoperator import to_qdq
+from toolkit.exporters.onnx import export_onnx
 from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.exporters.variants import Variant
@@ -43,8 +41,7 @@ ROUNDS = 20
 def compare(path: Path, split: Split) -> dict[str, Any]:
     """The session against its emulation and against exact sums."""
     twin, session = build_twin(path), OnnxPredictor(path)
-    integer = {row.layer for row in integer_coverage(path).layers if row.integer}
-    emulated = SaturatingTwin(twin, to_qdq(with_names(load_onnx(path))), integer)
+    emulated = SaturatingTwin(twin, path, integer_coverage(path))
     logits: dict[str, list[Tensor]] = {"here": [], "emulated": [], "exact": []}
     labels = []
     for batch in split.batches(250):

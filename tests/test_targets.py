@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from tests import tiny
 from tests.tiny import QUICK, entries
@@ -133,3 +136,23 @@ def test_providers_that_run_nothing_here_are_named_with_the_reason(monkeypatch: 
     assert targets.untested_providers() == {"cuda": "no GPU", "tensorrt": targets.NO_TENSORRT}
     monkeypatch.setattr(targets, "why_no_cuda", lambda: None)
     assert targets.untested_providers() == {"tensorrt": targets.NO_TENSORRT}
+
+
+@pytest.mark.parametrize("saturates", [True, False])
+def test_files_for_other_runtimes_are_judged_with_exact_sums(saturates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, bool]] = []
+    monkeypatch.setattr(targets, "saturates_here", lambda: saturates)
+    monkeypatch.setattr(targets, "OnnxPredictor", lambda _, **how: asked.append(how))
+    targets._exact_session(Path("model.trt.onnx"))
+    assert asked == [{"optimized": not saturates}]
+
+
+def test_seven_bits_are_for_this_kind_of_cpu_and_not_for_tensorrt(here: Path) -> None:
+    assert tiny.run("export", "model.pt", "--output", "net.fp32.onnx", "-q") == cli.DONE
+    assert tiny.run(*QUANTIZE, "--reduce-range", "--target", "tensorrt", "-q") == cli.DONE
+    largest = {}
+    for name in ("net.onnx", "net.trt.onnx"):
+        constants = [numpy_helper.to_array(item) for item in onnx.load(here / name).graph.initializer]
+        weights = [values for values in constants if values.dtype == np.int8 and values.ndim > 1]
+        largest[name] = max(int(np.abs(values.astype(int)).max()) for values in weights)
+    assert largest == {"net.onnx": 64, "net.trt.onnx": 127}

@@ -159,7 +159,7 @@ def _of_bundle(config: AttackRunConfig, target: Path | None) -> tuple[AttackRunC
             prepared.splits.calibration,
             per_channel=saved.quantize.per_channel,
             activation_bits=saved.quantize.activation_bits,
-            weight_bits=7 if saved.quantize.reduce_range else 8,
+            weight_bits=saved.quantize.int8_bits,
             margin=plan.threat.margin(model.spec.normalization),
             float_weights=float_weights(folder / bundle.FLOAT_TWIN, folder / bundle.DEPLOYED),
         )

@@ -203,6 +203,11 @@ class QuantizeConfig(StageConfig):
     """Share of the calibration images that is attacked first, by the run's PGD on the float network."""
 
     @property
+    def int8_bits(self) -> int:
+        """Bits that int8 weights use of their eight."""
+        return 7 if self.reduce_range else 8
+
+    @property
     def searches(self) -> bool:
         """Whether `harden` looks for the fastest layers; no choice of them makes 16-bit activations run in integers."""
         return self.precision == "auto" and self.activation_bits == 8

@@ -77,7 +77,7 @@ class Lineup:
         if not twin:
             return found
         try:
-            made = twin_of_session(path, interface, input_shape=input_shape)
+            made = twin_of_session(path, interface, input_shape=input_shape, provider=provider)
         except UnconvertibleGraph as error:
             warn(f"{error.problem}: {error.found}; attacks are made without its twin")
             return found

@@ -181,7 +181,7 @@ def _rounding(config: HardenConfig, prepared: PreparedAttack) -> Rounding | None
     if not config.finetune.qat:
         return None
     margin = prepared.plan.threat.margin(prepared.model.spec.normalization)
-    return Rounding(weight_bits=7 if config.quantize.reduce_range else 8, margin=margin)
+    return Rounding(weight_bits=config.quantize.int8_bits, margin=margin)
 
 
 def resolve(config: HardenConfig, prepared: PreparedAttack) -> HardenConfig:
@@ -281,7 +281,7 @@ def _lineup(config: HardenConfig, prepared: PreparedAttack, model: TorchModel, g
             prepared.splits.calibration,
             per_channel=config.quantize.per_channel,
             activation_bits=config.quantize.activation_bits,
-            weight_bits=7 if config.quantize.reduce_range else 8,
+            weight_bits=config.quantize.int8_bits,
             margin=prepared.plan.threat.margin(model.spec.normalization),
             float_weights=float_weights(graphs.fp32.path, graphs.deployed.path),
         )

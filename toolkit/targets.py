@@ -85,8 +85,7 @@ class TargetMaker:
         if kind.name == "cuda":
             largest = write_half(self.fp32.path, output, self.calibration)
         else:
-            update = {"activation_bits": 8, "weight_bits": 8, "calibrate_adversarial": 0.0, "reduce_range": False}
-            how = self.how.model_copy(update=update)
+            how = self.how.model_copy(update={"activation_bits": 8, "weight_bits": 8, "calibrate_adversarial": 0.0})
             if how.calibrate == "auto":  # what was chosen for asymmetric grids says nothing of symmetric ones
                 how = how.model_copy(update={"calibrate": "minmax"})
             Quantizer(self.fp32, self.calibration, how, input_margin=self.margin).write_tensorrt(output)

@@ -72,6 +72,9 @@ def apgd(
         settle: ends the attack on images that fool the graph that counts.
     """
     function = LOSSES[loss]
+    if start is not None:
+        scale = threat.pixel_scale(surrogate.normalization)
+        start = start.cpu() + ONWARD_NOISE * scale * START[threat.norm](images.shape, threat.eps, generator)
     climb = climb_l1 if threat.norm == "l1" else _climb
     return climb(
         surrogate, images, labels, labels, lambda z, y, _: function(z, y), threat, steps, generator, settle, start=start
@@ -152,11 +155,10 @@ def _climb(
     images, labels, targets = (value.to(surrogate.device) for value in (images, labels, targets))
     scale = threat.pixel_scale(surrogate.normalization).to(images.device)
     survivors = Survivors(images, settle)
-    first_step, noise, centre = FIRST_STEP, 1.0, images
-    if start is not None:
-        first_step, noise, centre = ONWARD_STEP, ONWARD_NOISE, start.to(images.device)
-    moved = centre + noise * scale * START[threat.norm](images.shape, threat.eps, generator).to(images.device)
-    current = constrain(moved, images, threat, scale)
+    first_step = FIRST_STEP if start is None else ONWARD_STEP
+    if start is None:
+        start = images + scale * START[threat.norm](images.shape, threat.eps, generator).to(images.device)
+    current = constrain(start.to(images.device), images, threat, scale)
     slope = _slope(surrogate, current, labels, targets, objective)
     state = _begin(images, labels, targets, current, slope, first_step * threat.eps, clean)
     checks = _checkpoints(steps)

@@ -74,16 +74,16 @@ def climb_l1(
         steps: gradients per image, over all radii.
         generator: of the random start: noise, brought into the largest ball, which leaves it sparse.
         settle: ends the attack on images that fool the graph that counts.
-        start: float32 [n, C, H, W] within the ball, from which the attack goes on in this ball alone; None: from noise.
+        start: float32 [n, C, H, W], where the attack begins, in this ball alone; None: in noise, in larger balls first.
     """
     images, labels, targets = (value.to(surrogate.device) for value in (images, labels, targets))
     scale = threat.pixel_scale(surrogate.normalization).to(images.device)
     survivors = Survivors(images, settle)
     climber = _Climber(surrogate, objective, survivors, threat, scale)
-    points = images + scale * torch.randn(images.shape, generator=generator).to(images.device)
-    if start is not None:
-        points = start.to(images.device)
     shares = budgets(steps) if start is None else (*(0 for _ in PHASES[:-1]), steps)
+    if start is None:
+        start = images + scale * torch.randn(images.shape, generator=generator).to(images.device)
+    points = start.to(images.device)
     for (factor, _), budget in zip(PHASES, shares, strict=True):
         if budget:
             ball = replace(threat, eps=factor * threat.eps)

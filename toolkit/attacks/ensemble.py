@@ -155,8 +155,8 @@ FAST = (
     Pass(SQUARE, ONWARD_SEARCH, near=BESIDE, onward=True),
 )
 """Of the ensemble what pays (benchmarks/attack_passes.py): long attacks begin nearer the boundary, where nearly all is
-fooled that they fool; FAB, without which the rest leaves about as little, is not made. In its place attacks begin anew
-around the nearest image so far."""
+fooled that they fool; FAB, without which the rest leaves about as little, is not made. Starts around the nearest image
+so far find more than as many random ones (docs/results, onward)."""
 ENSEMBLE = (
     *_SHORT,
     Pass("apgd-ce", STEPS, everywhere=True, near=NEAR),

@@ -131,7 +131,7 @@ class _Side:
         path = quantized.model.path
         self._predictor: Predictor = OnnxPredictor(path, provider=provider)
         try:
-            self._twin: Twin | None = twin_of_session(path)
+            self._twin: Twin | None = twin_of_session(path, provider=provider)
         except UnconvertibleGraph:
             self._twin = None  # no twin to watch the quantisers in: the counts are left out
         self._tally, self._clean, self._attacked = _Tally(), _Watch(), _Watch()

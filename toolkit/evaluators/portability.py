@@ -21,13 +21,11 @@ from toolkit.artifacts import Predictor, Proportion, Split
 from toolkit.attacks.planned import PlannedAttack
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import right
-from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
-from toolkit.evaluators.kernels import with_names
+from toolkit.evaluators.cost import integer_coverage
 from toolkit.evaluators.saturating_layers import Spared, saturates_here
 from toolkit.evaluators.saturation_emulation import Overflows, SaturatingTwin
 from toolkit.evaluators.surrogate import build_twin
 from toolkit.exporters.onnx import load_onnx, save_onnx
-from toolkit.exporters.qoperator import to_qdq
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.exporters.variants import Variant, VariantWriter
 from toolkit.progress import task
@@ -335,15 +333,14 @@ class _Emulation:
 
 
 def _emulate(path: Path, images: JudgedImages) -> _Emulation:
-    running: IntegerCoverage = integer_coverage(path)
-    integer = {row.layer for row in running.layers if row.integer}
-    if not integer:
+    running = integer_coverage(path)
+    if not running.macs_integer:
         return _Emulation(images)
     channels, height, width = images.clean[0].shape[1:]
     try:
         twin = build_twin(path, input_shape=(channels, height, width))
     except ToolkitError as error:
         return _Emulation(images, note=f"not emulated: {error.found}")
-    saturating = SaturatingTwin(twin, to_qdq(with_names(load_onnx(path))), integer)
+    saturating = SaturatingTwin(twin, path, running)
     saturated = Answers.of(saturating, images)
     return _Emulation(images, saturated, Answers.of(twin, images), saturating.layers, saturating.spared)

@@ -17,18 +17,17 @@ the sums are the exact ones, and what is clipped of single pairs is taken off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from onnx import ModelProto
 from torch import Tensor
 from torch.nn import functional
 
 from toolkit.artifacts import Normalized
-from toolkit.evaluators.cost import integer_coverage
+from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
 from toolkit.evaluators.kernels import with_names
 from toolkit.evaluators.saturating_layers import Spared, saturates_here, saturating_layers
 from toolkit.evaluators.surrogate import Twin, build_twin
@@ -38,6 +37,7 @@ from toolkit.evaluators.twin.values import Scaled
 from toolkit.exporters.interface import GraphInterface
 from toolkit.exporters.onnx import load_onnx
 from toolkit.exporters.qoperator import to_qdq
+from toolkit.exporters.session import Provider
 
 LEAST, LARGEST = -32768, 32767
 """Of a sum of two products."""
@@ -117,15 +117,16 @@ class SaturatingTwin:
 
     Args:
         twin: of the graph.
-        model: the graph that the twin was read from, in QDQ form.
-        integer: names of the layers that the runtime computes with integer kernels.
+        path: the file that the twin was read from.
+        running: its integer coverage, which tells the layers that integer kernels run.
     """
 
-    def __init__(self, twin: Twin, model: ModelProto, integer: Collection[str]) -> None:
+    def __init__(self, twin: Twin, path: Path, running: IntegerCoverage) -> None:
         network = twin.module.network
         if not isinstance(network, TwinNetwork):
             raise TypeError("only a twin can be emulated")
-        layers, self._spared = saturating_layers(model, integer)
+        integer = {row.layer for row in running.layers if row.integer}
+        layers, self._spared = saturating_layers(to_qdq(with_names(load_onnx(path))), integer)
         self._counts: dict[str, Overflows] = {}
         changed: dict[str, Callable[..., Any]] = {}
         for step in network.steps:
@@ -160,7 +161,11 @@ class SaturatingTwin:
 
 
 def twin_of_session(
-    path: Path, interface: GraphInterface | None = None, *, input_shape: tuple[int, int, int] | None = None
+    path: Path,
+    interface: GraphInterface | None = None,
+    *,
+    input_shape: tuple[int, int, int] | None = None,
+    provider: Provider = "cpu",
 ) -> Twin:
     """The twin of a file as ONNX Runtime computes it on this machine: where its kernels saturate, the twin does.
 
@@ -168,12 +173,12 @@ def twin_of_session(
         path: like `interface`, `input_shape` and what it raises as in `build_twin`.
         interface: how it is fed.
         input_shape: (channels, height, width).
+        provider: what runs the file; only the CPU's kernels saturate.
     """
     twin = build_twin(path, interface, input_shape=input_shape)
-    if not (twin.quantised and saturates_here()):
+    if not (twin.quantised and provider == "cpu" and saturates_here()):
         return twin
-    integer = {row.layer for row in integer_coverage(path).layers if row.integer}
-    return replace(twin, module=SaturatingTwin(twin, to_qdq(with_names(load_onnx(path))), integer).module)
+    return replace(twin, module=SaturatingTwin(twin, path, integer_coverage(path)).module)
 
 
 def _saturating(step: Step, counted: Overflows, shift: int = 0) -> Callable[..., Any]:

@@ -182,8 +182,8 @@ def _worst_case(found: Robustness) -> str:
         "### Beyond the matrix\n\nFurther attacks, cheap ones first, each made for the graphs that it is `to fool` on "
         "the networks whose attacks fool them most, on the images that still stand; `newly fooled` counts those of the "
         "first graph named. Long attacks leave out images that short ones did not bring near the boundary; targeted "
-        "ones aim at the image's so-many-th likeliest other classes; a search `onward` begins where the others are "
-        "stuck.\n\n"
+        "ones aim at the image's so-many-th likeliest other classes; one `onward` begins around where those before "
+        "it are stuck.\n\n"
         f"{table(PASS_HEADER, pass_rows(found))}"
     )
 

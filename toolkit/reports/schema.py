@@ -223,7 +223,7 @@ class PassRecord(Part):
     fooled: int
     """Of these, images that fool the first of the graphs now, and did not before."""
     onward: bool = False
-    """By queries, from where the attacks before it were stuck."""
+    """From around where the attacks before it were stuck."""
 
 
 class WorstCase(Part):
