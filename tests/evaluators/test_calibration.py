@@ -115,7 +115,7 @@ def test_at_most_so_many_images_are_compared(
 def test_a_graph_without_a_twin_is_compared_all_the_same(
     pair: tuple[QuantizedModel, QuantizedModel], attack: PlannedAttack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: Path) -> None:
+    def refuse(path: Path, **_: object) -> None:
         raise UnconvertibleGraph(path, ("Strange",))
 
     monkeypatch.setattr(calibration, "twin_of_session", refuse)
