@@ -328,6 +328,7 @@ def quantize(
             "integer_coverage": coverage.share,
             "layers": layers,
             "float_islands": islands,
+            "equalized": made.quantized.equalized,
             "constant_channels": dict(made.quantized.constant_channels),
             "parity": made.parity.as_dict(),
             "accuracy": {name: share.as_dict() for name, share in made.accuracy.items()},
@@ -352,6 +353,8 @@ def quantize(
     quantized = made.quantized
     print(f"calibration: {quantized.calibration} by {quantized.engine}, {quantized.calibration_images} images")
     print(f"weights: {quantized.weights}; activations: uint{quantized.activation_bits} asymmetric")
+    if quantized.equalized:
+        print(f"channels equalised between {quantized.equalized} pairs of layers")
     print(f"same label as the float file: {made.parity.agreement}")
     print(f"accuracy: {made.accuracy['deployed']}; of the float file {made.accuracy['fp32']}")
     print(f"size: {made.bytes['deployed']:,} bytes; of the float file {made.bytes['fp32']:,}")

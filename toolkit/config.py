@@ -188,6 +188,8 @@ class QuantizeConfig(StageConfig):
     """`auto`: the method that loses least on validation images."""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     per_channel: bool = True
+    equalize: bool = True
+    """Channels between two layers are scaled so that one step suits them all; the engine ort with `per_channel`."""
     reduce_range: bool | None = None
     """Weights of seven bits, which no pair of products overflows 16 bits with: for x86 without VNNI. None: if this
     machine is one."""

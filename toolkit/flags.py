@@ -110,6 +110,12 @@ QUANTIZE = (
     Flag("--percentile", "quantize.percentile", "Percentile of --calibrate percentile.", float),
     Flag("--per-channel/--per-tensor", "quantize.per_channel", "Granularity of weight scales.", bool),
     Flag(
+        "--equalize/--no-equalize",
+        "quantize.equalize",
+        "Scale channels between layers so that one step of int8 suits them all; with --engine ort --per-channel.",
+        bool,
+    ),
+    Flag(
         "--reduce-range/--full-range",
         "quantize.reduce_range",
         "Weights of 7 bits, for x86 machines without VNNI; by default if this machine is one.",

@@ -256,7 +256,7 @@ def quantize_file(
             explanation = None
             if explained:
                 shown = splits.validation.first(EXPLAINED_IMAGES)
-                explanation = explain(quantizer, path, partial, shown, Judge(path, shown, None))
+                explanation = explain(quantizer, partial, shown, Judge(path, shown, None))
             write_metadata(partial, metadata)
             coverage = integer_coverage(partial)
             files = {"fp32": path, "deployed": partial}

@@ -42,7 +42,7 @@ def explained(folder: Path, layers: nn.Sequential, **how: object) -> Explanation
     config = QuantizeConfig.model_validate({"int8": True, **how})
     quantizer = Quantizer(OnnxModel(path, "fp32"), images, config)
     made = quantizer.write(folder / "int8.onnx").model.path
-    return explain(quantizer, path, made, images, Judge(path, images, None))
+    return explain(quantizer, made, images, Judge(path, images, None))
 
 
 def test_rounding_of_evenly_spread_values_has_the_noise_of_theory(tmp_path: Path) -> None:
@@ -54,6 +54,18 @@ def test_rounding_of_evenly_spread_values_has_the_noise_of_theory(tmp_path: Path
     assert found.logit_error == pytest.approx(0, abs=1e-3)
     assert not any(blame.advice for blame in found.layers), "nothing is worth a remedy"
     assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["images"] == 200
+
+
+def test_tensors_are_compared_with_those_that_were_rounded(tmp_path: Path) -> None:
+    """Scaled between layers, the float twin's own would look like noise."""
+
+    def spread(layer: nn.Conv2d) -> None:
+        with torch.no_grad():
+            layer.weight *= torch.logspace(0, 2, 8).view(-1, 1, 1, 1)
+
+    found = explained(tmp_path, network(spread), reduce_range=True)
+    assert {noise.tensor for noise in found.tensors} >= {"relu", "relu_1"}
+    assert min(noise.snr for noise in found.tensors) > 30 and found.logit_error < 1e-3
 
 
 def test_a_layer_of_one_huge_filter_is_found_guilty(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_layers_that_stay_float_are_not_int4(network: OnnxModel, tmp_path: Path)
 def test_16_bit_activations_are_stored_and_computed_in_float(trained: Trained, tmp_path: Path) -> None:
     paths = {}
     for bits in (8, 16):
-        config = QuantizeConfig(activation_bits=bits)
+        config = QuantizeConfig(activation_bits=bits, equalize=False)  # the simulation rounds weights as they are
         made = quantize_int8(trained.twin, tmp_path / f"{bits}.onnx", trained.calibration, config)
         paths[bits] = made.model.path
         assert made.activation_bits == bits and made.input_range is not None

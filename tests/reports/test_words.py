@@ -16,7 +16,8 @@ from toolkit.evaluators.soundness import integer_above_float
 from toolkit.paths import public_name
 from toolkit.reports.build import _gates, verdict
 from toolkit.reports.markdown import render_markdown
-from toolkit.reports.schema import AlarmRecord, Gate, Report, Threat
+from toolkit.reports.schema import AlarmRecord, Assigned, Gate, Report, Share, Threat
+from toolkit.reports.schema import Assignment as AssignmentRecord
 from toolkit.reports.summary import comparison, render_summary, text_table
 from toolkit.reports.words import percent, threat_text
 
@@ -61,6 +62,23 @@ def test_alarms_and_unmet_gates_cannot_be_overlooked(report: Report) -> None:
     assert "**ALARM integer_above_float**" in markdown.split("##")[0], "before the first section"
     assert "ALARM" in summary and "GATE     --min-robust 0.9: measured 0.5000, NOT MET" in summary
     assert "**not met**" in markdown
+
+
+@pytest.mark.parametrize(("deployed", "told"), [(600, False), (596, False), (583, True)])
+def test_what_the_search_of_integer_layers_cannot_see_is_told_beside_it(
+    report: Report, deployed: int, told: bool
+) -> None:
+    side = Assigned(ratio=0.8, ratio_low=0.7, ratio_high=0.9, accuracy_drop=0.0, robust_drop=0.0)
+    found = AssignmentRecord(
+        keep_float=[], for_accuracy=[], max_drop=0.005, images=60, tried=1, shipped=side, all_integer=side, pays=True
+    )
+    robust = report.robust_accuracy.model_copy(
+        update={name: Share.of(Proportion(n, 1000)) for name, n in (("fp32", 600), ("deployed", deployed))}
+    )
+    quantization = report.quantization.model_copy(update={"assignment": found})
+    text = render_markdown(report.model_copy(update={"quantization": quantization, "robust_accuracy": robust}))
+    assert f"loses {(600 - deployed) / 10:+.2f} points of robust accuracy" in text
+    assert ("That is more than was allowed" in text) == told
 
 
 def test_the_summary_ends_with_places_and_commands(report: Report) -> None:

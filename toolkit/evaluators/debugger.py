@@ -108,17 +108,16 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in values.items()}
 
 
-def explain(quantizer: Writer, fp32: Path, deployed: Path, split: Split, judge: Judge) -> Explanation:
+def explain(quantizer: Writer, deployed: Path, split: Split, judge: Judge) -> Explanation:
     """Find out which layers and tensors an integer graph loses accuracy in.
 
     Args:
         quantizer: that wrote it; writes it again with each layer in float.
-        fp32: the float graph.
         deployed: the integer graph.
         split: images for the tensors' noise.
         judge: with the images and the float graph's logits.
     """
-    tensors = tensor_noise(load_onnx(fp32), load_onnx(deployed), split)
+    tensors = tensor_noise(quantizer.rounded, load_onnx(deployed), split)
     known = {noise.tensor: noise for noise in tensors}
     sources = _sources(load_onnx(deployed))
     total = judge.disturbance(deployed)

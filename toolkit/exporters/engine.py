@@ -37,6 +37,8 @@ class QuantizedModel:
     engine: EngineName = "onnxruntime"
     learnt_ranges: int = 0
     """Tensors whose ranges a training learnt; calibration set those of the others."""
+    equalized: int = 0
+    """Pairs of layers between which channels were scaled; see `exporters.equalization`."""
     activation_bits: int = 8
     constant_channels: Mapping[str, int] = field(default_factory=dict)
     """By layer: channels of what it reads that are constant on the calibration images."""
@@ -62,6 +64,10 @@ class Writer(Protocol):
     @property
     def kept(self) -> tuple[str, ...]:
         """The layers that the configuration leaves float."""
+
+    @property
+    def rounded(self) -> ModelProto:
+        """The float graph whose weights and activations are rounded; of the float twin's function."""
 
     @property
     def layers(self) -> tuple[str, ...]:

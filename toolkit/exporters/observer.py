@@ -76,6 +76,25 @@ def observe(
     return found
 
 
+def channel_peaks(
+    model: ModelProto, tensors: Iterable[str], reader: CalibrationReader
+) -> Mapping[str, npt.NDArray[np.float64]]:
+    """The largest absolute value of every channel (of the second axis) on calibration images, float64 [C].
+
+    Args:
+        model: the graph; left as it is.
+        tensors: names of float tensors that nodes make.
+        reader: the images.
+    """
+    names, found = list(tensors), dict[str, Tensor]()
+    with tempfile.TemporaryDirectory(prefix="toolkit-calibrate-") as folder:
+        for batch in _run(exposed_session(model, names, Path(folder) / "observed.onnx"), names, reader):
+            for name, values in batch.items():
+                peaks = values.abs().transpose(0, 1).flatten(1).amax(1)
+                found[name] = torch.maximum(found.get(name, peaks), peaks)
+    return {name: values.numpy().astype(np.float64) for name, values in found.items()}
+
+
 def no_finite_numbers(name: str) -> ToolkitError:
     """The error for a tensor that overflows."""
     return ToolkitError(

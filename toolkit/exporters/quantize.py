@@ -28,9 +28,10 @@ from toolkit.exporters.admission import (
 )
 from toolkit.exporters.calibration import AdversarialShare, CalibrationReader, calibration_batch
 from toolkit.exporters.engine import QuantizedModel, float_layers, save_integer_graph
+from toolkit.exporters.equalization import Pair, equalized, pairs
 from toolkit.exporters.four_bits import four_bit_layers, pack_four_bits
 from toolkit.exporters.integers import build_integers, build_symmetric, preprocess, quantised_tensors
-from toolkit.exporters.observer import activation_bytes, observe
+from toolkit.exporters.observer import activation_bytes, channel_peaks, observe
 from toolkit.exporters.onnx import load_onnx, save_onnx
 from toolkit.exporters.precision import COMPUTE
 from toolkit.exporters.ranges import METHODS, Interval, choose_range, needs_histogram
@@ -49,9 +50,6 @@ def quantize_int8(
 ) -> QuantizedModel:
     """Quantise a float graph in QDQ form, so that ONNX Runtime runs its layers in integers: `Quantizer`, used once."""
     return Quantizer(model, calibration, config, input_margin=input_margin, adversarial=adversarial).write(output)
-
-
-"""Of uint16, as `LEVELS` of uint8."""
 
 
 class Quantizer:
@@ -107,8 +105,12 @@ class Quantizer:
         self._method: CalibrationName | None = None if config.calibrate == "auto" else config.calibrate
         self._ranges: dict[CalibrationName, dict[str, Interval]] = {}
         histograms = self._method is None or needs_histogram(self._method)
-        with progress.task("calibrate", len(self._reader) * (2 if histograms else 1)) as task:
+        self._pairs = self._scaled_pairs()
+        with progress.task("calibrate", len(self._reader) * (1 + histograms + bool(self._pairs))) as task:
             self._reader.report_to(task)
+            if self._pairs:
+                peaks = channel_peaks(self._plain, [pair.tensor for pair in self._pairs], self._reader)
+                self._plain = equalized(self._plain, {pair: peaks[pair.tensor] for pair in self._pairs})
             self._observed = observe(self._plain, tensors, self._reader, histograms=histograms)
         self._constant = {
             node.name: self._observed[node.input[0]].constant_channels
@@ -116,6 +118,12 @@ class Quantizer:
             if node.op_type in COMPUTE and node.input[0] in self._observed
         }
         _notice_constant(self._constant, zero_filters(self._plain))
+
+    def _scaled_pairs(self) -> tuple[Pair, ...]:
+        """Learnt ranges are those of tensors as they are; one scale for all filters, or 4 bits, would lose by it."""
+        if not (self._config.equalize and self._config.per_channel) or self._given:
+            return ()
+        return tuple(pair for pair in pairs(self._plain) if pair.second not in self._four_bit)
 
     @property
     def methods(self) -> tuple[CalibrationName, ...]:
@@ -128,6 +136,11 @@ class Quantizer:
     def kept(self) -> tuple[str, ...]:
         """The layers that the configuration leaves float."""
         return self._kept
+
+    @property
+    def rounded(self) -> ModelProto:
+        """The float graph whose weights and activations are rounded: of the twin's function, scaled between layers."""
+        return self._plain
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -165,6 +178,7 @@ class Quantizer:
         return replace(
             written,
             learnt_ranges=len(self._given.keys() & self._observed.keys()),
+            equalized=len(self._pairs),
             constant_channels={name: count for name, count in self._constant.items() if count},
         )
 

@@ -69,9 +69,8 @@ class TorchQuantizer:
         self._config, self._source = config, load_onnx(twin.path)
         refuse_bad_weights(self._source, twin.path)
         self._margin = float(np.max(np.atleast_1d(input_margin)))
-        plain = preprocess(self._source)
+        self._plain = plain = preprocess(self._source)
         self._kept = float_layers(plain, config.keep_float, twin.path)
-        self._layers = tuple(node.name for node in plain.graph.node if node.op_type in COMPUTE)
         self._reader = CalibrationReader(
             calibration,
             INPUT,
@@ -95,9 +94,14 @@ class TorchQuantizer:
         return self._kept
 
     @property
+    def rounded(self) -> ModelProto:
+        """The float graph whose weights and activations are rounded."""
+        return self._plain
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """The names of the layers, in the order of the graph."""
-        return self._layers
+        return tuple(node.name for node in self._plain.graph.node if node.op_type in COMPUTE)
 
     def with_calibration(self, method: CalibrationName) -> TorchQuantizer:
         """One that writes graphs with another method; of a configuration with `auto`, which holds for all of them."""

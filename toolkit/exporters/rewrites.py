@@ -53,15 +53,23 @@ def _axes(graph: GraphProto, node: NodeProto) -> set[int] | None:
     return None
 
 
-def tensor_ranks(model: ModelProto) -> dict[str, int]:
-    """Number of axes of every tensor whose shape can be inferred."""
+def tensor_shapes(model: ModelProto) -> dict[str, tuple[int | str, ...]]:
+    """Sizes of every tensor whose shape can be inferred; those that are not known by their names, or empty."""
     inferred = onnx.shape_inference.infer_shapes(model).graph
     values = (*inferred.value_info, *inferred.input, *inferred.output)
     return {
-        value.name: len(value.type.tensor_type.shape.dim)
+        value.name: tuple(
+            axis.dim_value if axis.HasField("dim_value") else axis.dim_param
+            for axis in value.type.tensor_type.shape.dim
+        )
         for value in values
         if value.type.tensor_type.HasField("shape")
     }
+
+
+def tensor_ranks(model: ModelProto) -> dict[str, int]:
+    """Number of axes of every tensor whose shape can be inferred."""
+    return {name: len(shape) for name, shape in tensor_shapes(model).items()}
 
 
 def remove_unused_initializers(graph: GraphProto) -> None:

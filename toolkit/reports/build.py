@@ -225,6 +225,7 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
         calibration=quantized.calibration if quantized else None,
         calibration_images=quantized.calibration_images if quantized else 0,
         learnt_ranges=quantized.learnt_ranges if quantized else 0,
+        equalized=quantized.equalized if quantized else 0,
         input_range=list(quantized.input_range) if quantized and quantized.input_range else None,
         clipped_share=evidence.examination.robustness.clipped_share,
         calibration_comparison=_calibrations(config.quantize.calibrate_adversarial, quantized, evidence.calibrations),

@@ -7,7 +7,16 @@ from collections.abc import Iterable
 from toolkit.evaluators.timing import BUSY
 from toolkit.reports.portability import portability_section
 from toolkit.reports.robustness import JUDGES, marked, robust_text, robustness_section
-from toolkit.reports.schema import Assignment, CalibrationComparison, Latency, Model, Quantization, Report, Share
+from toolkit.reports.schema import (
+    Assignment,
+    CalibrationComparison,
+    Latency,
+    Model,
+    Quantization,
+    Report,
+    RobustAccuracy,
+    Share,
+)
 from toolkit.reports.targets import coverage_text, targets_section
 from toolkit.reports.words import percent, table, threat_text
 from toolkit.training.qat import FLOAT_SHARE
@@ -26,7 +35,7 @@ def render_markdown(report: Report) -> str:
         _integers(report),
         targets_section(report.targets),
         _methods(report.quantization),
-        _assignment(report.quantization.assignment),
+        _assignment(report.quantization.assignment, report.robust_accuracy),
         _calibrations(report.quantization.calibration_comparison),
         portability_section(report.quantization.elsewhere),
         _parity(report),
@@ -183,6 +192,7 @@ def _integers(report: Report) -> str:
         else f" The input quantiser represents {found.input_range[0]:.3f} to {found.input_range[1]:.3f}.{clipped}"
     )
     learnt = f" but for {found.learnt_ranges} tensors, whose ranges fine-tuning learnt" if found.learnt_ranges else ""
+    learnt += f"; channels equalised between {found.equalized} pairs of layers" if found.equalized else ""
     constant = sum(found.constant_channels.values())
     dead = ", ".join(f"{count} read by `{name}`" for name, count in found.constant_channels.items())
     input_text += f" Channels that are constant on the calibration images: {constant} ({dead})." if constant else ""
@@ -225,7 +235,7 @@ def _methods(found: Quantization) -> str:
     )
 
 
-def _assignment(found: Assignment | None) -> str:
+def _assignment(found: Assignment | None, robust: RobustAccuracy) -> str:
     if found is None:
         return ""
     rows = [
@@ -237,7 +247,7 @@ def _assignment(found: Assignment | None) -> str:
         )
         for name, side in (("all", found.all_integer), ("those chosen", found.shipped))
     ]
-    header = ("integer layers", "time over float twin", "points of accuracy lost", "of robust accuracy")
+    header = ("integer layers", "time over float twin", "points of accuracy lost", "under PGD")
     faster = [name for name in found.keep_float if name not in found.for_accuracy]
     kept = [
         f"left float, {why}: {', '.join(f'`{name}`' for name in names)}"
@@ -248,7 +258,22 @@ def _assignment(found: Assignment | None) -> str:
         f"## Which layers are integer\n\n{found.tried} graphs were written and timed on this machine; "
         f"{'; '.join(kept) or 'none is faster with a layer left float'}. Time: geometric mean over the batch sizes; "
         f"accuracy: {found.images} validation images, allowed to lose {100 * found.max_drop:g} points.\n\n"
-        f"{table(header, rows)}"
+        f"{table(header, rows)}\n\n{_worst_case_lost(found.max_drop, robust)}"
+    )
+
+
+def _worst_case_lost(allowed: float, robust: RobustAccuracy) -> str:
+    """What the search cannot see, since its PGD is made on the float network once."""
+    lost, images = robust.fp32.value - robust.deployed.value, robust.deployed.total
+    text = (
+        f"In the worst case, on {images} evaluation images, the deployed graph loses {100 * lost:+.2f} points of "
+        "robust accuracy against the float twin."
+    )
+    if lost <= allowed:
+        return text
+    return (
+        f"**{text}** That is more than was allowed: whoever attacks this very graph makes use of how its activations "
+        "are rounded, of which PGD on the float network knows nothing."
     )
 
 

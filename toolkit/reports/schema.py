@@ -552,6 +552,8 @@ class Quantization(Part):
     calibration_images: int
     learnt_ranges: int = 0
     """Tensors whose ranges were learnt in a quantisation-aware fine-tuning; calibration set those of the others."""
+    equalized: int = 0
+    """Pairs of layers between which channels were scaled, so that one step of the activations suits them all."""
     input_range: list[float] | None
     """Pixels that the input quantiser represents."""
     clipped_share: float | None
