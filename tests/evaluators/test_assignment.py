@@ -96,6 +96,28 @@ def test_a_layer_may_become_an_integer_again(tmp_path: Path) -> None:
     assert found.keep_float == ("a", "c")
 
 
+def test_where_integers_are_slow_the_search_begins_again_with_one(tmp_path: Path) -> None:
+    """Changing between the kinds costs so much that no single layer more in float pays; all but `c` nearly do."""
+
+    def cost(kept: frozenset[str]) -> float:
+        integer = [name not in kept for name in "abcde"]
+        changes = sum(one != other for one, other in itertools.pairwise([False, *integer, False]))
+        return FLOAT_TWIN + 2.0 * sum(integer) - 1.5 * integer[2] + 0.7 * changes
+
+    found, _ = search(tmp_path, Writer(*"abcde"), cost)
+    assert found.keep_float == ("a", "b", "d", "e") and not found.pays
+    assert found.ratio.value == pytest.approx(1.19, rel=0.01) and found.all_integer.value == pytest.approx(
+        1.99, rel=0.01
+    )
+
+
+def test_integers_that_pay_are_not_given_up(tmp_path: Path) -> None:
+    """A single one would be no faster, and is not tried."""
+    writer = Writer(*"abcde")
+    found, _ = search(tmp_path, writer, lambda kept: 5.0 + len(kept))
+    assert found.keep_float == () and max(map(len, writer.written)) == 1
+
+
 def test_what_does_not_pay_is_said(tmp_path: Path) -> None:
     def outcome(seconds: float) -> tuple[tuple[str, ...], bool]:
         found, _ = search(tmp_path, Writer("a", "b"), lambda kept: seconds + len(kept))
@@ -133,7 +155,8 @@ def test_of_a_deep_network_the_ends_are_tried_first(tmp_path: Path, monkeypatch:
     ticks = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: 2.0 * next(ticks))  # two files: a second each
     writer = Writer(*"abcdefgh")
-    search(tmp_path, writer, lambda kept: 8.0 + len(kept), seconds=3.0 * assignment.SCREENING_ROUNDS)
+    seconds = 3.0 * assignment.SCREENING_ROUNDS / assignment.FIRST_SHARE
+    search(tmp_path, writer, lambda kept: 8.0 + len(kept), seconds=seconds)
     assert set(writer.written) == {frozenset(), frozenset("a"), frozenset("h")}
 
 

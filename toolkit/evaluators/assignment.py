@@ -38,6 +38,8 @@ IMAGES = 1000
 """Validation images on which accuracy is compared."""
 SEARCH_S = 300.0
 """Seconds for the search of the fastest."""
+FIRST_SHARE = 0.6
+"""Of these, for the search from all integers on, at most."""
 REFERENCE = "reference"
 
 
@@ -221,28 +223,46 @@ class _Search:
         return {kept: ratio_interval(times[name], times[REFERENCE], self._seed) for name, (kept, _) in files.items()}
 
     def fastest(self, seconds: float, advance: Callable[[], object]) -> Kept:
-        """From all integers on, layer after layer, as long as it is faster beyond doubt and the time suffices."""
-        end = time.monotonic() + seconds
-        best: Kept = frozenset()
-        self.ratios([best], 1, to=best)  # what a round costs
+        """From all integers on, and where that leads to nothing faster than the float twin, from a single one as well.
+
+        A float layer between integer ones costs two changes between the kinds, so that on a machine where integers are
+        slow the way from all of them is blocked at once, though few would do less harm.
+        """
+        start, everything = time.monotonic(), Kept()
+        self.ratios([everything], 1, to=everything)  # what a round costs
+        best = self._descend(everything, start + FIRST_SHARE * seconds, advance)
+        lone = [Kept(self._layers) - {name} for name in self._layers[: self._affordable(start + seconds)]]
+        if len(self._layers) < 3 or not lone or self._beats(best, None):
+            return best
+        screened = self.ratios(lone, SCREENING_ROUNDS, to=best)
+        other = self._descend(min(lone, key=lambda kept: screened[kept].value), start + seconds, advance)
+        return other if self._beats(other, best) else best
+
+    def _descend(self, best: Kept, end: float, advance: Callable[[], object]) -> Kept:
+        """Change layer after layer, as long as it is faster beyond doubt and the time suffices."""
         while True:
-            affordable = int((end - time.monotonic()) / (self._cost * SCREENING_ROUNDS)) - 1
-            neighbours = self._neighbours(best, affordable)
+            neighbours = self._neighbours(best, self._affordable(end))
             if not neighbours:
                 return best
             screened = self.ratios(neighbours, SCREENING_ROUNDS, to=best)
             promising = min(neighbours, key=lambda kept: screened[kept].value)
-            if screened[promising].value >= 1:
-                return best
-            if self.ratios([promising], DECIDING_ROUNDS, to=best)[promising].high >= 1:
+            if screened[promising].value >= 1 or not self._beats(promising, best):
                 return best
             best = promising
             advance()
 
+    def _affordable(self, end: float) -> int:
+        """How many files can be screened until then, beside the one that they are compared with."""
+        return max(0, int((end - time.monotonic()) / (self._cost * SCREENING_ROUNDS)) - 1)
+
+    def _beats(self, kept: Kept, other: Kept | None) -> bool:
+        """Whether it is faster beyond doubt than another assignment, or (None) than the float twin."""
+        return self.ratios([kept], DECIDING_ROUNDS, to=other)[kept].high < 1
+
     def _neighbours(self, kept: Kept, count: int) -> list[Kept]:
         """With one layer more in float, or one of those fewer; at most `count`, first those next to the ends."""
         inwards = sorted(range(len(self._layers)), key=lambda at: min(at, len(self._layers) - 1 - at))
-        changed = [kept ^ {self._layers[at]} for at in inwards[: max(0, count)]]
+        changed = [kept ^ {self._layers[at]} for at in inwards[:count]]
         return [one for one in changed if len(one) < len(self._layers)]
 
     def accurate(
