@@ -526,7 +526,7 @@ def test_a_dry_run_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]
 def test_a_dry_run_counts_the_passes_of_the_objective(
     objective: str, passes: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(planning, "_seconds_per_image", lambda *_: 1.0)
+    monkeypatch.setattr(planning, "seconds_per_image", lambda *_: 1.0)
     more = ["--finetune", objective, "--dry-run", "--json", "-q"]
     assert tiny.run(*tiny.harden_arguments(), *more) == cli.DONE
     plan = {row["step"].split()[0]: row["seconds"] for row in json.loads(capsys.readouterr().out)}
@@ -537,7 +537,7 @@ def test_a_dry_run_counts_the_passes_of_the_objective(
 def test_a_dry_run_counts_surrogates_and_attacks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(planning, "_seconds_per_image", lambda *_: 1.0)
+    monkeypatch.setattr(planning, "seconds_per_image", lambda *_: 1.0)
     found = {}
     for attacks in ("pgd", "fast", "ensemble", "square"):
         assert tiny.run(*tiny.harden_arguments(attacks=attacks), "--dry-run", "--json", "-q") == cli.DONE

@@ -37,6 +37,7 @@ from toolkit.errors import ToolkitError
 
 if TYPE_CHECKING:
     from toolkit.evaluators.debugger import Explanation
+    from toolkit.planning import PlannedStep
     from toolkit.reports.schema import Portability, Report
 
 DONE, DEFECT, BAD_INPUT, GATE_UNMET, INTERRUPTED = 0, 1, 2, 3, 130
@@ -55,6 +56,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no n
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of an error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with an estimate; write nothing.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint, state dict, or shipped:cnn8.")]
 
 _verbose = False
@@ -103,7 +105,7 @@ def harden(
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A config.yaml; flags win over it.")] = None,
     force: Force = False,
     resume: Resume = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with an estimate; write nothing.")] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -118,13 +120,7 @@ def harden(
         from toolkit import planning
 
         steps = planning.dry_run(resolved, output, force=force, resume=resume)
-        if as_json:
-            print(json.dumps([{"step": step.text, "seconds": step.seconds} for step in steps]))
-            return
-        for step in steps:
-            print(f"{step.text}   about {step.seconds:.0f} s")
-        total = sum(step.seconds for step in steps)
-        print(f"in all about {total / 60:.1f} minutes; the bundle would be written to {output}")
+        _print_plan(steps, f"the bundle would be written to {output}", as_json)
         return
     if follows():
         progress.set_quiet(True)
@@ -148,6 +144,7 @@ def search(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the search.")] = Path("search-out"),
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A config.yaml; flags win over it.")] = None,
     force: Force = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -155,6 +152,11 @@ def search(
     """The best compression under your limits: trials, the front as bundles, which to ship and why."""
     _start(quiet, verbose)
     resolved = build(SearchRunConfig, _merged(settings, model, config), flags.names_by_path(SEARCH_FLAGS))
+    if dry_run:
+        from toolkit.search import planned
+
+        _print_plan(planned.dry_run(resolved, output), f"the front would be written to {output}", as_json)
+        return
     from toolkit.search import report
     from toolkit.search.search import search as run_search
 
@@ -635,6 +637,15 @@ def _merged(settings: Settings, model: str | None, config: Path | None) -> dict[
 def _tails(group: Sequence[flags.Flag]) -> dict[str, str]:
     """Flags by the last part of their path, for a configuration that is built on its own."""
     return {flag.path.split(".")[-1]: flag.name.split("/")[0] for flag in group}
+
+
+def _print_plan(steps: Sequence[PlannedStep], where: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([{"step": step.text, "seconds": step.seconds} for step in steps]))
+        return
+    for step in steps:
+        print(f"{step.text}   about {step.seconds:.0f} s" if step.seconds else step.text)
+    print(f"in all about {sum(step.seconds for step in steps) / 60:.1f} minutes; {where}")
 
 
 def _print_report(found: Report, folder: Path, as_json: bool) -> None:

@@ -50,7 +50,7 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
     pruned = prune(prepared.model, with_rounding(config.prune, None))
     if config.finetune.qat:
         find_sites(pruned.model)
-    gradient, forward = (_seconds_per_image(model, config) for model in (prepared.model, pruned.model))
+    gradient, forward = (seconds_per_image(model, config) for model in (prepared.model, pruned.model))
     tuning, evaluated = config.finetune, len(prepared.splits.evaluation)
     images = tuning.epochs * len(prepared.splits.train)
     baseline = prepared.plan.steps * prepared.plan.restarts * min(BASELINE_IMAGES, evaluated)
@@ -64,7 +64,7 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
         f"export     opset {config.export.opset}, parity, end-to-end graph": 5.0,
         f"quantise   {_calibration_text(config.quantize)}": 2.0,
         f"evaluate   PGD-{prepared.plan.steps} on all surrogates, {config.attack.attacks}; {evaluated:,} images": (
-            _gradients(config, prepared, evaluated) * forward + baseline * gradient
+            gradients(config, prepared, evaluated) * forward + baseline * gradient
         ),
         f"elsewhere  labels without VNNI, optimisation, under other opsets; {min(IMAGES, evaluated)} images": (
             5.0 + prepared.plan.steps * min(IMAGES, evaluated) * forward
@@ -74,7 +74,7 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
     return [PlannedStep(text, seconds) for text, seconds in estimates.items()]
 
 
-def _gradients(config: HardenConfig, prepared: PreparedAttack, images: int) -> float:
+def gradients(config: HardenConfig, prepared: PreparedAttack, images: int) -> float:
     """How many gradients of the float network the evaluation costs, about: the matrix, further attacks, the probes."""
     plan = prepared.plan
     int8 = config.quantize.int8
@@ -100,7 +100,7 @@ def _calibration_text(config: QuantizeConfig) -> str:
     return f"int8{engine}{wide}{narrow}, {config.calibrate}{attacked}{further}"
 
 
-def _seconds_per_image(model: TorchModel, config: HardenConfig) -> float:
+def seconds_per_image(model: TorchModel, config: HardenConfig) -> float:
     """Measured: one gradient with respect to the image, per image."""
     spec, precision = model.spec, resolve_precision(config.finetune.precision)
     surrogate = Surrogate(model.module, spec.normalization, precision, input_shape=spec.input_shape)

@@ -15,10 +15,11 @@ from tests import tiny
 from tests.search import fakes
 from tests.tiny import World
 from toolkit import bundle, cli, progress
-from toolkit.config import DataConfig, HardenConfig, ModelConfig, ThreatConfig
-from toolkit.search import cluster
+from toolkit.config import DataConfig, HardenConfig, ModelConfig, ThreatConfig, TrainConfig
+from toolkit.search import cluster, planned
 from toolkit.search.cluster import work_on
 from toolkit.search.objective import Job, Measurement, Outcome, Problem, Workbench
+from toolkit.training.losses import cost_per_image
 from toolkit.training.run import Run
 
 SPACE = "prune.ratio=0.25:0.5:0.25; precision=int8,float"
@@ -183,6 +184,32 @@ def test_every_group_and_every_seed() -> None:
     assert [len(trial["result"]) for trial in found["trials"]] == [2, 2]
     report = bundle.read_report(Path("search-out") / found["bundles"][0]["bundle"])
     assert report.seed == 3 and set(report.model.prune_ratios) == {"0", "2"}
+
+
+def test_a_dry_run_writes_nothing(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one second per gradient and image: two fine-tunings of two epochs, PGD on the images that judge."""
+    monkeypatch.setattr(planned, "seconds_per_image", lambda *_: 1.0)
+    before = tiny.entries(here)
+
+    def plan(*more: str) -> dict[str, Any]:
+        assert tiny.run(*arguments("--dry-run", "--json", "-q", *more, epochs=2)) == cli.DONE
+        return {row["step"].split()[0]: row for row in json.loads(capsys.readouterr().out)}
+
+    found = plan("--min-robust", "0.3")
+    assert [name for name in tiny.entries(here) if name != "__pycache__"] == before
+    assert "4 points: prune.ratio 0.25 to 0.5 by 0.25; precision int8, float" in found["space"]["step"]
+    assert "min_robust 0.3" in found["front"]["step"] and "20 validation images" in found["trials"]["step"]
+    shorter = plan("--seeds", "1,2")
+    assert shorter["trials"]["seconds"] == pytest.approx(2 * found["trials"]["seconds"])
+    assert shorter["front"]["seconds"] == found["front"]["seconds"]
+    longer = plan("--epochs", "3")
+    tuned = 3 * 540 * cost_per_image(TrainConfig())  # three trials, an epoch more
+    assert longer["trials"]["seconds"] - found["trials"]["seconds"] == pytest.approx(tuned)
+    assert plan("--budget", "5")["trials"]["seconds"] == 5
+    assert tiny.run(*arguments("--dry-run", "-q")) == cli.DONE
+    assert "the front would be written to search-out" in capsys.readouterr().out
 
 
 # Bad input.

@@ -121,7 +121,9 @@ class Laboratory:
         found = prepare_attack(config)
         judging = replace(found.splits, evaluation=found.splits.validation.first(images))
         self.prepared: PreparedAttack = replace(found, splits=judging)
-        self._attacks, self.folder = attacks, folder
+        self.whole = found.splits
+        """With the evaluation images of the front."""
+        self.attacks, self.folder = attacks, folder
         self._export = config.export.model_copy(update={"end_to_end": False})
         self._scratch = Path(tempfile.mkdtemp(prefix="toolkit-search-"))
         weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
@@ -189,7 +191,7 @@ class Laboratory:
             plan,
             spec.normalization,
             config.seed,
-            passes=compose(self._attacks, len(spec.class_names), plan.threat.norm),
+            passes=compose(self.attacks, len(spec.class_names), plan.threat.norm),
             precision=config.finetune.precision,
             input_range=lineup.input_range,
         )

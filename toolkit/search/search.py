@@ -64,7 +64,6 @@ def search(config: SearchRunConfig, output: Path, *, force: bool = False) -> Sea
     Raises:
         ToolkitError: bad input, no storage, another study in it, or no trial that could be made.
     """
-    _check_output(output)
     ready = prepare_search(config, output)
     url = config.search.storage or f"sqlite:///{output / STORAGE}"
     with bundle.disk_errors(output):
@@ -91,6 +90,7 @@ def prepare_search(config: SearchRunConfig, output: Path) -> Search:
     Raises:
         ToolkitError: bad input.
     """
+    _check_output(output)
     compose(config.attack.attacks, classes=2, norm=config.threat.norm)
     if config.prune.round_to == "auto" or "auto" in config.search.space.get("prune.round_to", ()):
         raise ToolkitError(
