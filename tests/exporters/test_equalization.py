@@ -95,6 +95,16 @@ def test_channels_are_scaled_where_the_function_stays(
     torch.testing.assert_close(answers(made, tmp_path / "after.onnx"), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_nodes_need_no_names(tmp_path: Path) -> None:
+    depthwise = node("Conv", "x", "k", to="b", group=8)
+    model = graph(tmp_path, node("Relu", "a", to="x"), depthwise, k=DEPTHWISE)
+    for one in model.graph.node:
+        one.name = ""
+    made = equalized(model, {pair: np.geomspace(1e-3, 1, pair.channels) for pair in pairs(model)})
+    wanted = answers(model, tmp_path / "before.onnx")
+    torch.testing.assert_close(answers(made, tmp_path / "after.onnx"), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_tensor_that_is_given_out_is_left_alone(tmp_path: Path) -> None:
     model = graph(tmp_path, RELU)
     assert len(pairs(model)) == 1

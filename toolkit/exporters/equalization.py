@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from toolkit.exporters.rewrites import tensor_shapes
 
@@ -45,7 +45,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two layers between which channels may be scaled."""
+    """Two layers between which channels may be scaled, by the tensors that they make: nodes need no names."""
 
     first: str
     second: str
@@ -73,7 +73,7 @@ def pairs(model: ModelProto) -> tuple[Pair, ...]:
             tensor, reader = reader.output[0], readers.get(reader.output[0])
         channels = _channels(node, constants)
         if uses[tensor] == 1 and reader is not None and _may_be_second(reader, tensor, constants, shapes, channels):
-            found.append(Pair(node.name, reader.name, tensor, channels))
+            found.append(Pair(node.output[0], reader.output[0], tensor, channels))
     return tuple(found)
 
 
@@ -88,7 +88,7 @@ def equalized(model: ModelProto, peaks: Mapping[Pair, Array], strength: float = 
     """
     made = ModelProto()
     made.CopyFrom(model)
-    nodes = {node.name: node for node in made.graph.node}
+    nodes = {node.output[0]: node for node in made.graph.node}
     weights = {item.name: item for item in made.graph.initializer}
     for pair, found in peaks.items():
         factors = _factors(found.reshape(pair.channels, -1).max(axis=1), strength)
@@ -114,8 +114,8 @@ def _factors(peaks: Array, strength: float) -> Array:
     return factors
 
 
-def _put(item: object, values: Array) -> None:
-    item.CopyFrom(numpy_helper.from_array(values.astype(np.float32), item.name))  # type: ignore[attr-defined]
+def _put(item: TensorProto, values: Array) -> None:
+    item.CopyFrom(numpy_helper.from_array(values.astype(np.float32), item.name))
 
 
 def _attribute(node: NodeProto, name: str, default: int) -> int:

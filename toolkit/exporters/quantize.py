@@ -123,7 +123,8 @@ class Quantizer:
         """Learnt ranges are those of tensors as they are; one scale for all filters, or 4 bits, would lose by it."""
         if not (self._config.equalize and self._config.per_channel) or self._given:
             return ()
-        return tuple(pair for pair in pairs(self._plain) if pair.second not in self._four_bit)
+        coarse = {node.output[0] for node in self._plain.graph.node if node.name in self._four_bit}
+        return tuple(pair for pair in pairs(self._plain) if pair.second not in coarse)
 
     @property
     def methods(self) -> tuple[CalibrationName, ...]:
