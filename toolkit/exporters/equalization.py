@@ -63,7 +63,11 @@ def pairs(model: ModelProto) -> tuple[Pair, ...]:
     graph, shapes = model.graph, tensor_shapes(model)
     uses = Counter(name for node in graph.node for name in node.input) + Counter(item.name for item in graph.output)
     readers = {name: node for node in graph.node for name in node.input}
-    constants = {item.name: tuple(item.dims) for item in graph.initializer if uses[item.name] == 1}
+    constants = {
+        item.name: tuple(item.dims)
+        for item in graph.initializer
+        if uses[item.name] == 1 and item.data_type == TensorProto.FLOAT
+    }
     found = []
     for node in graph.node:
         if not _may_be_first(node, constants):
