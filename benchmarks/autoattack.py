@@ -45,6 +45,10 @@ from toolkit.exporters.session import OnnxPredictor
 from toolkit.prepare import prepare
 from toolkit.progress import set_quiet
 
+HEADER = (
+    *("network", "eps", "attack", "robust accuracy", "seconds", "points above the last", "share of its time"),
+    "of its CPU time",
+)
 ATTACKS = ("fast", "ensemble", "evaluation", "pyautoattack")
 
 
@@ -120,27 +124,27 @@ def serve(pipe: Connection, path: Path, eps: float, images: int, name: str, thre
     prepared = prepare(ModelRunConfig(model=ModelConfig(path=path), data=data, threads=threads))
     model, split = prepared.model, prepared.splits.evaluation
     plan = resolve_plan(ThreatConfig(eps=eps), "fashion-mnist")
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     robust = theirs(model, split, plan) if name == "pyautoattack" else ours(model, split, plan, name)
-    pipe.send((robust, time.perf_counter() - start))
+    pipe.send((robust, time.perf_counter() - start, time.process_time() - busy))
 
 
-def run(path: Path, eps: float, images: int, name: str, threads: int) -> tuple[Proportion, float]:
-    """Robust accuracy and seconds of one attack."""
+def run(path: Path, eps: float, images: int, name: str, threads: int) -> tuple[Proportion, float, float]:
+    """Robust accuracy, seconds and processor seconds of one attack."""
     context = multiprocessing.get_context("spawn")
     mine, yours = context.Pipe()
     process = context.Process(target=serve, args=(yours, path, eps, images, name, threads))
     process.start()
     yours.close()
-    robust, seconds = mine.recv()
+    robust, seconds, busy = mine.recv()
     process.join()
-    return robust, seconds
+    return robust, seconds, busy
 
 
 def compare(path: Path, eps: float, images: int, attacks: list[str], threads: int) -> list[dict[str, Any]]:
     """All attacks on one network at one radius, in turn; compared with the last."""
     found = {name: run(path, eps, images, name, threads) for name in attacks}
-    reference, reference_seconds = found[attacks[-1]]
+    reference, reference_seconds, reference_busy = found[attacks[-1]]
     return [
         {
             "network": path.stem,
@@ -148,10 +152,12 @@ def compare(path: Path, eps: float, images: int, attacks: list[str], threads: in
             "attack": name,
             "robust": robust.as_dict(),
             "seconds": seconds,
+            "cpu_seconds": busy,
             "points_above": 100 * (robust.value - reference.value),
             "share_of_time": seconds / reference_seconds,
+            "share_of_cpu_time": busy / reference_busy,
         }
-        for name, (robust, seconds) in found.items()
+        for name, (robust, seconds, busy) in found.items()
     ]
 
 
@@ -173,8 +179,8 @@ def main() -> None:
         rows.append(expert(bundle, arguments.n, threads))
         print(json.dumps(rows[-1]), flush=True)
     if arguments.networks:
-        print("| network | eps | attack | robust accuracy | seconds | points above the last | share of its time |")
-        print("| --- | --- | --- | --- | --- | --- | --- |")
+        print(f"| {' | '.join(HEADER)} |")
+        print("| --- " * len(HEADER) + "|")
     for path in arguments.networks:
         for eps in map(float, arguments.eps.split(",")):
             for row in compare(path, eps, arguments.n, arguments.attacks.split(","), threads):
@@ -182,7 +188,8 @@ def main() -> None:
                 share = Proportion(row["robust"]["correct"], row["robust"]["total"])
                 print(
                     f"| {row['network']} | {eps:g} | {row['attack']} | {share} | {row['seconds']:.1f} | "
-                    f"{row['points_above']:+.2f} | {row['share_of_time']:.3f} |",
+                    f"{row['points_above']:+.2f} | {row['share_of_time']:.3f} | "
+                    f"{row['share_of_cpu_time']:.3f} |",
                     flush=True,
                 )
     if arguments.json:
