@@ -140,7 +140,7 @@ class Pass:
         return f"{self.attack}-{self.steps}{target}{' from there' if self.onward else ''}"
 
 
-HALFWAY, NEAR, CLOSE, BESIDE = 0.5, 0.75, 0.85, 0.9
+HALFWAY, NEAR, CLOSE, BESIDE = 0.65, 0.75, 0.85, 0.9
 """How near the boundary short attacks must have brought an image for further short attacks, for long ones (in `fast`
 from `CLOSE` on), and for the dearest and further starts, to be made on it. How many images each of them costs is in
 docs/results (attack-passes, autoattack)."""
