@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from toolkit.artifacts import OnnxModel
 from toolkit.config import QuantizeConfig
+from toolkit.errors import ToolkitError
 from toolkit.exporters.calibration import CalibrationReader
 from toolkit.exporters.equalization import LARGEST, Pair, equalized, pairs
 from toolkit.exporters.integers import preprocess
@@ -160,6 +161,15 @@ def test_channels_without_values_and_next_to_none_keep_sane_weights(tmp_path: Pa
     factors = (after / before).reshape(8, -1).mean(axis=1)
     np.testing.assert_allclose(factors, [1, 1, LARGEST, 1, 2, 1, 1, 1], rtol=1e-5)
     assert equalized(model, {pair: np.zeros(8)}) == model
+
+
+def test_activations_that_overflow_are_named(tmp_path: Path) -> None:
+    model = graph(tmp_path, RELU)
+    next(item for item in model.graph.initializer if item.name == "v").CopyFrom(
+        numpy_helper.from_array(np.full(8, np.inf, np.float32), "v")
+    )
+    with pytest.raises(ToolkitError, match="no finite numbers"):
+        peaks_of(model, pairs(model))
 
 
 def uneven() -> nn.Sequential:

@@ -85,12 +85,17 @@ def channel_peaks(
         model: the graph; left as it is.
         tensors: names of float tensors that nodes make.
         reader: the images.
+
+    Raises:
+        ToolkitError: activations that are no finite numbers.
     """
     names, found = list(tensors), dict[str, Tensor]()
     with tempfile.TemporaryDirectory(prefix="toolkit-calibrate-") as folder:
         for batch in _run(exposed_session(model, names, Path(folder) / "observed.onnx"), names, reader):
             for name, values in batch.items():
                 peaks = values.abs().transpose(0, 1).flatten(1).amax(1)
+                if not bool(torch.isfinite(peaks).all()):
+                    raise no_finite_numbers(name)
                 found[name] = torch.maximum(found.get(name, peaks), peaks)
     return {name: values.numpy().astype(np.float64) for name, values in found.items()}
 
