@@ -78,6 +78,8 @@ RELU = node("Relu", "a", to="b")
         ([node("HardSwish", "a", to="b")], {}, 0),
         ([node("Softmax", "a", to="b", axis=1)], {}, 0),
         ([node("Relu", "a", to="x"), node("Add", "x", "a", to="b")], {}, 0),  # read twice
+        ([node("Sigmoid", "a", to="s"), node("Relu", "a", to="x"), node("Conv", "x", "k", to="y", group=8),
+          node("Add", "y", "s", to="b")], {"k": DEPTHWISE[:, :, :1, :1]}, 0),  # read before, too
         ([node("Relu", "a", to="x"), node("Mul", "x", "w_of_nothing", to="b")], {"w_of_nothing": 2.0}, 0),
         ([node("Relu", "a", to="x"), node("Reshape", "x", "sizes", to="b")], {"sizes": [-1, 8, 50, 2]}, 0),
         ([node("Relu", "a", to="x"), node("Conv", "x", "u8", to="y"), node("Conv", "y", "u8", to="b")],
