@@ -25,19 +25,10 @@ STRENGTH = 0.5
 """0: nothing is scaled; 1: all channels of a tensor get the same range."""
 LARGEST = 16.0
 """Factor of a channel; those without any value are left alone."""
-HOMOGENEOUS = frozenset(
-    {
-        "AveragePool",
-        "Flatten",
-        "GlobalAveragePool",
-        "GlobalMaxPool",
-        "Identity",
-        "LeakyRelu",
-        "MaxPool",
-        "Relu",
-        "Reshape",
-    }
-)
+HOMOGENEOUS = frozenset((
+    "AveragePool", "Flatten", "GlobalAveragePool", "GlobalMaxPool", "Identity", "LeakyRelu", "MaxPool", "Relu",
+    "Reshape",
+))  # fmt: skip
 """Operators f with f(a x) = a f(x) for a > 0 that keep channels apart; shapes are looked at besides."""
 
 Array = npt.NDArray[np.float64]

@@ -266,8 +266,8 @@ def _worst_case_lost(allowed: float, robust: RobustAccuracy) -> str:
     """What the search cannot see, since its PGD is made on the float network once."""
     lost, images = robust.fp32.value - robust.deployed.value, robust.deployed.total
     text = (
-        f"In the worst case, on {images} evaluation images, the deployed graph loses {100 * lost:+.2f} points of "
-        "robust accuracy against the float twin."
+        f"In the worst case, on {images} evaluation images, the deployed graph {'loses' if lost >= 0 else 'gains'} "
+        f"{100 * abs(lost):.2f} points of robust accuracy against the float twin."
     )
     if lost <= allowed:
         return text
