@@ -20,6 +20,7 @@ from torch import nn
 from tests import tiny
 from tests.tiny import World, entries
 from toolkit import bundle, cli
+from toolkit.cli import app
 from toolkit.errors import ToolkitError
 
 COMMANDS = (
@@ -455,6 +456,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_panel_is_readable_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._panel(ToolkitError("a problem [with] brackets", found="/some/place[/bold]", fix="do this"))
+    app.show_error(ToolkitError("a problem [with] brackets", found="/some/place[/bold]", fix="do this"))
     err = capsys.readouterr().err
     assert "a problem [with] brackets" in err and "/some/place[/bold]" in err and os.linesep in err

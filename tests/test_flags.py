@@ -7,7 +7,16 @@ import pytest
 import typer
 from pydantic import BaseModel
 
-from toolkit import cli, flags
+from toolkit.cli import app, flags
+from toolkit.cli.attack import ATTACK_FLAGS
+from toolkit.cli.benchmark import BENCHMARK_FLAGS
+from toolkit.cli.export import EXPORT_FLAGS
+from toolkit.cli.flags import Flag
+from toolkit.cli.harden import HARDEN_FLAGS
+from toolkit.cli.prune import PRUNE_FLAGS
+from toolkit.cli.quantize import QUANTIZE_FLAGS
+from toolkit.cli.simulate import SIMULATE_FLAGS
+from toolkit.cli.train import TRAIN_FLAGS
 from toolkit.config import (
     AttackRunConfig,
     BenchmarkConfig,
@@ -17,17 +26,16 @@ from toolkit.config import (
     TrainRunConfig,
     build,
 )
-from toolkit.flags import Flag
 
 COMMANDS: dict[str, tuple[Sequence[Flag], type[StageConfig]]] = {
-    "harden": (cli.HARDEN_FLAGS, HardenConfig),
-    "train": (cli.TRAIN_FLAGS, TrainRunConfig),
-    "prune": (cli.PRUNE_FLAGS, HardenConfig),
-    "export": (cli.EXPORT_FLAGS, HardenConfig),
-    "quantize": (cli.QUANTIZE_FLAGS, HardenConfig),
-    "simulate": (cli.SIMULATE_FLAGS, SimulateRunConfig),
-    "attack": (cli.ATTACK_FLAGS, AttackRunConfig),
-    "benchmark": (cli.BENCHMARK_FLAGS, HardenConfig),
+    "harden": (HARDEN_FLAGS, HardenConfig),
+    "train": (TRAIN_FLAGS, TrainRunConfig),
+    "prune": (PRUNE_FLAGS, HardenConfig),
+    "export": (EXPORT_FLAGS, HardenConfig),
+    "quantize": (QUANTIZE_FLAGS, HardenConfig),
+    "simulate": (SIMULATE_FLAGS, SimulateRunConfig),
+    "attack": (ATTACK_FLAGS, AttackRunConfig),
+    "benchmark": (BENCHMARK_FLAGS, HardenConfig),
 }
 REQUIRED: dict[type[StageConfig], dict[str, Any]] = {
     HardenConfig: {"model": {"path": "model.pt"}},
@@ -55,7 +63,7 @@ def value_at(config: BaseModel, path: str) -> object:
 
 
 def options(command: str) -> dict[str, Any]:
-    group: Any = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(app.app)
     return {name: option for option in group.commands[command].params for name in option.opts}
 
 
@@ -87,13 +95,13 @@ def test_giving_a_flag_its_default_changes_no_other_setting(command: str, flag: 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_two_options_of_a_command_share_a_name(command: str) -> None:
-    group: Any = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(app.app)
     names = [name for option in group.commands[command].params for name in (*option.opts, *option.secondary_opts)]
     assert len(names) == len(set(names))
 
 
 def test_every_option_has_a_help_text() -> None:
-    group: Any = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(app.app)
     for name, command in group.commands.items():
         assert command.help, name
         assert all(option.help for option in command.params), name

@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(toolkit.__file__).parent
 OWNERS = {
     "torch_pruning": {"pruning.py"},
-    "typer": {"cli.py", "flags.py"},
     "onnxruntime_extensions": {"exporters/end_to_end.py"},
     "yaml": {"config.py"},
     "optuna": {"search/database.py", "search/sampler.py", "search/storage.py"},
@@ -46,6 +45,11 @@ def imported(path: Path) -> set[str]:
 def test_a_fragile_dependency_has_one_owner(dependency: str) -> None:
     users = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if dependency in imported(path)}
     assert users == OWNERS[dependency]
+
+
+def test_only_the_command_line_knows_typer() -> None:
+    users = {path for path in PACKAGE.rglob("*.py") if "typer" in imported(path)}
+    assert users and {path.parent for path in users} == {PACKAGE / "cli"}
 
 
 def test_sessions_are_made_in_one_place() -> None:

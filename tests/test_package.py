@@ -74,7 +74,7 @@ def test_the_wheel_holds_code_data_weights_and_licences(wheel: Path) -> None:
         licences = {name: archive.read(name).decode() for name in sizes if "/licenses/" in name}
     wanted = (
         "py.typed",
-        "cli.py",
+        "cli/app.py",
         "data/sample/fashion-mnist-sample.npz",
         "data/sample/LICENSE",
         "models/weights/cnn8.pt",

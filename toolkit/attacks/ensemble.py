@@ -140,17 +140,17 @@ class Pass:
         return f"{self.attack}-{self.steps}{target}{' from there' if self.onward else ''}"
 
 
-HALFWAY, NEAR, CLOSE, BESIDE = 0.65, 0.75, 0.85, 0.9
+HALFWAY, NEAR, CLOSE, BESIDE, TOUCHING = 0.65, 0.75, 0.85, 0.9, 0.97
 """How near the boundary short attacks must have brought an image for further short attacks, for long ones (in `fast`
-from `CLOSE` on), and for the dearest and further starts, to be made on it. How many images each of them costs is in
-docs/results (attack-passes, autoattack)."""
+from `CLOSE` on), for the dearest and further starts, and for starts around it, to be made on it. How many images each
+of them costs is in docs/results (attack-passes, autoattack, onward)."""
 ALL_RANKS = tuple(range(1, TARGETS + 1))
 _SHORT = (Pass("apgd-ce", 20), Pass("apgd-t", 20, (1,)), Pass("apgd-t", 20, (2, 3), near=HALFWAY))
 FAST = (
     *_SHORT,
     Pass("apgd-ce", LONG, near=CLOSE),
     Pass("apgd-t", STEPS, ALL_RANKS, near=CLOSE, exact=True),
-    *(Pass("apgd-margin", STEPS, near=BESIDE, exact=True, onward=True),) * 3,  # each from where the last one came to
+    *(Pass("apgd-margin", STEPS, near=TOUCHING, exact=True, onward=True),) * 3,  # each from where the last one came to
     Pass(SQUARE, SHORT_SEARCH),
     Pass(SQUARE, ONWARD_SEARCH, near=BESIDE, onward=True),
 )

@@ -279,3 +279,8 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 def names_by_path(flags: Sequence[Flag]) -> dict[str, str]:
     """The flag that sets each field, for error messages."""
     return {flag.path: flag.name.split("/")[0] for flag in flags}
+
+
+def tails(flags: Sequence[Flag]) -> dict[str, str]:
+    """The same by the last part of its path, for a configuration that is built on its own."""
+    return {flag.path.split(".")[-1]: flag.name.split("/")[0] for flag in flags}
