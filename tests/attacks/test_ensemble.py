@@ -162,3 +162,25 @@ def test_every_image_is_aimed_at_each_of_the_classes_side_by_side(monkeypatch: p
     monkeypatch.setattr(ensemble, "GRADIENT_ATTACKS", {"aims": Recipe(attack, 10, targeted=True)})
     Pass("aims", 10, (2, 4)).run(problem.surrogate(), images, labels, threat, torch.Generator(), settle)
     assert settled == [1, 1, 2]
+
+
+def test_starts_are_made_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attack gets a copy of the images, and of where it begins, for each; who settles sees the given batch."""
+    problem, threat = a_problem(classes=5), ThreatModel("linf", 0.1, "pixels", clip=True)
+    images, labels, start = problem.images[:2], problem.labels[:2], problem.images[2:4]
+    settled: list[int] = []
+
+    def attack(_surrogate: object, copies: torch.Tensor, truth: torch.Tensor, *_: object, **how: Any) -> None:
+        assert torch.equal(copies, images.repeat(3, 1, 1, 1)) and torch.equal(truth, labels.repeat(3))
+        assert torch.equal(how["start"], start.repeat(3, 1, 1, 1)) and "rank" not in how
+        how["settle"](copies[[1, 4]], torch.tensor([1, 4]))
+
+    def settle(attacked: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(attacked, images[positions])
+        settled.extend(positions.tolist())
+        return torch.zeros(len(positions), dtype=torch.bool)
+
+    monkeypatch.setattr(ensemble, "GRADIENT_ATTACKS", {"any": Recipe(attack, 10)})
+    how = Pass("any", 10, onward=True, starts=3)
+    how.run(problem.surrogate(), images, labels, threat, torch.Generator(), settle, start=start)
+    assert settled == [1, 0] and how.copies == 3 and str(how) == "any-10 x 3 from there"

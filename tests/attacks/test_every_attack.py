@@ -22,7 +22,7 @@ from toolkit.attacks.mim import mim
 from toolkit.attacks.minimum_norm import MinimumNorm
 from toolkit.attacks.pgd import largest_violation, rounding
 from toolkit.attacks.projections import NORM
-from toolkit.attacks.square import PATIENCE, square
+from toolkit.attacks.square import LONG, LOOKS, PATIENCE, square
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.survivors import Settle
 from toolkit.attacks.threat import ThreatModel
@@ -211,6 +211,7 @@ def run_square(
     queries: int = 40,
     seed: int = 0,
     start: Tensor | None = None,
+    reachable_only: bool = False,
     settle: Settle | None = None,
 ) -> tuple[Tensor, int]:
     target = Calls(problem.model)
@@ -223,6 +224,7 @@ def run_square(
         queries=queries,
         generator=seeded(seed),
         start=start,
+        reachable_only=reachable_only,
         settle=settle,
     )
     return attacked, target.images
@@ -309,3 +311,51 @@ def test_square_gives_up_where_nothing_is_to_be_gained_on_and_goes_on_where_some
     wide = a_threat("linf", eps=EVERYTHING["linf"])
     attacked, _ = run_square(problem, wide, start=problem.images, queries=2000)
     assert bool(problem.fooled(attacked).all())
+
+
+def test_a_long_search_from_stripes_gives_up_what_is_out_of_reach_if_it_may_and_nothing_else() -> None:
+    plane, far, near = a_hyperplane(8), a_threat("linf", eps=1e-3), a_threat("linf", eps=EVERYTHING["linf"])
+    problem = Problem(plane.model, plane.images, plane.labels)
+    slope = problem.surrogate().gradient(problem.images, problem.labels)
+    stands = ~problem.fooled((problem.images + far.eps * slope.sign()).clamp(0, 1))
+    problem, standing = Problem(plane.model, problem.images[stands], problem.labels[stands]), int(stands.sum())
+    assert standing >= 5
+    _, first, *_ = LOOKS
+    _, asked = run_square(problem, far, queries=LONG, reachable_only=True)
+    assert asked == int(first * LONG) * standing, "the first look has nothing to compare with"
+    for queries, reachable_only in ((LONG, False), (LONG - 1, True)):
+        _, asked = run_square(problem, far, queries=queries, reachable_only=reachable_only)
+        assert asked == queries * standing
+    attacked, _ = run_square(problem, near, queries=LONG, reachable_only=True)
+    assert bool(problem.fooled(attacked).all())
+
+
+def test_a_long_search_from_stripes_goes_on_where_it_rises_fast_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two targets whose margin rises by 1 with every query, the one that is near enough is attacked to the end."""
+
+    class Rising:
+        """A target whose margin begins at `-need` and rises by 1 with every query."""
+
+        def __init__(self, need: float) -> None:
+            self.need, self.queries = need, 0
+
+        def predict(self, images: Tensor) -> Tensor:
+            self.queries += 1
+            return torch.tensor([[self.need - self.queries, 0.0]]).repeat(len(images), 1)
+
+    problem, labels = a_problem(1, classes=2), torch.zeros(1, dtype=torch.int64)
+    monkeypatch.setattr("toolkit.attacks.square.LOOKS", {0.2: torch.inf, 0.4: 2.0})
+    for need, queries in ((799.0, 1000), (801.0, 400)):  # 400 and twice the 200 since the first look are 800
+        target = Rising(need)
+        square(
+            target,
+            problem.images,
+            labels,
+            a_threat("linf"),
+            problem.model.spec.normalization,
+            queries=1000,
+            generator=seeded(0),
+            reachable_only=True,
+            settle=never(),
+        )
+        assert target.queries == queries

@@ -88,6 +88,8 @@ class Pass:
     """In float32: beside the boundary gradients in bfloat16 mislead."""
     onward: bool = False
     """From the nearest point to the boundary that earlier attacks came to."""
+    starts: int = 1
+    """Random starts of an attack that is not targeted, side by side."""
 
     @property
     def by_queries(self) -> bool:
@@ -96,7 +98,7 @@ class Pass:
     @property
     def copies(self) -> int:
         """How many searches of one image go on side by side."""
-        return max(1, len(self.ranks))
+        return len(self.ranks) or self.starts
 
     def run(
         self,
@@ -126,18 +128,20 @@ class Pass:
         if recipe.random:
             how["generator"] = generator
         if self.onward:
-            how["start"] = start
+            how["start"] = None if start is None else start.repeat(self.copies, 1, 1, 1)
         if recipe.targeted:
+            how["rank"] = torch.tensor(self.ranks).repeat_interleave(len(images))
+        if self.copies > 1:
             count = len(images)
             images, labels = images.repeat(self.copies, 1, 1, 1), labels.repeat(self.copies)
-            how["rank"] = torch.tensor(self.ranks).repeat_interleave(count)
             how["settle"] = lambda attacked, positions: settle(attacked, positions % count)
         exact = self.exact or recipe.exact
         recipe.attack(surrogate.exact() if exact else surrogate, images, labels, threat, **how)
 
     def __str__(self) -> str:
         target = f" to class {', '.join(map(str, self.ranks))}" if self.ranks else ""
-        return f"{self.attack}-{self.steps}{target}{' from there' if self.onward else ''}"
+        starts = f" x {self.starts}" if self.starts > 1 else ""
+        return f"{self.attack}-{self.steps}{starts}{target}{' from there' if self.onward else ''}"
 
 
 HALFWAY, NEAR, CLOSE, BESIDE, TOUCHING = 0.65, 0.75, 0.85, 0.9, 0.97
@@ -150,7 +154,7 @@ FAST = (
     *_SHORT,
     Pass("apgd-ce", LONG, near=CLOSE),
     Pass("apgd-t", STEPS, ALL_RANKS, near=CLOSE, exact=True),
-    *(Pass("apgd-margin", STEPS, near=TOUCHING, exact=True, onward=True),) * 3,  # each from where the last one came to
+    Pass("apgd-margin", STEPS, near=TOUCHING, exact=True, onward=True, starts=3),
     Pass(SQUARE, SHORT_SEARCH),
     Pass(SQUARE, ONWARD_SEARCH, near=BESIDE, onward=True),
 )

@@ -6,6 +6,7 @@ at what attacks by gradients came to, it goes on where they are stuck.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +25,12 @@ PATIENCE = {100: 30, 200: 8, 500: 3, 1000: 1.5}
 would not reach the boundary in so many times as many queries more. Of 306 images near the boundary of three networks
 the first two gave up 79 %; of the 27 that 3,000 queries fooled, one. Of 62 others that were left after 500 queries the
 last two give up 29; of the 13 that 3,000 queries fooled, one."""
+LONG = 1000
+"""Queries from which on a search from random stripes looks who will not get there."""
+LOOKS = {0.2: torch.inf, 0.4: 2.0, 0.6: 1.75, 0.8: 1.25}
+"""After these shares of all queries it gives up the images whose margin would not reach the boundary if it rose by so
+many times as much as since the last look (the first only looks). Of 263 images near the boundary of three networks,
+two seeds each, 5,000 queries fooled 18, none of which this gives up; it saves 41 % to 56 % of the queries."""
 
 
 @dataclass
@@ -35,8 +42,8 @@ class _State:
     best: Tensor
     margin: Tensor
     """Of `best`; positive where the target is fooled, 0 where only a judge can tell: integer logits tie."""
-    begun: Tensor
-    """The margin at the start."""
+    looked: Tensor
+    """The margin at the start, or when it was last looked at."""
 
 
 def square(
@@ -49,6 +56,7 @@ def square(
     queries: int,
     generator: torch.Generator,
     start: Tensor | None = None,
+    reachable_only: bool = False,
     settle: Settle | None = None,
 ) -> Tensor:
     """Attacked images, float32 [n, C, H, W] on the CPU: those of the largest margin that was found.
@@ -63,6 +71,7 @@ def square(
         generator: of the search.
         start: float32 [n, C, H, W] within the ball, from which the search goes on with small squares, as other attacks
             left them, and gives up images early (`PATIENCE`); None: random stripes, and large squares first.
+        reachable_only: give up images whose margin rises too slowly, in long searches from stripes too (`LOOKS`).
         settle: ends the attack on images that are fooled; None: fooling `target` does.
     """
     images, labels = images.cpu(), labels.cpu()
@@ -75,15 +84,20 @@ def square(
         best, side_at = start.cpu().clone(), side_near_boundary
     begun = margin(target.predict(best).cpu(), labels)
     state = _State(images, labels, best, begun, begun)
+    patience: Mapping[int, float] = PATIENCE if start is not None else {}
+    if start is None and reachable_only and queries >= LONG:
+        patience = {int(share * queries): times for share, times in LOOKS.items()}
     judged = state.margin >= 0
     for query in range(1, queries):
         keep = survivors.submit(state.best, judged)
         if keep is not None:
             state = narrowed(state, keep)
-        if start is not None and query in PATIENCE:
-            keep = survivors.leave(state.best, PATIENCE[query] * (state.margin - state.begun) < -state.margin)
+        if query in patience:
+            keep = survivors.leave(state.best, patience[query] * (state.margin - state.looked) < -state.margin)
             if keep is not None:
                 state = narrowed(state, keep)
+            if start is None:
+                state.looked = state.margin
         if not len(survivors):
             break
         side = side_at(query, queries, images.shape)

@@ -38,6 +38,8 @@ class PassRecord:
     """Of these, those that fool the first of the graphs now, and did not before."""
     onward: bool = False
     """From where the attacks before it were stuck."""
+    starts: int = 1
+    """Random starts, side by side."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,17 @@ def pursue(
         if done:
             fooled = int((before & ~ledger.worst[graph]).sum())
             records.append(
-                PassRecord(how.attack, how.steps, how.ranks, attempt.name, attempt.graphs, done, fooled, how.onward)
+                PassRecord(
+                    how.attack,
+                    how.steps,
+                    how.ranks,
+                    attempt.name,
+                    attempt.graphs,
+                    done,
+                    fooled,
+                    onward=how.onward,
+                    starts=how.starts,
+                )
             )
     return tuple(records), tuple(not_run)
 
@@ -148,6 +160,7 @@ def _attack(
         queries=attempt.how.steps,
         generator=generator,
         start=start,
+        reachable_only=True,
         settle=settle,
     )
 

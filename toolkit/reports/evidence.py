@@ -97,6 +97,7 @@ def _worst_case(found: Examination, attacks: str) -> schema.WorstCase:
                 attempted=how.attempted,
                 fooled=how.fooled,
                 onward=how.onward,
+                starts=how.starts,
             )
             for how in found.robustness.passes
         ],

@@ -154,7 +154,8 @@ def pass_rows(found: Robustness) -> Rows:
     """What every attack of the worst case came to."""
     return [
         (
-            f"{record.attack}-{record.steps}{' onward' if record.onward else ''}",
+            f"{record.attack}-{record.steps}{f' x {record.starts}' if record.starts > 1 else ''}"
+            f"{' onward' if record.onward else ''}",
             SURROGATES[record.surrogate] if record.surrogate else "the graph, by queries",
             ", ".join(JUDGES[graph] for graph in record.graphs),
             _classes(record.ranks),
@@ -183,7 +184,7 @@ def _worst_case(found: Robustness) -> str:
         "the networks whose attacks fool them most, on the images that still stand; `newly fooled` counts those of the "
         "first graph named. Long attacks leave out images that short ones did not bring near the boundary; targeted "
         "ones aim at the image's so-many-th likeliest other classes; one `onward` begins around where those before "
-        "it are stuck.\n\n"
+        "it are stuck, `x 3` from three random points there.\n\n"
         f"{table(PASS_HEADER, pass_rows(found))}"
     )
 

@@ -224,6 +224,8 @@ class PassRecord(Part):
     """Of these, images that fool the first of the graphs now, and did not before."""
     onward: bool = False
     """From around where the attacks before it were stuck."""
+    starts: int = 1
+    """Random starts, side by side."""
 
 
 class WorstCase(Part):
