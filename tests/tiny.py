@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -121,3 +122,8 @@ def repeatable(report: dict[str, Any]) -> dict[str, Any]:
 def entries(folder: Path) -> Sequence[str]:
     """Everything in a folder, hidden or not."""
     return sorted(path.name for path in folder.iterdir())
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return found

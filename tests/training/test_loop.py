@@ -1,10 +1,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,52 +12,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.toys import GREY, halves, small_network, wrap
+from tests.training.runs import (
+    CONFIG,
+    PLAN,
+    STANDARD,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Weights,
+    equal,
+    robust_share,
+    run,
+    weights,
+)
 from toolkit.artifacts import Proportion, TorchModel
-from toolkit.attacks.pgd import pgd
-from toolkit.attacks.surrogate import Surrogate
-from toolkit.attacks.threat import PgdPlan, ThreatModel
 from toolkit.config import TrainConfig
 from toolkit.errors import ToolkitError
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import assemble, read_model_file
-from toolkit.training import loop
-from toolkit.training import run as run_module
 from toolkit.training.adversary import training_attack
 from toolkit.training.batches import augment
-from toolkit.training.loop import TrainingResult, train
+from toolkit.training.loop import train
 from toolkit.training.run import Run
-
-PLAN = PgdPlan("pixel", ThreatModel("linf", 0.1, "pixels", clip=True), 20, 0.0125, random_start=True)
-TRAIN, VALIDATION, TEST = halves(256, seed=1), halves(64, seed=2), halves(64, seed=3)
-CONFIG = TrainConfig(objective="adversarial", epochs=3, batch_size=32, attack_steps=3, precision="float32", ema=0)
-STANDARD = CONFIG.model_copy(update={"objective": "standard"})
-Weights = dict[str, Tensor]
-
-
-@pytest.fixture
-def model() -> TorchModel:
-    torch.manual_seed(0)
-    network = nn.Sequential(small_network(batch_norm=True)[:-1], nn.Dropout(0.1), nn.Linear(96, 2))
-    return wrap(network, classes=2, shape=(1, 8, 8))
-
-
-def run(model: TorchModel, config: TrainConfig, seed: int = 0, **options: Any) -> TrainingResult:
-    return train(model, TRAIN, VALIDATION, config, PLAN, seed=seed, **options)
-
-
-def weights(model: TorchModel) -> Weights:
-    return {key: value.clone() for key, value in model.network.state_dict().items()}
-
-
-def equal(first: Weights, second: Weights) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
-def robust_share(model: TorchModel) -> float:
-    batch = TEST.take(np.arange(len(TEST)))
-    surrogate = Surrogate(model.module, GREY)
-    attacked = pgd(surrogate, batch.images, batch.labels, PLAN, torch.Generator().manual_seed(0))
-    return float(model.predict(attacked).argmax(dim=1).eq(batch.labels).float().mean())
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -87,73 +59,6 @@ def test_one_seed_gives_one_set_of_weights(model: TorchModel, config: TrainConfi
     first, second, other = (run(model, config, seed) for seed in (3, 3, 4))
     assert equal(weights(first.model), weights(second.model)) and first.epochs == second.epochs
     assert not equal(weights(first.model), weights(other.model))
-
-
-class Cut:
-    """Raises KeyboardInterrupt from the progress bar after `steps` steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def advance(self, amount: int = 1, note: str = "") -> None:
-        del note
-        self.left -= amount
-        if self.left <= 0:
-            raise KeyboardInterrupt
-
-
-def cut_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    @contextmanager
-    def task(_label: str, _total: int) -> Iterator[Cut]:
-        yield Cut(steps)
-
-    monkeypatch.setattr(loop, "task", task)
-
-
-def teacher() -> TorchModel:
-    torch.manual_seed(7)
-    return wrap(small_network(), classes=2, shape=(1, 8, 8))
-
-
-EVERY: dict[str, dict[str, Any]] = {
-    "adversarial": {"augment": True},
-    "adversarial, bfloat16": {"augment": True, "precision": "bfloat16"},
-    "averaged": {"ema": 0.9},
-    "fgsm": {"objective": "fgsm", "ema": 0.5},
-    "trades": {"objective": "trades", "beta": 2.0},
-    "distill": {"objective": "distill", "clean_share": 0.5, "temperature": 2.0},
-    "distill, augmented": {"objective": "distill", "augment": True},
-}
-"""Settings that resume, each over `CONFIG`."""
-
-
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("steps", [3, 8, 13])
-def test_an_interrupted_run_goes_on_to_the_same_weights(
-    model: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, name: str
-) -> None:
-    config = CONFIG.model_copy(update={"epochs": 2, **EVERY[name]})
-    whole = run(model, config, checkpoint=tmp_path / "whole.pt", teacher=teacher())
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "SAVE_EVERY_S", -1.0)
-        cut_after(patched, steps)
-        with pytest.raises(KeyboardInterrupt):
-            run(model, config, checkpoint=tmp_path / "cut.pt", teacher=teacher())
-    saved = torch.load(tmp_path / "cut.pt", weights_only=True)
-    assert saved["step"] == steps
-    torch.rand(5)  # the state of the global generator must not matter
-    resumed = run(model, config, checkpoint=tmp_path / "cut.pt", resume=True, teacher=teacher())
-    assert equal(weights(whole.model), weights(resumed.model))
-    assert whole.epochs == resumed.epochs and whole.best_epoch == resumed.best_epoch
-
-
-def test_a_distillation_resumes_with_its_own_teacher_wherever_its_file_lies(model: TorchModel, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"objective": "distill", "epochs": 1, "teacher": Path("here.pt")})
-    run(model, config, checkpoint=tmp_path / "a.pt", teacher=teacher())
-    moved = config.model_copy(update={"teacher": Path("there.pt")})
-    run(model, moved, checkpoint=tmp_path / "a.pt", resume=True, teacher=teacher())
-    with pytest.raises(ToolkitError, match="other settings, data or weights"):
-        run(model, config, checkpoint=tmp_path / "a.pt", resume=True, teacher=model)
 
 
 @pytest.mark.parametrize("objective", ["fgsm", "trades"])
@@ -189,73 +94,6 @@ def test_averaged_weights_are_validated_and_returned(model: TorchModel, monkeypa
     raw, averaged = seen[result.best_epoch - 1]
     assert equal(weights(result.model), averaged) and not equal(raw, averaged)
     assert result.model.spec.training[-1]["ema"] == 0.9
-
-
-def test_a_finished_run_is_resumed_without_another_step(
-    model: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = run(model, STANDARD, checkpoint=tmp_path / "a.pt")
-    monkeypatch.setattr(Run, "advance", lambda _self: pytest.fail("no step is left"))
-    again = run(model, STANDARD, checkpoint=tmp_path / "a.pt", resume=True)
-    assert equal(weights(first.model), weights(again.model))
-
-
-def test_without_resume_an_old_checkpoint_is_not_read(model: TorchModel, tmp_path: Path) -> None:
-    (tmp_path / "a.pt").write_bytes(b"rubbish")
-    run(model, STANDARD, checkpoint=tmp_path / "a.pt")
-
-
-def other_weights(model: TorchModel) -> TorchModel:
-    changed = model.copy()
-    with torch.no_grad():
-        next(changed.network.parameters()).add_(1e-3)
-    return changed
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: train(model, TRAIN, VALIDATION, STANDARD, PLAN, seed=1, checkpoint=Path("a.pt"), resume=True),
-        lambda model: train(
-            model, halves(256, seed=9), VALIDATION, STANDARD, PLAN, seed=0, checkpoint=Path("a.pt"), resume=True
-        ),
-        lambda model: train(
-            model, TRAIN, halves(64, seed=9), STANDARD, PLAN, seed=0, checkpoint=Path("a.pt"), resume=True
-        ),
-        lambda model: run(model, CONFIG, checkpoint=Path("a.pt"), resume=True),
-        lambda model: run(other_weights(model), STANDARD, checkpoint=Path("a.pt"), resume=True),
-    ],
-)
-def test_another_run_cannot_be_resumed(
-    model: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[TorchModel], object]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    run(model, STANDARD, checkpoint=Path("a.pt"))
-    with pytest.raises(ToolkitError, match="other settings, data or weights") as caught:
-        change(model)
-    assert "--resume" in caught.value.fix
-
-
-@pytest.mark.parametrize("content", [b"", b"rubbish", None])
-def test_a_damaged_checkpoint_cannot_be_resumed(model: TorchModel, tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "a.pt"
-    if content is None:
-        torch.save({"step": 3}, path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(ToolkitError, match="training checkpoint is damaged") as caught:
-        run(model, STANDARD, checkpoint=path, resume=True)
-    assert str(path) in caught.value.found and "without --resume" in caught.value.fix
-
-
-def test_another_number_of_threads_is_warned_of(
-    model: TorchModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(model, STANDARD, checkpoint=tmp_path / "a.pt")
-    state = torch.load(tmp_path / "a.pt", weights_only=True)
-    torch.save({**state, "threads": 77}, tmp_path / "a.pt")
-    run(model, STANDARD, checkpoint=tmp_path / "a.pt", resume=True)
-    assert "began with 77 thread(s)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
@@ -367,87 +205,6 @@ def test_standard_training_needs_no_threat_model(model: TorchModel) -> None:
         train(model, TRAIN, VALIDATION, CONFIG, None, seed=0)
 
 
-class Views(nn.Module):
-    """Flattens with `view`, as most tutorials do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.last = nn.Conv2d(1, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.Linear(96, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = functional.relu(self.norm(self.first(x)))
-        logits: Tensor = self.last(x.view(x.size(0), -1))
-        return logits
-
-
-class MixesDtypes(Views):
-    def forward(self, x: Tensor) -> Tensor:
-        x = functional.relu(self.norm(self.first(x).float() + torch.arange(4, device=x.device).float() / 10))
-        logits: Tensor = self.last(x.flatten(1))
-        return logits
-
-
-class OnlyFloat32(Views):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.first(x))
-        if x.dtype != torch.float32:
-            raise TypeError("float32 is needed")
-        logits: Tensor = self.last(x.flatten(1))
-        return logits
-
-
-@pytest.mark.parametrize("objective", ["standard", "adversarial"])
-@pytest.mark.parametrize(
-    ("kind", "form"),
-    [
-        (Views, "bfloat16 autocast, contiguous"),
-        (MixesDtypes, "bfloat16 autocast, channels-last"),
-        (OnlyFloat32, "float32, channels-last"),
-    ],
-)
-def test_users_networks_train_in_the_fastest_form_that_they_bear(
-    kind: type[Views], form: str, objective: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    torch.manual_seed(0)
-    model = wrap(kind(), classes=2, shape=(1, 8, 8))
-    before = weights(model)
-    result = run(model, CONFIG.model_copy(update={"objective": objective, "precision": "bfloat16"}))
-    assert result.precision == form.split()[0].rstrip(",")
-    assert result.epochs[-1].accuracy.value > 0.9
-    said = capsys.readouterr().err
-    assert ("training in " in said) == (form != "bfloat16 autocast, channels-last")
-    assert f"training in {form}: " in said or kind is MixesDtypes
-    assert ("attacking in " in said) == (objective == "adversarial")
-    assert equal(before, weights(model)), "what was tried was a copy"
-
-
-def test_standard_training_keeps_freed_memory_too(model: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[bool] = []
-    monkeypatch.setattr(run_module, "keep_freed_memory", lambda: calls.append(True))
-    monkeypatch.setattr(run_module, "compute_device", lambda: torch.device("cpu"))
-    train(model, TRAIN, VALIDATION, STANDARD, None, seed=0)
-    assert calls
-
-
-def test_trying_a_network_leaves_no_trace_in_its_statistics(model: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Run, "advance", lambda _self: pytest.fail("nothing is trained here"))
-    started = Run(model, TRAIN, VALIDATION, CONFIG, PLAN, 0)
-    assert equal(weights(model), {key: value.cpu() for key, value in started.module.network.state_dict().items()})
-    assert all(parameter.grad is None for parameter in started.module.parameters())
-
-
-def test_a_network_that_answers_otherwise_in_training_is_bad_input(model: TorchModel) -> None:
-    class Auxiliary(Views):
-        def forward(self, x: Tensor) -> Any:
-            logits = super().forward(x)
-            return (logits, logits) if self.training else logits
-
-    odd = replace(wrap(Auxiliary(), classes=2, shape=(1, 8, 8)), spec=model.spec)
-    with pytest.raises(ToolkitError, match="training is not possible with this network") as caught:
-        run(odd, STANDARD)
-    assert "'tuple'" in caught.value.found and "in training mode too" in caught.value.fix
-
-
 def test_the_attack_of_training_keeps_the_threat_model() -> None:
     attack = training_attack("adversarial", PLAN.threat, 7)
     assert (attack.threat, attack.steps, attack.start) == (PLAN.threat, 7, "uniform")
@@ -504,24 +261,6 @@ def shifted(image: Tensor, down: int, right: int, flip: bool) -> Tensor:
     return result.flip(2) if flip else result
 
 
-def test_ctrl_c_loses_no_step(model: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = run(model, STANDARD, checkpoint=tmp_path / "whole.pt")
-    original = Run.advance
-
-    def advance(self: Run) -> None:
-        original(self)
-        if self.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Run, "advance", advance)
-        with pytest.raises(KeyboardInterrupt):
-            run(model, STANDARD, checkpoint=tmp_path / "cut.pt")
-    assert torch.load(tmp_path / "cut.pt", weights_only=True)["step"] == 2
-    resumed = run(model, STANDARD, checkpoint=tmp_path / "cut.pt", resume=True)
-    assert equal(weights(whole.model), weights(resumed.model))
-
-
 @pytest.mark.parametrize("objective", ["adversarial", "fgsm", "trades"])
 def test_training_may_use_a_larger_radius_than_is_validated(model: TorchModel, objective: str) -> None:
     wider = Run(model, TRAIN, VALIDATION, CONFIG.model_copy(update={"objective": objective, "radius": 1.5}), PLAN, 0)
@@ -561,36 +300,3 @@ def test_an_objective_with_its_own_attack_takes_no_schedule(model: TorchModel, o
     with pytest.raises(ToolkitError, match="has an attack of its own") as error:
         run(model, config)
     assert "--attack-schedule threat" in error.value.found
-
-
-class Counter:
-    """An observer that counts training passes of the first layer."""
-
-    def __init__(self) -> None:
-        self.passes = 0
-
-    def attach(self, network: nn.Module) -> None:
-        def count(module: nn.Module, *_: object) -> None:
-            self.passes += module.training
-
-        next(module for module in network.modules() if isinstance(module, nn.Conv2d)).register_forward_hook(count)
-
-    def state(self) -> dict[str, Any]:
-        return {"passes": self.passes}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.passes = state["passes"]
-
-
-def test_an_observer_sees_every_batch_once_however_often_the_training_is_cut(
-    model: TorchModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, before, after = Counter(), Counter(), Counter()
-    result = run(model, CONFIG, observer=whole)
-    assert whole.passes == 3 * 256 // 32, "neither attacks nor validation count"
-    with monkeypatch.context() as patched:
-        cut_after(patched, 10)
-        with pytest.raises(KeyboardInterrupt):
-            run(model, CONFIG, checkpoint=tmp_path / "state", observer=before)
-    again = run(model, CONFIG, checkpoint=tmp_path / "state", resume=True, observer=after)
-    assert after.passes == whole.passes and equal(weights(result.model), weights(again.model))

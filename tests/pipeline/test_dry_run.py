@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from toolkit import cli, planning
+
+
+def test_a_dry_run_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tiny.entries(here)
+    assert tiny.run(*tiny.harden_arguments(), "--dry-run") == cli.DONE
+    assert [name for name in tiny.entries(here) if name != "__pycache__"] == before
+    plan = capsys.readouterr().out
+    assert "6,339 -> 2,019 parameters" in plan and "2 epoch(s) of 540 images" in plan
+    assert re.search(r"in all about \d+\.\d minutes", plan) and plan.count(" s\n") >= 6
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("objective", "passes"), [("fgsm", 2.6), ("trades", 10.2), ("standard", 1.6), ("none", 0)])
+def test_a_dry_run_counts_the_passes_of_the_objective(
+    objective: str, passes: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(planning, "seconds_per_image", lambda *_: 1.0)
+    more = ["--finetune", objective, "--dry-run", "--json", "-q"]
+    assert tiny.run(*tiny.harden_arguments(), *more) == cli.DONE
+    plan = {row["step"].split()[0]: row["seconds"] for row in json.loads(capsys.readouterr().out)}
+    assert plan["fine-tune"] == pytest.approx(2 * 540 * passes)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_dry_run_counts_surrogates_and_attacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(planning, "seconds_per_image", lambda *_: 1.0)
+    found = {}
+    for attacks in ("pgd", "fast", "ensemble", "square"):
+        assert tiny.run(*tiny.harden_arguments(attacks=attacks), "--dry-run", "--json", "-q") == cli.DONE
+        (row,) = [row for row in json.loads(capsys.readouterr().out) if row["step"].startswith("evaluate")]
+        assert f"PGD-5 on all surrogates, {attacks}; 150 images" in row["step"]
+        found[attacks] = row["seconds"]
+    assert found["pgd"] < found["fast"] < found["ensemble"]
+    searched = 2  # the float twin and the deployed graph
+    assert found["square"] - found["pgd"] == pytest.approx(150 * 5000 * planning.QUERY_COST * searched)
