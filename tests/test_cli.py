@@ -296,7 +296,7 @@ def test_unmet_gates_still_write_the_bundle(here: Path, capsys: pytest.CaptureFi
     report = json.loads((here / "out/report.json").read_text())
     assert [gate["met"] for gate in report["gates"]] == [True, False, True]
     assert "**not met**" in (here / "out/report.md").read_text()
-    assert tiny.run("verify", "out") == cli.DONE
+    assert tiny.run("verify", "out", "--files-only") == cli.DONE
 
 
 def test_a_defect_of_ours_says_so(
@@ -320,7 +320,7 @@ def test_force_replaces_and_keeps_the_old_bundle_if_the_run_fails(
     with monkeypatch.context() as patch:
         patch.setattr("toolkit.pipeline.render_markdown", lambda _report: 1 / 0)
         assert tiny.run(*command) == cli.DEFECT
-    assert (out / "report.json").read_bytes() == old and tiny.run("verify", "out", "-q") == cli.DONE
+    assert (out / "report.json").read_bytes() == old and tiny.run("verify", "out", "--files-only", "-q") == cli.DONE
     assert tiny.run(*command) == cli.DONE
     assert (out / "report.json").read_bytes() != old
     assert not [name for name in entries(here) if name.startswith(".")]
@@ -380,7 +380,7 @@ def test_ctrl_c_says_how_to_resume_and_the_resume_completes(here: Path) -> None:
 
 
 def test_verify_finds_a_changed_file(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tiny.run("verify", out, "--json") == cli.DONE
+    assert tiny.run("verify", out, "--files-only", "--json") == cli.DONE
     assert all(finding["passed"] for finding in json.loads(capsys.readouterr().out))
     with (out / "model.onnx").open("ab") as file:
         file.write(b"\0")
@@ -405,7 +405,7 @@ def test_report_is_written_again(hardened: World, out: Path, capsys: pytest.Capt
     assert tiny.run("report", out) == cli.DONE
     assert "bundle:  out" in capsys.readouterr().out
     assert (out / "report.md").read_bytes() == (hardened.bundle / "report.md").read_bytes()
-    assert tiny.run("verify", out) == cli.DONE
+    assert tiny.run("verify", out, "--files-only") == cli.DONE
 
 
 def test_compare(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

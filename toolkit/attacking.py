@@ -145,7 +145,7 @@ def _of_bundle(config: AttackRunConfig, target: Path | None) -> tuple[AttackRunC
             f"{', '.join(changed)} of {folder} differs from the bundle's manifest: the report's claims are of another "
             "file (`toolkit verify` checks them)"
         )
-    config = _with_bundle_settings(config, folder, saved)
+    config = with_bundle_settings(config, folder, saved)
     prepared = prepare(config)
     model, names = prepared.model, prepared.model.spec.class_names
     plan = resolve_plan(config.threat, prepared.source.threat_key)
@@ -267,7 +267,7 @@ def _try_out(path: Path, interface: GraphInterface, source: DataSource) -> int:
     return logits.shape[1]
 
 
-def _with_bundle_settings(config: AttackRunConfig, folder: Path, saved: HardenConfig) -> AttackRunConfig:
+def with_bundle_settings(config: AttackRunConfig, folder: Path, saved: HardenConfig) -> AttackRunConfig:
     """The bundle's own images, seed and threat model, where the user set none."""
     given = {name: getattr(config.threat, name) for name in config.threat.model_fields_set}
     changes: dict[str, object] = {

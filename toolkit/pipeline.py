@@ -167,7 +167,7 @@ def _finetune(
                 checkpoint=checkpoint,
                 resume=resume,
                 teacher=teacher,
-                rounding=_rounding(config, prepared),
+                rounding=rounding_of(config, prepared),
                 world=world,
             )
     except ToolkitError:
@@ -176,8 +176,8 @@ def _finetune(
         raise
 
 
-def _rounding(config: HardenConfig, prepared: PreparedAttack) -> Rounding | None:
-    """What the fine-tuning rounds to: what the integer graph will."""
+def rounding_of(config: HardenConfig, prepared: PreparedAttack) -> Rounding | None:
+    """What the fine-tuning of a resolved configuration rounds to: what the integer graph will; None: nothing."""
     if not config.finetune.qat:
         return None
     margin = prepared.plan.threat.margin(prepared.model.spec.normalization)

@@ -55,7 +55,6 @@ def again(searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """A copy of it, as the working folder."""
     shutil.copytree(searched, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
-    monkeypatch.setattr(cli, "_on_interrupt", None)
     return tmp_path / "copy"
 
 

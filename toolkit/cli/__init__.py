@@ -11,7 +11,7 @@ __all__ = ["BAD_INPUT", "DEFECT", "DONE", "GATE_UNMET", "INTERRUPTED", "main", "
 
 for _name in (
     *("harden", "search", "train", "prune", "export", "quantize", "simulate", "attack", "benchmark"),
-    *("bundles", "reproduce", "doctor"),
+    *("bundles", "verify", "reproduce", "doctor"),
 ):
     import_module(f"toolkit.cli.{_name}")  # registers its commands, in the order in which --help lists them
 

@@ -34,6 +34,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing output
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with an estimate; write nothing.")]
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="A config.yaml; flags win over it.")]
+Folder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that harden wrote.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint, state dict, or shipped:cnn8.")]
 ModelIfNamed = Annotated[str | None, typer.Argument(metavar="MODEL", help="Checkpoint, or shipped:cnn8.")]
 

@@ -1,4 +1,4 @@
-"""What can be done with bundles that are there: report, compare, verify."""
+"""Bundles that are there, read again: report, compare."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from typing import Annotated
 
 import typer
 
-from toolkit.cli.app import Json, Quiet, Verbose, app, start
+from toolkit.cli.app import Folder, Json, Quiet, Verbose, app, start
 from toolkit.cli.printing import print_report, table
-from toolkit.errors import ToolkitError
-
-Folder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that harden wrote.")]
 
 
 @app.command()
@@ -45,25 +42,3 @@ def compare(
         print(json.dumps([dict(zip(header, row, strict=True)) for row in rows]))
         return
     table(header, rows)
-
-
-@app.command()
-def verify(folder: Folder, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Check a bundle's files against its manifest, and its report against the schema."""
-    start(quiet, verbose)
-    from toolkit import bundle
-
-    findings = bundle.verify_files(folder)
-    if all(finding.passed for finding in findings):
-        bundle.read_report(folder)
-    if as_json:
-        print(json.dumps([{"file": f.file, "passed": f.passed, "detail": f.detail} for f in findings]))
-    else:
-        table(("file", "", ""), [(f.file, "ok" if f.passed else "FAILED", f.detail) for f in findings])
-    failed = [finding for finding in findings if not finding.passed]
-    if failed:
-        raise ToolkitError(
-            "the bundle is not what was written",
-            found="; ".join(f"{finding.file}: {finding.detail}" for finding in failed[:5]),
-            fix="copy the bundle again, or harden again",
-        )

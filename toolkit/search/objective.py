@@ -32,11 +32,11 @@ from toolkit.evaluators.timing import Interval
 from toolkit.exporters.onnx import export_onnx
 from toolkit.graphs import Graphs, settled, some_pixels, timed, write_graphs
 from toolkit.lineup import Lineup
-from toolkit.pipeline import check_settings, resolve
+from toolkit.pipeline import check_settings, resolve, rounding_of
 from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack
 from toolkit.pruning import prune
 from toolkit.search.locks import locked, stopwatch_lock
-from toolkit.training.loop import train
+from toolkit.training.loop import TrainingResult, train
 from toolkit.watch import Stopwatch
 
 QUICK_ROUNDS = 10
@@ -148,9 +148,11 @@ class Laboratory:
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             workspace = bundle.Workspace(Path(folder) / "bundle", Path(folder))
             workspace.files.mkdir()
-            graphs = write_graphs(config, self.prepared, tuned, self.original, workspace, watch)
+            graphs = write_graphs(
+                config, self.prepared, tuned.model, self.original, workspace, watch, learnt=tuned.learnt
+            )
             with watch.stage("evaluate"):
-                clean, robust = self._judge(config, tuned, graphs)
+                clean, robust = self._judge(config, tuned.model, graphs)
             with watch.stage("benchmark"):
                 row = self._time(config, graphs)
             size = graphs.deployed.path.stat().st_size
@@ -158,7 +160,7 @@ class Laboratory:
         ratio = Interval(row.ratio, row.ratio_low, row.ratio_high)
         return Measurement(clean, robust, row.p50, ratio, row.trusted, size, chosen, watch.seconds)
 
-    def _tune(self, config: HardenConfig) -> TorchModel:
+    def _tune(self, config: HardenConfig) -> TrainingResult:
         """The tuned network; once tuned it is read from disk, and whoever wants the same one meanwhile waits for it."""
         pruned = prune(self.prepared.model, config.prune).model
         splits = self.prepared.splits
@@ -177,7 +179,8 @@ class Laboratory:
                 checkpoint=kept,
                 resume=True,
                 teacher=teacher,
-            ).model
+                rounding=rounding_of(config, self.prepared),
+            )
 
     def _judge(self, config: HardenConfig, model: TorchModel, graphs: Graphs) -> tuple[Proportion, Proportion]:
         """Clean accuracy of the deployed graph, and what the attacks leave of it."""
@@ -217,6 +220,8 @@ def tuned_file(folder: Path, config: HardenConfig) -> Path:
     parts = {"prune", "finetune", "seed", "threads", "threat", "data", "model"}
     facts = config.model_dump(mode="json", include=parts)
     facts["data"].pop("evaluation")  # judges alone
+    if config.finetune.qat:
+        facts["weight_bits"] = config.quantize.int8_bits
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return folder / TUNED / f"{name}.pt"
 
