@@ -181,7 +181,41 @@ def test_exchanged_light_and_dark_is_a_matter_of_the_images(stranger: Callable[.
     assert "negativeimages" in words and "lightanddark" in words and "--mean" not in words
 
 
+@pytest.mark.parametrize("form", [strangers.up_to_255, strangers.uint8], ids=["[0, 255]", "uint8"])
+def test_a_graph_that_wants_other_pixels_is_not_quantised(
+    form: Callable[[ModelProto], ModelProto], stranger: Callable[..., Path], capsys: Capture
+) -> None:
+    """Its integer graph would take pixels in [0, 1]."""
+    assert tiny.run("quantize", stranger(form), *DATA, "--threads", "1", "-q") == cli.BAD_INPUT
+    words = said(capsys.readouterr().err)
+    assert "takesuint8" in words or "doesnottakepixelsin[0,1]" in words
+    assert not Path("model.onnx").exists()
+
+
+def test_what_a_stranger_calls_as_we_do_is_not_taken_for_ours(stranger: Callable[..., Path], capsys: Capture) -> None:
+    path = stranger(lambda made: made)
+    made = onnx.load(path)
+    for key, value in (("class_names", "cat,dog"), ("normalization", "none"), ("threat_model", "l2"), ("dataset", "x")):
+        made.metadata_props.add(key=key, value=value)
+    onnx.save(made, path)
+    assert attack(capsys, path, *DATA, *QUICK, *PGD)["accuracy"]["deployed"]["correct"] == 30
+    assert tiny.run("quantize", path, *DATA, "--threads", "1", "-q") == cli.DONE
+    kept = {entry.key: entry.value for entry in onnx.load("model.onnx").metadata_props}
+    assert kept["class_names"] == "cat,dog", "what is not ours stays"
+
+
 # Attacks, time, interruptions
+
+
+def test_an_attack_of_the_norm_that_the_file_was_hardened_for(out: Path, here: Path, capsys: Capture) -> None:
+    """The file says its norm: nobody needs to say it again."""
+    made = onnx.load(out / "model.fp32.onnx")
+    (entry,) = (entry for entry in made.metadata_props if entry.key == "threat_model")
+    entry.value = json.dumps({**json.loads(entry.value), "norm": "l2", "eps": 0.5})
+    onnx.save(made, here / "l2.onnx")
+    found = attack(capsys, "l2.onnx", *DATA, "--n", "12", "--threads", "1", "--steps", "2", "--attacks", "cw")
+    assert found["threat"]["norm"] == "l2" and found["worst_case"]["attacks"] == "cw"
+    assert "cwdoesnotexistinthenormlinf" in refused(capsys, "l2.onnx", *DATA, "--norm", "linf", "--attacks", "cw")
 
 
 @pytest.mark.usefixtures("here")
@@ -272,8 +306,9 @@ def test_saved_images_fool_the_graph_when_they_are_read_back(out: Path, here: Pa
         assert logits.argmax() != label, file.name
         distance = np.abs(originals - pixels.astype(np.int64)).max(axis=(1, 2, 3)).min()
         assert distance <= EPS * 255, "within the threat model, and of an evaluation image"
-    assert tiny.run("attack", "model.pt", *QUICK, *PGD, "--save-adversarial", "fooling", "-q") == cli.DONE
-    assert "images that fool the graph: fooling" in capsys.readouterr().out
+    assert tiny.run("attack", "model.pt", *QUICK, *PGD, "--save-adversarial", "others", "-q") == cli.DONE
+    assert "images that fool the graph: others" in capsys.readouterr().out
+    assert "isnotempty" in refused(capsys, "model.pt", *QUICK, *PGD, "--save-adversarial", "fooling")
 
 
 @pytest.mark.usefixtures("here")

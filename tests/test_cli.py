@@ -408,6 +408,12 @@ def test_report_is_written_again(hardened: World, out: Path, capsys: pytest.Capt
     assert tiny.run("verify", out, "--files-only") == cli.DONE
 
 
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_a_seed_that_is_none(seed: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny.run("benchmark", out, f"--seed={seed}") == cli.BAD_INPUT
+    assert "--seed" in capsys.readouterr().err
+
+
 def test_compare(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(out, "other")
     assert tiny.run("compare", out, "other", "--json") == cli.DONE

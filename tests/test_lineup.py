@@ -130,8 +130,13 @@ def test_an_evaluation_of_other_graphs_has_another_name(integer: Path, tmp_path:
         line.with_network("float", threshold(slope=1.5)),
         line.with_float_twin(integer),
     ]
-    names = {found.fingerprint(SPLIT, HOW) for found in (line, *others)}
-    assert len(names) == len(others) + 1
+    calibrated = [
+        line.with_fake_quantised(model, calibration, per_channel=True, margin=margin)
+        for calibration, margin in ((SPLIT, 0.0), (SPLIT.first(3), 0.0), (SPLIT, 0.1))
+    ]
+    assert all("fake_quantised" in found.surrogates for found in calibrated)
+    names = {found.fingerprint(SPLIT, HOW) for found in (line, *others, *calibrated)}
+    assert len(names) == len(others) + len(calibrated) + 1
 
 
 def toy() -> Lineup:

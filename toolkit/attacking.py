@@ -24,7 +24,7 @@ from toolkit.evaluators.evaluation import Clock, Conditions
 from toolkit.evaluators.image_files import Gallery
 from toolkit.evaluators.journal import default_folder
 from toolkit.exporters.interface import FIX, GraphInterface, read_interface
-from toolkit.exporters.onnx import read_metadata
+from toolkit.exporters.onnx import own_metadata, read_metadata
 from toolkit.exporters.precision import float_weights
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.input_form import refuse_wrong_input
@@ -75,8 +75,11 @@ def attack(
     """
     start = time.monotonic()
     clock = Clock(config.budget)
-    compose(config.attack.attacks, classes=2, norm=config.threat.norm)
-    kept = Gallery(gallery)
+    given = config.threat.norm if "norm" in config.threat.model_fields_set else None  # else the bundle or file says it
+    compose(config.attack.attacks, classes=2, norm=given)
+    kept = Gallery(gallery, fresh=not resume)
+    if resume and gallery is not None:
+        warn("--resume: attacked images of parts that are kept from before are not written again")
     model = config.model.path
     if model.is_dir():
         config, scene = _of_bundle(config, target)
@@ -179,7 +182,7 @@ def _of_file(config: AttackRunConfig, target: Path | None) -> _Scene:
             fix=f"leave --target away, or name the checkpoint that {target} was made from as the model",
         )
     threads = set_threads(config.threads)
-    metadata = read_metadata(path)
+    metadata = own_metadata(read_metadata(path))
     known = metadata.get("dataset")
     wanted = config.data.source or (known if known not in ("folder", "npz") else None)
     if wanted is None:
@@ -223,7 +226,7 @@ def _outside_normalization(config: AttackRunConfig, metadata: Mapping[str, str])
     )
 
 
-def _spec_of_file(path: Path, interface: GraphInterface, source: DataSource, metadata: dict[str, str]) -> ModelSpec:
+def _spec_of_file(path: Path, interface: GraphInterface, source: DataSource, metadata: Mapping[str, str]) -> ModelSpec:
     """What the file takes and gives, with the data's words where the file has none."""
     names = tuple(json.loads(metadata["class_names"])) if "class_names" in metadata else source.train.class_names
     fits = all(size in (None, given) for size, given in zip(interface.input_shape, source.train.shape, strict=True))

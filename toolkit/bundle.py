@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 
 from toolkit.config import HardenConfig, build, read_settings
 from toolkit.errors import ToolkitError
+from toolkit.locks import give_back, take
 from toolkit.reports.schema import Report
 
 MANIFEST = "manifest.json"
@@ -143,23 +143,17 @@ def _alone(workspace: Workspace) -> Iterator[None]:
     """
     workspace.root.mkdir(exist_ok=True)
     try:
-        import fcntl
-    except ImportError:  # no such locks on Windows
-        yield
-        return
-    descriptor = os.open(workspace.root, os.O_RDONLY)
+        descriptor = take(workspace.root)
+    except BlockingIOError as error:
+        raise ToolkitError(
+            "another run is writing to this output",
+            found=str(workspace.output),
+            fix="wait for it, or name another folder with --output",
+        ) from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ToolkitError(
-                "another run is writing to this output",
-                found=str(workspace.output),
-                fix="wait for it, or name another folder with --output",
-            ) from error
         yield
     finally:
-        os.close(descriptor)
+        give_back(descriptor)
 
 
 def _clear(workspace: Workspace) -> None:

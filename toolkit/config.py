@@ -115,6 +115,11 @@ class PruneConfig(StageConfig):
     """Shares of single layers, by module name; layers that can only be pruned together follow the one named."""
 
     @property
+    def prunes(self) -> bool:
+        """Whether any filter is to go."""
+        return self.ratio > 0 or any(share > 0 for share in self.ratios.values())
+
+    @property
     def multiple(self) -> int:
         """The multiple, once it is known.
 
@@ -189,7 +194,8 @@ class QuantizeConfig(StageConfig):
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     per_channel: bool = True
     equalize: bool = True
-    """Channels between two layers are scaled so that one step suits them all; the engine ort with `per_channel`."""
+    """Channels between two layers are scaled so that one step suits them all; the engine ort with `per_channel`,
+    and not with learnt ranges."""
     reduce_range: bool | None = None
     """Weights of seven bits, which no pair of products overflows 16 bits with: for x86 without VNNI. None: if this
     machine is one."""
@@ -363,7 +369,7 @@ class SearchConfig(StageConfig):
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] | None = None
     """Every trial is trained with each of them, and their mean counts; None: the run's own seed."""
     bundles: Annotated[int, Field(ge=1)] = 4
-    """At most so many points of the front get full evidence."""
+    """So many points of the front get full evidence, up to twice as many where none keeps the limits."""
     storage: str | None = None
     """URL of the data base that keeps the trials; None: an SQLite file in the output's folder."""
     study: str = "search"

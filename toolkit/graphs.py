@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import tempfile
@@ -136,9 +137,9 @@ def search_rounding(
     Returns:
         None: there is nothing to search, or to prune.
     """
-    if config.prune.round_to != "auto" or config.prune.ratio == 0:
+    if config.prune.round_to != "auto" or not config.prune.prunes:
         return None
-    key = fingerprint(model, config.prune)
+    key = f"{fingerprint(model, config.prune)} {_conditions(config)}"
     known = RoundingChoice.read(kept, key) if kept else None
     if known is not None:
         return known
@@ -215,7 +216,8 @@ def _assign(
     workspace: bundle.Workspace,
 ) -> Assignment:
     """Search which layers should be integer, on validation images and this machine."""
-    known = Assignment.read(workspace.assignment, fp32.path)
+    conditions = _conditions(config)
+    known = Assignment.read(workspace.assignment, fp32.path, conditions)
     if known is not None:
         return known
     pixels = some_pixels(config, prepared.splits.validation)
@@ -229,8 +231,14 @@ def _assign(
             max_drop=config.quantize.max_drop,
             seed=config.seed,
         )
-    found.write(workspace.assignment, fp32.path)
+    found.write(workspace.assignment, fp32.path, conditions)
     return found
+
+
+def _conditions(config: HardenConfig) -> str:
+    """Names everything beside the network that a search by measuring rests on."""
+    parts = {"export", "quantize", "benchmark", "threads", "seed", "threat"}
+    return hashlib.sha256(config.model_dump_json(include=parts).encode()).hexdigest()
 
 
 def timed(config: HardenConfig) -> BenchmarkConfig:

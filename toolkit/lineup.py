@@ -36,6 +36,8 @@ class Lineup:
     input_range: tuple[float, float] | None = None
     """Pixels that the deployed graph's input quantiser represents; None for float graphs."""
     files: tuple[Path, ...] = ()
+    facts: tuple[str, ...] = ()
+    """What else determines what is attacked and who judges, in words."""
 
     def with_network(self, name: SurrogateName, model: TorchModel) -> Lineup:
         """Attacks are made on `model` too."""
@@ -48,7 +50,7 @@ class Lineup:
     def with_float_twin(self, path: Path, *, provider: Provider = "cpu") -> Lineup:
         """The float twin in `path` judges too."""
         found = self.with_target("fp32", OnnxPredictor(path, provider=provider))
-        return replace(found, files=(*self.files, path))
+        return replace(found, files=(*self.files, path), facts=(*self.facts, f"fp32 by {provider}"))
 
     def with_deployed(
         self,
@@ -74,6 +76,7 @@ class Lineup:
         plain = OnnxPredictor(path, optimized=False, interface=interface)
         found = self.with_target("deployed", deployed).with_target("deployed_unoptimised", plain)
         found = replace(found, files=(*self.files, path), input_range=input_range(path))
+        found = replace(found, facts=(*self.facts, f"deployed by {provider}"))
         if not twin:
             return found
         try:
@@ -108,7 +111,9 @@ class Lineup:
         except ToolkitError as error:
             warn(f"{error.problem}: {error.found}; attacks are made without the fake-quantised network")
             return self
-        return self.with_network("fake_quantised", made)
+        found = self.with_network("fake_quantised", made)
+        how = f"ranges from {calibration.digest}, {activation_bits} bits, margin {margin:g}"
+        return replace(found, facts=(*self.facts, how))
 
     def fingerprint(self, split: Split, conditions: Conditions) -> str:
         """Names an evaluation of these graphs, so that it is continued by nothing else."""
@@ -119,11 +124,13 @@ class Lineup:
             "labels": hashlib.sha256(split.labels.tobytes()).hexdigest(),
             "conditions": repr(conditions),
             "targets": {name: repr(getattr(target, "interface", None)) for name, target in self.targets.items()},
+            "facts": self.facts,
+            "journal": 2,  # its form
             "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.files],
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for name, model in self.surrogates.items():
-            digest.update(name.encode())
+            digest.update(f"{name} {model.spec.architecture}".encode())
             if name == "twin":
                 continue  # its file is counted above
             for value in model.network.state_dict().values():

@@ -285,7 +285,7 @@ def _lineup(config: HardenConfig, prepared: PreparedAttack, model: TorchModel, g
             margin=prepared.plan.threat.margin(model.spec.normalization),
             float_weights=float_weights(graphs.fp32.path, graphs.deployed.path),
         )
-    changed = config.prune.ratio > 0 or config.finetune.objective != "none"
+    changed = config.prune.prunes or config.finetune.objective != "none"
     return lineup.with_network("original", prepared.model) if changed else lineup
 
 

@@ -38,11 +38,12 @@ from toolkit.evaluators.portability import JudgedImages, Portability, measure_po
 from toolkit.exporters.admission import refuse_bits
 from toolkit.exporters.engine import QuantizedModel, Writer
 from toolkit.exporters.engines import make_writer
-from toolkit.exporters.onnx import export_onnx, read_metadata, write_metadata
+from toolkit.exporters.onnx import export_onnx, own_metadata, read_metadata, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.exporters.target_kinds import chosen_targets, target_file
 from toolkit.graphs import search_rounding, with_rounding
+from toolkit.input_form import refuse_wrong_input
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import SHIPPED, check_outputs
 from toolkit.models.registry import build_network
@@ -241,9 +242,12 @@ def quantize_file(
         try:
             network, path, splits = _to_quantise(path, data, Path(scratch, "float.onnx"), seed, threads)
             reference, metadata = OnnxPredictor(path), read_metadata(path)
-            trained_on = statistics_in(metadata) or PixelStatistics.of(splits.train)
+            ours = own_metadata(metadata)
+            if network is None and not ours:
+                _refuse_other_input(reference, path, splits.evaluation)
+            trained_on = statistics_in(ours) or PixelStatistics.of(splits.train)
             warn_of_other_images(PixelStatistics.of(splits.calibration), trained_on)
-            margin = _margin(metadata)
+            margin = _margin(ours)
             quantizer = make_writer(
                 OnnxModel(path, "fp32"), splits.calibration, how, network=network, input_margin=margin
             )
@@ -290,7 +294,7 @@ def _to_quantise(
     set_threads(threads)
     reference = OnnxPredictor(path)
     if data.source is None:
-        known = read_metadata(path).get("dataset")
+        known = own_metadata(read_metadata(path)).get("dataset")
         data = data.model_copy(update={"source": known if known and known not in ("folder", "npz") else None})
     source = load_source(data)
     if reference.input_shape != source.train.shape and None not in reference.input_shape:
@@ -300,6 +304,21 @@ def _to_quantise(
             fix="name the data set that the network was trained on with --data (and --size)",
         )
     return None, path, make_splits(source, data, seed)
+
+
+def _refuse_other_input(reference: OnnxPredictor, path: Path, evaluation: Split) -> None:
+    """An integer graph takes float32 pixels in [0, 1]: of a float graph that wants something else it would be wrong.
+
+    Raises:
+        ToolkitError: the file takes another type, or classifies pixels in another form much better.
+    """
+    if reference.interface.dtype != "float32":
+        raise ToolkitError(
+            "the file does not take float32 images",
+            found=f"{path} takes {reference.interface.dtype}",
+            fix="export the network with a float32 input",
+        )
+    refuse_wrong_input({"fp32": reference}, evaluation)
 
 
 def _risks(path: Path, quantizer: Writer, evaluation: Split) -> Portability:

@@ -6,12 +6,13 @@ from typing import Literal
 import pytest
 import torch
 
-from tests.attacks.problems import Hyperplane, a_hyperplane, a_problem
+from tests.attacks.problems import Hyperplane, Judge, a_hyperplane, a_problem
 from tests.toys import RGB, linear_model
 from toolkit.attacks import apgd as module
 from toolkit.attacks.apgd import LOSSES, apgd, apgd_targeted
 from toolkit.attacks.apgd_l1 import PHASES, budgets
 from toolkit.attacks.losses import ranked_targets, targeted_dlr
+from toolkit.attacks.pgd import largest_violation, rounding
 from toolkit.attacks.surrogate import Loss, Slope, Surrogate
 from toolkit.attacks.threat import ThreatModel
 
@@ -197,3 +198,29 @@ def test_steps_are_halved_where_the_loss_stopped_rising_and_start_from_the_best_
     assert state.current[:, 0, 0, 0].tolist() == [1.0, 0.0, 1.0]
     assert state.gradient[:, 0, 0, 0].tolist() == [7.0, 0.0, 7.0]
     assert state.rises.tolist() == [0, 0, 0] and state.halved.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_every_point_that_fools_the_surrogate_is_judged(norm: Norm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the next step goes back to the best point, and where the loss is lower than before."""
+    problem, judge = a_problem(12), Judge(set())
+    threat = ThreatModel(norm, {"linf": 0.1, "l2": 0.5, "l1": 4.0}[norm], "pixels", clip=True)
+    fooling: list[tuple[int, torch.Tensor]] = []
+    differentiate = Surrogate.differentiate
+
+    def spy(self: Surrogate, images: torch.Tensor, loss: Loss) -> Slope:
+        slope = differentiate(self, images, loss)
+        inside = largest_violation(images, problem.images, threat, RGB) <= rounding(images.shape, threat, RGB)
+        if inside:  # in l1 the first phases are in larger balls
+            rows = (slope.logits.argmax(dim=1) != problem.labels).nonzero()[:, 0].tolist()
+            fooling.extend((row, images[row].clone()) for row in rows)
+        return slope
+
+    monkeypatch.setattr(Surrogate, "differentiate", spy)
+    apgd_targeted(
+        problem.surrogate(), problem.images, problem.labels, threat,
+        steps=60, rank=2, generator=seeded(), settle=judge,
+    )  # fmt: skip
+    assert len(fooling) > 100
+    for row, image in fooling:
+        assert any(torch.equal(image, seen) for seen in judge.seen[row])

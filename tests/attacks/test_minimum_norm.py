@@ -117,11 +117,20 @@ def test_what_is_scored_fools_the_surrogate_where_stretching_would_not() -> None
 
 def test_an_image_that_is_wrong_from_the_start_has_no_direction() -> None:
     plane = a_hyperplane(4)
-    judge = Judge(set())
-    search = Search(plane.surrogate(), plane.images, 1 - plane.labels, THREAT, judge)
-    result = search.finish()
+    result = Search(plane.surrogate(), plane.images, 1 - plane.labels, THREAT, None).finish()
     assert torch.equal(result.norms, torch.zeros(4)) and torch.equal(result.attacked, plane.images)
-    assert all(torch.equal(seen[0], plane.images[position]) for position, seen in judge.seen.items())
+
+
+def test_where_a_graph_judges_an_image_that_the_surrogate_is_wrong_about_is_searched_for_too() -> None:
+    """The graph may be right about it."""
+    plane, judge = a_hyperplane(4), Judge(set())
+    search = Search(plane.surrogate(), plane.images, 1 - plane.labels, THREAT, judge)
+    assert bool(search.norms.isinf().all())
+    points = moved(plane, [0.5 * float(THREAT.eps)] * 4)
+    search.record(points, ALL)
+    search.settle(everything=True)
+    assert set(judge.seen) == set(range(4))
+    assert not any(torch.equal(seen[0], plane.images[position]) for position, seen in judge.seen.items())
 
 
 def test_points_that_are_no_numbers_are_not_kept() -> None:

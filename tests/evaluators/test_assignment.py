@@ -192,12 +192,13 @@ def test_what_was_found_is_kept_for_its_float_twin_alone(tmp_path: Path) -> None
     found, _ = search(tmp_path, Writer("a", "b"), lambda kept: 8.0 - ("a" in kept), {"a": 0.1})
     path, other = tmp_path / "kept.json", tmp_path / "other"
     other.write_text("another network")
-    assert Assignment.read(path, tmp_path / "fp32") is None
-    found.write(path, tmp_path / "fp32")
-    assert Assignment.read(path, tmp_path / "fp32") == found
-    assert Assignment.read(path, other) is None
+    assert Assignment.read(path, tmp_path / "fp32", "so") is None
+    found.write(path, tmp_path / "fp32", "so")
+    assert Assignment.read(path, tmp_path / "fp32", "so") == found
+    assert Assignment.read(path, tmp_path / "fp32", "otherwise") is None
+    assert Assignment.read(path, other, "so") is None
     path.write_text("{cut sh")
-    assert Assignment.read(path, tmp_path / "fp32") is None
+    assert Assignment.read(path, tmp_path / "fp32", "so") is None
 
 
 def test_the_worst_drop_is_of_clean_and_attacked_images() -> None:

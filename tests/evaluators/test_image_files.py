@@ -126,3 +126,11 @@ def test_a_gallery_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ToolkitError, match="cannot be kept") as raised:
         Gallery(tmp_path / "file" / "folder")
     assert "--save-adversarial" in raised.value.found and "can be written" in raised.value.fix
+
+
+def test_a_fresh_gallery_has_an_empty_folder(tmp_path: Path) -> None:
+    Gallery(tmp_path / "new", fresh=True).keep(b"", index=0, label=0)
+    with pytest.raises(ToolkitError, match="is not empty") as raised:
+        Gallery(tmp_path / "new", fresh=True)
+    assert "--save-adversarial" in raised.value.found and "empty it" in raised.value.fix
+    Gallery(tmp_path / "new")  # of a run that goes on

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -48,10 +49,11 @@ def test_what_is_put_is_got_in_the_next_run(
 
 
 def test_every_entry_is_on_disk_at_once(tmp_path: Path) -> None:
-    """A process that is killed closes nothing: another connection sees the entry before that."""
+    """A process that is killed closes nothing: what is on the disk before that has the entry."""
     journal = Journal(tmp_path / "a.sqlite", "run")
     journal.put("key", flags(1, 0))
-    second = Journal(tmp_path / "a.sqlite", "run", resume=True)
+    shutil.copy(tmp_path / "a.sqlite", tmp_path / "b.sqlite")
+    second = Journal(tmp_path / "b.sqlite", "run", resume=True)
     found = second.get("key")
     assert found is not None and found["deployed"].tolist() == [True, False]
     second.close()
@@ -147,3 +149,18 @@ def test_journals_lie_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert default_folder() == tmp_path / "home" / ".cache" / "toolkit" / "attacks"
+
+
+def test_two_equal_runs_at_a_time_do_not_take_each_others_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.sqlite"
+    first = Journal(path, "run")
+    first.put("key", flags(1))
+    for resume in (False, True):
+        with pytest.raises(ToolkitError, match="under way in another process") as caught:
+            Journal(path, "run", resume=resume)
+        assert "--resume" in caught.value.fix
+    first.close()
+    again = Journal(path, "run", resume=True)
+    assert again.get("key") is not None
+    again.close(discard=True)
+    assert not list(tmp_path.iterdir())

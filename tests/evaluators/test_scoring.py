@@ -15,7 +15,18 @@ from toolkit.artifacts import Predictor, Proportion, Split, TorchModel
 from toolkit.attacks.threat import ThreatModel
 from toolkit.evaluators import scoring
 from toolkit.evaluators.image_files import Gallery, decode
-from toolkit.evaluators.scoring import FILE, MARGIN, POINTS, ROWS, Judges, Ledger, TargetName, clean_flags, primary_of
+from toolkit.evaluators.scoring import (
+    FILE,
+    HEIGHTS,
+    MARGIN,
+    POINTS,
+    ROWS,
+    Judges,
+    Ledger,
+    TargetName,
+    clean_flags,
+    primary_of,
+)
 
 THREAT = ThreatModel("linf", EPS, "pixels", clip=True)
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -226,15 +237,28 @@ def test_the_ledger_keeps_the_nearest_attacked_image_of_what_stands_near_a_bound
     other = a_ledger()
     other.restore(ledger.state(everything), everything)
     for kept in (ledger, other):
-        fp32, deployed = (kept.nearest(name, everything, otherwise) for name in kept.graphs)
+        fp32, deployed = (kept.nearest([name], everything, otherwise) for name in kept.graphs)
         assert fp32.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0.2, 0.8, 0.9])
         assert deployed.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0.3, 0.4, 0.6])
+        either = kept.nearest(["fp32", "deployed"], everything, otherwise)
+        assert either.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0.2, 0.4, 0.6]), "of the first that has a point"
+    before = ledger.state(everything)
     tried(ledger, {"fp32": [0.95, 1.5], "deployed": [1.5, 0.1]}, [0, 0], [0.15, 0.25])
     assert ledger.state(everything).keys() == {
-        "fp32", "deployed", MARGIN + "fp32", MARGIN + "deployed", ROWS + "deployed", POINTS + "deployed"
+        "fp32", "deployed", MARGIN + "fp32", MARGIN + "deployed",
+        ROWS + "deployed", POINTS + "deployed", HEIGHTS + "deployed",
     }  # fmt: skip
+    other.restore(before, everything)
+    other.restore(ledger.state(everything), everything)
+    assert other.state(everything).keys() == ledger.state(everything).keys(), "what has fallen since has no point"
     assert ledger.state(everything)[ROWS + "deployed"].tolist() == [1, 2]
     assert ROWS + "deployed" not in Ledger(clean, found, files=False).state(everything)
+
+    ledger = a_ledger()  # the matrix brings margins without images: what comes less far later is kept all the same
+    margins = {MARGIN + name: clean[MARGIN + name] * 0.05 for name in ("fp32", "deployed")}
+    ledger.update(margins | dict.fromkeys(("fp32", "deployed"), torch.ones(3, dtype=torch.bool)), everything)
+    tried(ledger, {"fp32": [0.9], "deployed": [0.9]}, [0], [0.1])
+    assert ledger.nearest(["fp32"], everything[:1], otherwise[:1]).mean() == pytest.approx(0.1)
 
 
 def test_images_without_a_margin_are_not_given_up() -> None:

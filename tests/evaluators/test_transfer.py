@@ -255,4 +255,4 @@ def test_what_the_time_does_not_suffice_for_is_listed(monkeypatch: pytest.Monkey
 
 def test_no_surrogates_no_cells() -> None:
     found, _ = matrix({}, {"deployed": above(0.5)}, flat_images([10, 200]), conditions(input_range=(0.0, 1.0)))
-    assert found == Matrix((), (), None, {}, ())
+    assert found == Matrix((), (), None, {}, ("pgd-5: there is no network to make it on",))

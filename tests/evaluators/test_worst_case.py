@@ -27,6 +27,7 @@ from tests.evaluators.greys import (
 )
 from tests.toys import linear_model
 from toolkit.artifacts import Normalization, Predictor, Proportion, Split, TorchModel
+from toolkit.attacks.ensemble import QUERIES as ALL_QUERIES
 from toolkit.attacks.ensemble import SQUARE, Pass
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.survivors import Settle
@@ -172,10 +173,11 @@ def test_square_runs_where_there_is_no_surrogate() -> None:
     run = an_evaluation({"deployed": above(0.5)}, flat_images([120, 135, 250]), conditions(a_plan(), *passes))
     records, not_run = run_passes(run, {})
     (record,) = records
-    assert (record.attack, record.steps, record.surrogate, record.graphs[0]) == ("square", 20, None, "deployed")
+    assert (record.attack, record.surrogate, record.graphs[0]) == ("square", None, "deployed")
+    assert record.steps == ALL_QUERIES, "alone it is no short check"
     assert record.attempted == 3
     assert run.ledger.worst["deployed"].tolist()[2] and record.fooled == 3 - int(run.ledger.worst["deployed"].sum())
-    assert not_run == ()
+    assert not_run == tuple(f"{how}: there is no network to make it on" for how in passes[:2])
 
 
 def test_square_alone_fools_what_is_easy() -> None:

@@ -73,6 +73,23 @@ def test_a_resumed_run_searches_no_second_time(here: Path, monkeypatch: pytest.M
     assert len(searched) == 1 and report_of(here / "out")["quantization"]["assignment"]["tried"] >= 1
 
 
+@pytest.mark.usefixtures("here")
+def test_a_resumed_run_that_asks_for_something_else_searches_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[float] = []
+
+    def find(*arguments: Any, max_drop: float, **how: Any) -> Assignment:
+        searched.append(max_drop)
+        return find_assignment(*arguments, max_drop=max_drop, **how)
+
+    monkeypatch.setattr(graphs, "find_assignment", find)
+    command = [*tiny.harden_arguments(epochs=1, precision="auto"), "--threads", "1", "-q"]
+    with monkeypatch.context() as broken:
+        broken.setattr(pipeline, "build_report", lambda *_: 1 / 0)
+        assert tiny.run(*command, "--max-drop", "0.2") != cli.DONE
+    assert tiny.run(*command, "--max-drop", "0.1", "--resume") == cli.DONE
+    assert searched == [0.2, 0.1]
+
+
 def test_a_search_for_the_widths_is_told_and_not_repeated(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(widths, "MULTIPLES", (1, 8))
     searched: list[int] = []

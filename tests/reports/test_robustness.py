@@ -72,7 +72,7 @@ def test_what_was_not_run_stands_beside_the_figure(report: Report) -> None:
     figure = robust_text(report.robust_accuracy.deployed, cut)
     assert figure.endswith(" UNFINISHED")
     assert figure in render_summary(cut, Path("out")) and render_markdown(cut).count(" UNFINISHED") == 4
-    assert "did not suffice for: pgd-5 on twin" in section(cut)
+    assert "Not run, so that robust accuracy may be lower: pgd-5 on twin" in section(cut)
     assert "UNFINISHED" not in render_markdown(report) + render_summary(report, Path("out"))
 
 

@@ -307,3 +307,31 @@ def test_without_ray_the_same_command_runs_in_one_process(
     monkeypatch.setattr(cluster, "is_installed", lambda: False)
     assert tiny.run(*arguments("--address", "local")) == cli.DONE
     assert "Ray is not installed (the extra `scale`)" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("again")
+def test_two_studies_in_one_folder_keep_their_bundles_apart() -> None:
+    first = {path.name for path in Path("search-out/bundles").iterdir()}
+    radius = bundle.read_report(Path("search-out/bundles") / min(first)).threat.eps
+    assert tiny.run(*arguments("--eps", "0.01", "--study", "smaller", trials=1), "-q") == cli.DONE
+    (entry,) = front_of()["bundles"]
+    assert Path(entry["bundle"]).name == "smaller-trial-000"
+    assert bundle.read_report(Path("search-out") / entry["bundle"]).threat.eps == 0.01 != radius
+    assert first <= {path.name for path in Path("search-out/bundles").iterdir()}
+
+
+@pytest.mark.usefixtures("again")
+def test_a_refused_search_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Path("search-out/search.yaml").read_bytes()
+    assert tiny.run(*arguments(epochs=2), "-q") == cli.BAD_INPUT
+    assert "the storage holds another study" in capsys.readouterr().err
+    assert Path("search-out/search.yaml").read_bytes() == settings
+    assert tiny.run(*arguments("--storage", "sqlite:////proc/none/a", "--output", "new"), "-q") == cli.BAD_INPUT
+    assert not Path("new").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_trials_round_in_training_as_what_ships_of_them() -> None:
+    assert tiny.run(*arguments("--int8", "--qat", trials=2, space="prune.ratio=0.25:0.5:0.25"), "-q") == cli.DONE
+    (entry,) = front_of()["bundles"]
+    assert bundle.read_report(Path("search-out") / entry["bundle"]).quantization.learnt_ranges > 0

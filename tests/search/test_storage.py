@@ -254,6 +254,18 @@ def test_no_trial_begins_after_the_time_is_spent(url: str, tmp_path: Path) -> No
     study.close()
 
 
+def test_what_was_given_back_is_waited_for_only_while_it_is_wanted(url: str) -> None:
+    study = a_study(url)
+    first, second = (study.ask(3) for _ in range(2))
+    assert first is not None and second is not None
+    job = Job(first.number, study._space.config(first.parameters))
+    study.tell(first, dict.fromkeys(storage.DIRECTIONS, 1.0), [fakes.measured(job).record()], {})
+    study.release(second.number)
+    assert study.others(3) == 1, "somebody will make it"
+    assert study.ask(1) is None and study.others(1) == 0, "one was wanted, and is made: nobody will"
+    study.close()
+
+
 def test_a_process_waits_for_the_others(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other, space = a_study(url), a_space()
     ticket = ask(other)

@@ -67,8 +67,8 @@ def apgd(
         steps: gradients per image.
         generator: of the random start.
         loss: the loss by its name.
-        start: float32 [n, C, H, W] within the ball, near which the attack begins, with short steps, as other attacks
-            left them; None: anywhere.
+        start: float32 [n, C, H, W] within the ball, near which the attack begins, with short steps (in l1 as long as
+            ever), as other attacks left them; None: anywhere.
         settle: ends the attack on images that fool the graph that counts.
     """
     function = LOSSES[loss]
@@ -163,8 +163,8 @@ def _climb(
     state = _begin(images, labels, targets, current, slope, first_step * threat.eps, clean)
     checks = _checkpoints(steps)
     period_start = 0
+    state = _kept(state, survivors, slope, everything=steps == 1)
     for step in range(1, steps):
-        state = _kept(state, survivors, slope, everything=step % SUBMIT_EVERY == 0)
         climbed = clean is not None and next((way for share, way in CLIMB if step == int(share * steps)), None)
         if climbed:
             state = _given_up(state, survivors, state.best_loss < -(1 - climbed) * state.clean.abs())
@@ -176,13 +176,13 @@ def _climb(
         _move(state, threat, scale, first=step == 1)
         slope = _slope(surrogate, state.current, state.labels, state.targets, objective)
         _record(state, slope)
+        # before any goes back to its best point, so that every point that was computed is judged
+        state = _kept(state, survivors, slope, everything=(step + 1) % SUBMIT_EVERY == 0 or step == steps - 1)
         if step in checks:
             _adapt(state, step - period_start)
             period_start = step
         if step == int(EARLY * steps):
             state.early = state.best_loss.clone()
-    else:
-        state = _kept(state, survivors, slope, everything=True)
     return survivors.finish(state.best)
 
 

@@ -131,17 +131,19 @@ class _Climber:
         """What is left of one phase of `steps` gradients; images are judged in the last phase alone."""
         period = max(1, int(CHECK_EVERY * steps))
         last = ball.eps == self.threat.eps
+        if last:
+            state = self.judge(state, everything=False)
         for step in range(1, steps):
-            if last:
-                state = self.judge(state, everything=step % SUBMIT_EVERY == 0)
-                if not len(self.survivors):
-                    return state
+            if not len(state.labels):
+                return state
             gradient = movable(state.gradient, state.current) if ball.clip else state.gradient
             direction = ascend_l1(gradient * self.scale, state.share)
             ahead = state.current + state.step * self.scale * direction
             state.current = constrain(ahead, state.images, ball, self.scale)
             _record(state, self._slope(state.current, state.labels, state.targets))
-            if step % period == 0:
+            if last:  # before any goes back to its best point
+                state = self.judge(state, everything=(step + 1) % SUBMIT_EVERY == 0)
+            if step % period == 0 and len(state.labels):
                 _adapt(state, ball.eps)
         return self.judge(state, everything=True) if last else state
 

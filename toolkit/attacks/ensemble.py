@@ -77,7 +77,7 @@ class Pass:
 
     attack: str
     steps: int
-    """Gradients, or queries, per image."""
+    """Gradients, or queries, per image, and of each rank or start."""
     ranks: tuple[int, ...] = ()
     """Of a targeted attack: it aims at the image's so-many-th likeliest other classes, at all of them at once."""
     everywhere: bool = False
@@ -159,8 +159,8 @@ FAST = (
     Pass(SQUARE, ONWARD_SEARCH, near=BESIDE, onward=True),
 )
 """Of the ensemble what pays (benchmarks/attack_passes.py): long attacks begin nearer the boundary, where nearly all is
-fooled that they fool; FAB, without which the rest leaves about as little, is not made. Starts around the nearest image
-so far find more than as many random ones (docs/results, onward)."""
+fooled that they fool; FAB, without which the rest leaves about as little, is not made. What the ensemble has not:
+starts around the nearest image so far, which find more than as many random ones (docs/results, onward)."""
 ENSEMBLE = (
     *_SHORT,
     Pass("apgd-ce", STEPS, everywhere=True, near=NEAR),
@@ -176,13 +176,13 @@ ENSEMBLE = (
 COMPOSITIONS: Mapping[str, tuple[Pass, ...]] = {PGD: (), "fast": FAST, "ensemble": ENSEMBLE}
 
 
-def compose(names: str, classes: int, norm: str = "linf") -> tuple[Pass, ...]:
+def compose(names: str, classes: int, norm: str | None = "linf") -> tuple[Pass, ...]:
     """The passes of a composition or of attacks by name, with commas between.
 
     Args:
         names: say `fast`, `ensemble`, or `apgd-ce,square`; `pgd` adds nothing to the transfer matrix.
         classes: of the network; targeted attacks have at most one target fewer.
-        norm: of the threat model.
+        norm: of the threat model; None: not known yet, and not looked at.
 
     Raises:
         ToolkitError: an unknown name, or an attack that does not exist in this norm.
@@ -192,7 +192,7 @@ def compose(names: str, classes: int, norm: str = "linf") -> tuple[Pass, ...]:
     return tuple(new for how, new in zip(passes, fitting, strict=True) if new.ranks or not how.ranks)
 
 
-def _named(name: str, norm: str) -> tuple[Pass, ...]:
+def _named(name: str, norm: str | None) -> tuple[Pass, ...]:
     if name in COMPOSITIONS:
         return COMPOSITIONS[name]
     if name == SQUARE:
@@ -200,7 +200,7 @@ def _named(name: str, norm: str) -> tuple[Pass, ...]:
     recipe = GRADIENT_ATTACKS.get(name)
     if recipe is None:
         raise unknown_name("attack", name, (*COMPOSITIONS, *GRADIENT_ATTACKS, SQUARE))
-    if norm not in recipe.norms:
+    if norm is not None and norm not in recipe.norms:
         fitting = [other for other, found in GRADIENT_ATTACKS.items() if norm in found.norms]
         raise ToolkitError(
             f"the attack {name} does not exist in the norm {norm}",

@@ -35,7 +35,7 @@ class MinimumNorm:
     """The closest points found that fool the surrogate, whatever their distance, float32 [n, C, H, W]."""
     norms: Tensor
     """Of the perturbations to `closest`, in units of the ball, float32 [n]; inf where none was found, 0 where the
-    surrogate is wrong about the image itself."""
+    surrogate is wrong about the image itself and nobody judges."""
 
     @property
     def found(self) -> Tensor:
@@ -67,7 +67,8 @@ class Search:
         self._judged = torch.full_like(self._norms, torch.inf)
         self.logits = surrogate.logits(self.images)
         """Of the images themselves, float32 [n, classes]."""
-        self.record(self.images, self.logits.argmax(dim=1) != self.labels)
+        if settle is None:  # else points farther away are wanted too: the graph that counts may be right about them
+            self.record(self.images, self.logits.argmax(dim=1) != self.labels)
 
     def __len__(self) -> int:
         return len(self._survivors)

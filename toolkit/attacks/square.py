@@ -70,8 +70,8 @@ def square(
         queries: calls per image at most, the start included.
         generator: of the search.
         start: float32 [n, C, H, W] within the ball, from which the search goes on with small squares, as other attacks
-            left them, and gives up images early (`PATIENCE`); None: random stripes, and large squares first.
-        reachable_only: give up images whose margin rises too slowly, in long searches from stripes too (`LOOKS`).
+            left them, and gives up images early (`PATIENCE`); None: stripes (l2, l1: bumps), large squares first.
+        reachable_only: without `start`, in long searches, give up images whose margin rises too slowly (`LOOKS`).
         settle: ends the attack on images that are fooled; None: fooling `target` does.
     """
     images, labels = images.cpu(), labels.cpu()

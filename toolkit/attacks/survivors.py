@@ -11,7 +11,7 @@ from torch import Tensor
 
 Settle = Callable[[Tensor, Tensor], Tensor]
 """Attacked images [m, C, H, W] and their positions int64 [m] in the batch; which of them need no more attacking,
-bool [m]. Only the graph that counts may say so: never the surrogate."""
+bool [m]. Only the graph that counts may say that one is fooled: never the surrogate."""
 State = TypeVar("State")
 
 

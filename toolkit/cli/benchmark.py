@@ -11,7 +11,7 @@ import typer
 from toolkit.cli import flags
 from toolkit.cli.app import Json, Quiet, Settings, Verbose, app, start
 from toolkit.cli.printing import table
-from toolkit.config import BenchmarkConfig, HardenConfig, build
+from toolkit.config import BenchmarkConfig, HardenConfig, MachineConfig, build
 
 BENCHMARK_FLAGS = (*flags.BENCHMARK, *flags.MACHINE)
 
@@ -29,14 +29,15 @@ def benchmark(
     start(quiet, verbose)
     values = flags.nested(settings)
     how = dict(values.pop("benchmark", {}))
-    if "threads" in values:
-        how["threads"] = values["threads"]
-    config = build(BenchmarkConfig, how, flags.tails(flags.BENCHMARK) | {"threads": "--threads"})
+    machine = build(MachineConfig, values, flags.names_by_path(flags.MACHINE))
+    if machine.threads is not None:
+        how["threads"] = machine.threads
+    config = build(BenchmarkConfig, how, flags.tails(flags.BENCHMARK))
     from toolkit import stages
     from toolkit.reports.markdown import LATENCY_HEADER, latency_cells
     from toolkit.reports.schema import Latency
 
-    rows = stages.benchmark_files(files, config, int(values.get("seed", 0)))
+    rows = stages.benchmark_files(files, config, machine.seed)
     if as_json:
         print(json.dumps([row.as_dict() for row in rows]))
         return

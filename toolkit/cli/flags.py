@@ -73,7 +73,12 @@ TRAINING = (
     Flag("--momentum", "momentum", "SGD momentum.", float),
     Flag("--weight-decay", "weight_decay", "SGD weight decay.", float),
     Flag("--schedule", "schedule", "one-cycle, or stepped as in the paper."),
-    Flag("--attack-steps", "attack_steps", "PGD steps of the attack in training; by default 2, of trades 7.", int),
+    Flag(
+        "--attack-steps",
+        "attack_steps",
+        "PGD steps of the attack in training; by default 2, of trades, and of fgsm after a collapse, 7.",
+        int,
+    ),
     Flag(
         "--attack-schedule",
         "attack_schedule",
@@ -112,7 +117,7 @@ QUANTIZE = (
     Flag(
         "--equalize/--no-equalize",
         "quantize.equalize",
-        "Scale channels between layers so that one step of int8 suits them all; with --engine ort --per-channel.",
+        "Scale channels between layers so that one step of int8 suits all; with --engine ort --per-channel, not --qat.",
         bool,
     ),
     Flag(
@@ -168,7 +173,12 @@ SEARCH = (
     Flag("--images", "search.images", "Validation images that judge a trial.", int),
     Flag("--quick-attacks", "search.attacks", "Attacks that judge a trial; --attacks judge the bundles."),
     Flag("--seeds", "search.seeds", "Seeds of every trial, e.g. 0,1,2: their mean counts; by default --seed."),
-    Flag("--bundles", "search.bundles", "At most so many points of the front become bundles.", int),
+    Flag(
+        "--bundles",
+        "search.bundles",
+        "So many points of the front become bundles, up to twice as many where none keeps the limits.",
+        int,
+    ),
     Flag("--storage", "search.storage", "URL of the data base of trials; by default SQLite in the output's folder."),
     Flag("--study", "search.study", "Name of the search in its storage."),
     Flag("--address", "search.address", "Ray cluster for the trials: local, auto or HOST:PORT; by default none."),
@@ -181,7 +191,11 @@ MACHINE = (
 )
 REPRODUCE = (
     Flag("--seeds", "seeds", "Seeds, one run of everything each, e.g. 0,1,2."),
-    Flag("--protocol", "protocol", "paper: exactly as published; fast: as many epochs by our own recipe."),
+    Flag(
+        "--protocol",
+        "protocol",
+        "paper: as published, with the differences that its output lists; fast: as many epochs by our own recipe.",
+    ),
     Flag("--arch", "network", "Another network than the paper's: cnn8, resnet18, torchvision:NAME, file.py:callable."),
     Flag("--work", "work", "Folder in which everything that was run is kept; by default in the user's cache.", Path),
     Flag("--budget", "budget", "Minutes after which this sitting stops; the next one goes on.", float),

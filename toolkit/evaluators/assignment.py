@@ -79,18 +79,19 @@ class Assignment:
         """Whether the integer graph is faster than the float twin beyond doubt."""
         return self.ratio.high < 1
 
-    def write(self, path: Path, fp32: Path) -> None:
-        """Keep it in a JSON file, for this float twin alone."""
-        path.write_text(json.dumps({"fp32": _digest(fp32), "found": asdict(self)}), encoding="utf-8")
+    def write(self, path: Path, fp32: Path, conditions: str) -> None:
+        """Keep it in a JSON file, for this float twin and these conditions alone."""
+        kept = {"fp32": _digest(fp32), "conditions": conditions, "found": asdict(self)}
+        path.write_text(json.dumps(kept), encoding="utf-8")
 
     @classmethod
-    def read(cls, path: Path, fp32: Path) -> Assignment | None:
-        """What was kept for this float twin; None: nothing."""
+    def read(cls, path: Path, fp32: Path, conditions: str) -> Assignment | None:
+        """What was kept for this float twin and these conditions; None: nothing."""
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        if kept["fp32"] != _digest(fp32):
+        if (kept["fp32"], kept.get("conditions")) != (_digest(fp32), conditions):
             return None
         found = kept["found"]
         intervals = {name: Interval(**found[name]) for name in ("ratio", "all_integer")}

@@ -12,6 +12,9 @@ from toolkit.attacks.threat import PgdPlan
 from toolkit.evaluators.journal import Journal
 from toolkit.evaluators.scoring import Judges, Ledger
 
+NO_NETWORK = "there is no network to make it on"
+"""Why an attack that needs gradients is not run on a graph that has no twin."""
+
 
 class Clock:
     """Time that may be spent.

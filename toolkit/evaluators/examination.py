@@ -60,7 +60,7 @@ class Examination:
     inputs: InputProbes
     checks: tuple[Check, ...]
     not_run: tuple[str, ...]
-    """What the time did not suffice for."""
+    """What the time did not suffice for, and attacks with gradients where there is no network to make them on."""
 
     @property
     def alarms(self) -> tuple[Check, ...]:

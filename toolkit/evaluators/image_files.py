@@ -60,12 +60,13 @@ class Gallery:
 
     Args:
         folder: is made if need be; None: nothing is written.
+        fresh: refuse a folder that has something in it.
 
     Raises:
-        ToolkitError: the folder cannot be written.
+        ToolkitError: the folder cannot be written, or is not empty.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, *, fresh: bool = False) -> None:
         self._folder = folder
         self._left_out: frozenset[int] = frozenset()
         if folder is not None:
@@ -77,6 +78,12 @@ class Gallery:
                     found=f"--save-adversarial {folder}: {error.strerror}",
                     fix="name a folder that can be written",
                 ) from error
+            if fresh and any(folder.iterdir()):
+                raise ToolkitError(
+                    "the folder for attacked images is not empty, and they would not be told from what is in it",
+                    found=f"--save-adversarial {folder}",
+                    fix="name another folder, or empty it",
+                )
 
     def leave_out(self, indices: Iterable[int]) -> None:
         """Images that are misclassified without an attack: what is made of them proves nothing."""

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toolkit.errors import ToolkitError
+from toolkit.locks import give_back, take
 from toolkit.progress import warn
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -39,16 +40,18 @@ class Journal:
         resume: go on from what the file holds; otherwise it starts empty.
 
     Raises:
-        ToolkitError: with `resume`, the file is of another run or is no journal.
+        ToolkitError: another process has it open; with `resume`, the file is of another run or is no journal.
     """
 
     def __init__(self, path: Path | None = None, fingerprint: str = "", *, resume: bool = False) -> None:
         self.path = path
         self._database: sqlite3.Connection | None = None
+        self._lock: int | None = None
         if path is None:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._take_alone(path)
             if not resume:
                 path.unlink(missing_ok=True)
             self._database = _open(path)
@@ -61,6 +64,16 @@ class Journal:
                 self.close()
                 raise self._unreadable(f"{path}: {error}") from error
             self._give_up(error)
+
+    def _take_alone(self, path: Path) -> None:
+        try:
+            self._lock = take(path.with_suffix(".lock"))
+        except BlockingIOError as error:
+            raise ToolkitError(
+                "the same evaluation is under way in another process",
+                found=str(path),
+                fix="wait for it, and give the same command with --resume if it was cut short",
+            ) from error
 
     def get(self, key: str) -> dict[str, npt.NDArray[Any]] | None:
         """The arrays kept under `key`; None if there are none."""
@@ -87,9 +100,13 @@ class Journal:
         if self._database is not None:
             self._database.close()
             self._database = None
-        if discard and self.path is not None:
+        if self.path is not None and self._lock is not None:
             with contextlib.suppress(OSError):
-                self.path.unlink(missing_ok=True)
+                if discard:
+                    self.path.unlink(missing_ok=True)
+                self.path.with_suffix(".lock").unlink(missing_ok=True)
+        give_back(self._lock)
+        self._lock = None
 
     def _read(self, key: str) -> dict[str, npt.NDArray[Any]] | None:
         if self._database is None:

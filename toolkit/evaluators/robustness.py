@@ -40,7 +40,7 @@ class Robustness:
     channels."""
     passes: tuple[PassRecord, ...]
     not_run: tuple[str, ...]
-    """What the time did not suffice for."""
+    """What the time did not suffice for, and attacks with gradients where there is no network to make them on."""
     clipped_share: float | None
     """Share of attacked pixels outside the range of the deployed graph's input quantiser; None if it was not asked."""
     best_surrogate: SurrogateName | None

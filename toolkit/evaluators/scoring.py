@@ -27,8 +27,8 @@ FILE = "file"
 """The judge's name of the graph that counts behind a PNG file of the attacked image."""
 MARGIN = "margin of "
 """Beside the flags, under this and a compared graph's name: its margin, float32 [n], positive where it is fooled."""
-POINTS, ROWS = "points of ", "rows of points of "
-"""Before a compared graph's name in the ledger's state: attacked images, and the rows that they belong to."""
+POINTS, ROWS, HEIGHTS = "points of ", "rows of points of ", "margins of points of "
+"""Before a compared graph's name in the ledger's state: attacked images, their rows among the images, their margins."""
 
 
 def primary_of(targets: Mapping[TargetName, Predictor]) -> TargetName:
@@ -136,7 +136,8 @@ class Ledger:
         """The largest margin of every compared graph so far; see `progress`."""
         self.worst: Flags = {name: clean[name].clone() for name in self.graphs}
         self._keep_near = keep_near
-        self._points: dict[TargetName, dict[int, Tensor]] = {name: {} for name in self.graphs}
+        self._points: dict[TargetName, dict[int, tuple[float, Tensor]]] = {name: {} for name in self.graphs}
+        """By image: the margin and the attacked image of the nearest point that was kept."""
         self._by_graph: dict[TargetName, tuple[str, ...]] = {name: (name,) for name in self.graphs}
         """The judges that answer for a graph: the one that counts has its files too."""
         if files:
@@ -155,22 +156,31 @@ class Ledger:
                 np.maximum.at(largest.numpy(), indices, found.numpy())
 
     def _keep(self, graph: TargetName, margins: Tensor, indices: Int64Array, attacked: Tensor) -> None:
-        """Keep what came nearer to the graph's boundary than anything before."""
+        """Keep what came nearer to the graph's boundary than anything kept before."""
         if self._keep_near is None:
             return
         points, standing = self._points[graph], self.standing(graph)[indices]
         for index in indices[~standing.numpy()].tolist():
             points.pop(index, None)
-        nearer = standing & (margins > self.margins[graph][indices])
-        nearer &= self._share(graph, margins, indices) >= self._keep_near
-        rows = nearer.nonzero()[:, 0]
-        for row in rows[margins[rows].argsort()].tolist():  # of several copies the nearest comes last, and stays
-            points[int(indices[row])] = attacked[row].detach().cpu().clone()
+        near = standing & (self._share(graph, margins, indices) >= self._keep_near)
+        for row in near.nonzero()[:, 0].tolist():
+            index, height = int(indices[row]), float(margins[row])
+            if index not in points or height > points[index][0]:
+                points[index] = (height, attacked[row].detach().cpu().clone())
 
-    def nearest(self, graph: TargetName, indices: Int64Array, otherwise: Tensor) -> Tensor:
-        """The kept attacked images nearest to the graph's boundary, float32 [n, C, H, W]; else rows of `otherwise`."""
-        points = self._points[graph]
-        return torch.stack([points.get(int(index), image) for index, image in zip(indices, otherwise, strict=True)])
+    def nearest(self, graphs: Sequence[TargetName], indices: Int64Array, otherwise: Tensor) -> Tensor:
+        """The kept attacked images nearest to the boundary of the first graph that has one, else rows of `otherwise`.
+
+        Args:
+            graphs: the most important first; one that an image fools has no point of it.
+            indices: positions of the images.
+            otherwise: float32 [n, C, H, W], as the result.
+        """
+        found = []
+        for index, image in zip(indices.tolist(), otherwise, strict=True):
+            kept = next((self._points[graph][index][1] for graph in graphs if index in self._points[graph]), None)
+            found.append(image if kept is None else kept)
+        return torch.stack(found)
 
     def restore(self, known: Mapping[str, npt.NDArray[Any]], indices: Int64Array) -> None:
         """Take over what `state` gave for the images at `indices`."""
@@ -178,9 +188,12 @@ class Ledger:
             {name: torch.from_numpy(known[name]) for name in (*self.worst, *map(_margin, self.graphs))}, indices
         )
         for graph in self.graphs:
-            rows = known.get(ROWS + graph, np.zeros(0, np.int64))
-            for row, image in zip(rows, known.get(POINTS + graph, ()), strict=True):
-                self._points[graph][int(indices[row])] = torch.from_numpy(image)
+            points = self._points[graph]
+            for index in indices.tolist():
+                points.pop(index, None)
+            kept = zip(*(known.get(what + graph, ()) for what in (ROWS, HEIGHTS, POINTS)), strict=True)
+            for row, height, image in kept:
+                points[int(indices[row])] = (float(height), torch.from_numpy(image))
 
     def state(self, indices: Int64Array) -> dict[str, npt.NDArray[Any]]:
         """What is known of the images at `indices`, for `restore`."""
@@ -189,8 +202,10 @@ class Ledger:
         for graph, points in self._points.items():
             rows = [row for row, index in enumerate(indices.tolist()) if index in points]
             if rows:
+                kept = [points[int(index)] for index in indices[rows]]
                 known[ROWS + graph] = np.array(rows)
-                known[POINTS + graph] = torch.stack([points[int(index)] for index in indices[rows]]).numpy()
+                known[HEIGHTS + graph] = np.array([height for height, _ in kept])
+                known[POINTS + graph] = torch.stack([image for _, image in kept]).numpy()
         return known
 
     def progress(self, graph: TargetName) -> Tensor:

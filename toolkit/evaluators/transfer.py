@@ -16,7 +16,7 @@ from toolkit.attacks.ensemble import PGD
 from toolkit.attacks.pgd import pgd
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.evaluators.accuracy import correct
-from toolkit.evaluators.evaluation import Evaluation
+from toolkit.evaluators.evaluation import NO_NETWORK, Evaluation
 from toolkit.evaluators.scoring import MARGIN, Flags, SurrogateName, TargetName, placed
 from toolkit.progress import task
 from toolkit.statistics import Mcnemar, mcnemar
@@ -100,7 +100,7 @@ def transfer_matrix(
         run: the evaluation.
     """
     rows: dict[SurrogateName, _Row] = {}
-    not_run = []
+    not_run = [] if armed else [f"{_name(run)}: {NO_NETWORK}"]
     for number, name in enumerate(armed):
         row = _one_row(name, models[name], armed[name], number, run)
         if row is None:

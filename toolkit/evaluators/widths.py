@@ -87,7 +87,7 @@ class RoundingChoice:
 
 def fingerprint(model: TorchModel, config: PruneConfig) -> str:
     """Of a network's weights and of how it is pruned."""
-    digest = hashlib.sha256(f"{config.ratio} {config.scope}".encode())
+    digest = hashlib.sha256(config.model_dump_json(exclude={"round_to"}).encode())
     for name, tensor in model.network.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from toolkit.artifacts import Batch, Int64Array, Predictor, derive_seed
-from toolkit.attacks.ensemble import Pass
+from toolkit.attacks.ensemble import QUERIES, Pass
 from toolkit.attacks.square import square
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.survivors import Settle
-from toolkit.evaluators.evaluation import Evaluation
+from toolkit.evaluators.evaluation import NO_NETWORK, Evaluation
 from toolkit.evaluators.scoring import SurrogateName, TargetName
 from toolkit.progress import task
 
@@ -33,7 +33,7 @@ class PassRecord:
     graphs: tuple[TargetName, ...]
     """For which it was made."""
     attempted: int
-    """Images that one of these still classified rightly before it."""
+    """Images it was made on: those that still stood on one of these, and were near enough to its boundary."""
     fooled: int
     """Of these, those that fool the first of the graphs now, and did not before."""
     onward: bool = False
@@ -67,10 +67,10 @@ def pursue(
         run: the evaluation.
 
     Returns:
-        What every pass came to, and what the time did not suffice for.
+        What every pass came to, and what was not run.
     """
     records: list[PassRecord] = []
-    not_run: list[str] = []
+    not_run = [] if armed else [f"{how}: {NO_NETWORK}" for how in run.conditions.passes if not how.by_queries]
     ledger = run.ledger
     for attempt in _planned(armed, best, run):
         how, graph = attempt.how, attempt.graphs[0]
@@ -105,7 +105,7 @@ def pursue(
 def _planned(
     armed: Mapping[SurrogateName, Surrogate], best: Mapping[TargetName, tuple[SurrogateName, ...]], run: Evaluation
 ) -> list[_Attempt]:
-    """Attacks by queries come last, so that they show what those with gradients have missed."""
+    """Attacks by queries come last, so that they show what those with gradients have missed; alone they are whole."""
     primary = run.judges.primary
     graphs = (primary, *(graph for graph in run.judges.compared if graph != primary))
     chosen: dict[SurrogateName, tuple[TargetName, ...]] = {}
@@ -115,7 +115,8 @@ def _planned(
     planned: list[tuple[Pass, SurrogateName | None, tuple[TargetName, ...]]] = []
     for how in sorted(run.conditions.passes, key=lambda how: how.by_queries):
         if how.by_queries:
-            planned += [(how, None, (graph,)) for graph in graphs]
+            whole = replace(how, steps=max(how.steps, QUERIES)) if not armed and not how.near else how
+            planned += [(whole, None, (graph,)) for graph in graphs]
         elif how.everywhere:
             planned += [(how, name, graphs) for name in armed]
         else:
@@ -147,7 +148,7 @@ def _attack(
     threat, images, labels = conditions.plan.threat, batch.images, batch.labels
     generator = torch.Generator().manual_seed(derive_seed(conditions.seed, FIRST_STREAM + attempt.number, chunk))
     settle = _settle(attempt, batch, indices, run)
-    start = run.ledger.nearest(attempt.graphs[0], indices, images) if attempt.how.onward else None
+    start = run.ledger.nearest(attempt.graphs, indices, images) if attempt.how.onward else None
     if attempt.name is not None:
         attempt.how.run(armed[attempt.name], images, labels, threat, generator, settle, start=start)
         return

@@ -112,8 +112,13 @@ def write_metadata(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata_props of an ONNX file."""
+    """The metadata_props of an ONNX file, whoever wrote it."""
     return {entry.key: entry.value for entry in load_onnx(path).metadata_props}
+
+
+def own_metadata(metadata: Mapping[str, str]) -> Mapping[str, str]:
+    """What this toolkit wrote of a file; of a stranger's nothing, whose keys of the same names mean something else."""
+    return metadata if "toolkit_version" in metadata else {}
 
 
 def _numel(shape: tuple[int, int, int]) -> int:

@@ -51,7 +51,7 @@ def robustness_section(found: Robustness, robust: Mapping[str, Share]) -> str:
 
 
 def robust_text(share: Share, found: Robustness) -> str:
-    """Robust accuracy in words; where the time did not suffice it is an upper bound, and says so."""
+    """Robust accuracy in words; where something was not run it is an upper bound, and says so."""
     return percent(share) + ("" if found.worst_case.complete else " UNFINISHED")
 
 
@@ -60,7 +60,7 @@ def _headline(found: Robustness, robust: Mapping[str, Share]) -> str:
     unfinished = (
         ""
         if found.worst_case.complete
-        else "\n\n> The time that was set did not suffice for: " + "; ".join(found.worst_case.not_run)
+        else "\n\n> Not run, so that robust accuracy may be lower: " + "; ".join(found.worst_case.not_run)
     )
     return (
         "### Robust accuracy\n\nShare of all images that a graph classifies rightly, clean and under every attack: the "

@@ -211,7 +211,7 @@ class PassRecord(Part):
 
     attack: str
     steps: int
-    """Gradients, or queries, per image."""
+    """Gradients, or queries, per image, and of each rank or start."""
     ranks: list[int]
     """Of a targeted attack: towards the image's so-many-th likeliest other classes."""
     surrogate: SurrogateName | None
@@ -219,7 +219,7 @@ class PassRecord(Part):
     graphs: list[TargetName]
     """For which it was made."""
     attempted: int
-    """Images that one of these still classified rightly before it."""
+    """Images it was made on: those that still stood on one of these, and were near enough to its boundary."""
     fooled: int
     """Of these, images that fool the first of the graphs now, and did not before."""
     onward: bool = False
@@ -236,7 +236,7 @@ class WorstCase(Part):
     passes: list[PassRecord]
     complete: bool
     not_run: list[str]
-    """What the time that was set did not suffice for; the worst case is then that of what was run."""
+    """What the time did not suffice for, or what had no network; the worst case is then that of what was run."""
 
 
 class AlarmRecord(Part):

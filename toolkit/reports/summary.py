@@ -99,7 +99,7 @@ def _accuracies(found: AttackReport) -> list[tuple[str, str, str]]:
 
 
 def _unfinished(found: AttackReport) -> list[str]:
-    """What the time did not suffice for, beside the figure that it makes an upper bound."""
+    """What was not run, beside the figure that it makes an upper bound."""
     missing = [f"NOT RUN  {what}" for what in found.worst_case.not_run]
     if missing:
         missing.append("UNFINISHED: what is left may fall further; the same command with --resume goes on")

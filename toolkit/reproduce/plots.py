@@ -1,4 +1,4 @@
-"""The figures, as the paper draws them. The only module that imports matplotlib."""
+"""The figures, as the paper draws them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How networks are trained: exactly as in the paper, or in as many epochs by our own recipe."""
+"""How networks are trained: as in the paper, or in as many epochs by our own recipe."""
 
 from __future__ import annotations
 

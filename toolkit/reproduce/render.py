@@ -104,7 +104,8 @@ def _columns_text(cells: Sequence[Mapping[str, Any]], panel: Mapping[str, Any]) 
     lines.append(
         f"- test / robust; AutoAttack and DeepFool on the first {panel['attack_images']:,} test images. AutoAttack is "
         "the worst case per image over its attacks, PGD-20 and the clean image. Of an integer graph PGD is made on its "
-        "differentiable twin, AutoAttack on its twin, its simulated form and the float network."
+        "differentiable twin; of AutoAttack, PGD and untargeted Auto-PGD are made on its twin, its simulated form and "
+        "the float network, the other attacks on those that fool it most, Square on the graph itself."
     )
     return "\n".join(lines)
 

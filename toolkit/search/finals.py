@@ -9,17 +9,17 @@ from pathlib import Path
 
 from toolkit import bundle
 from toolkit.artifacts import Proportion
-from toolkit.config import HardenConfig, SearchRunConfig, build
+from toolkit.config import HardenConfig, SearchConfig, SearchRunConfig, build
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.latency import ISOLATION, LatencyRow, benchmark
 from toolkit.evaluators.timing import Interval
 from toolkit.graphs import some_pixels, timed
+from toolkit.locks import locked, stopwatch_lock
 from toolkit.pipeline import harden, resolve
 from toolkit.progress import notice
 from toolkit.reports.schema import Report, Share
 from toolkit.search.front import Limits, Point, finalists, recommend
-from toolkit.search.locks import locked, stopwatch_lock
-from toolkit.search.objective import Laboratory, tuned_file
+from toolkit.search.objective import Laboratory
 from toolkit.search.report import Candidate, SearchResult
 from toolkit.search.runner import measurements, points_of
 from toolkit.search.space import Space, digest
@@ -79,7 +79,9 @@ def _bundle(
     found = space.config(one.parameters, config.seeds[0])
     chosen = type(found.quantize).model_validate(measurements(one)[0].quantize)
     how = found.model_copy(update={"quantize": chosen})
-    folder = output / BUNDLES / f"trial-{one.number:03d}"
+    study = config.search.study
+    prefix = "" if study == SearchConfig().study else f"{study}-"  # several studies may share a folder
+    folder = output / BUNDLES / f"{prefix}trial-{one.number:03d}"
     if not _is_written(folder, resolve(how, laboratory.prepared)):
         notice(f"full evidence for trial {one.number}")
         _write(how, laboratory, folder)
@@ -93,15 +95,14 @@ def _is_written(folder: Path, config: HardenConfig) -> bool:
         return False
     there = bundle.read_config(folder)
     same = digest(there) == digest(build(HardenConfig, config.model_dump(mode="json")))
-    return same and (there.attack, there.data.evaluation, there.gates) == (
-        config.attack, config.data.evaluation, config.gates,
-    )  # fmt: skip
+    parts = [(one.attack, one.data.evaluation, one.gates, one.threat, one.seed) for one in (there, config)]
+    return same and parts[0] == parts[1]
 
 
 def _write(config: HardenConfig, laboratory: Laboratory, folder: Path) -> None:
     """Harden; the fine-tuning of the trial is taken over, if it is kept here, and not made again."""
     workspace = bundle.workspace_of(folder)
-    kept = tuned_file(laboratory.folder, resolve(config, laboratory.prepared))
+    kept = laboratory.tuned_file(resolve(config, laboratory.prepared))
     if kept.is_file() and not workspace.training_checkpoint.is_file():
         workspace.root.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(kept, workspace.training_checkpoint)

@@ -32,10 +32,10 @@ from toolkit.evaluators.timing import Interval
 from toolkit.exporters.onnx import export_onnx
 from toolkit.graphs import Graphs, settled, some_pixels, timed, write_graphs
 from toolkit.lineup import Lineup
+from toolkit.locks import locked, stopwatch_lock
 from toolkit.pipeline import check_settings, resolve, rounding_of
 from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack
 from toolkit.pruning import prune
-from toolkit.search.locks import locked, stopwatch_lock
 from toolkit.training.loop import TrainingResult, train
 from toolkit.watch import Stopwatch
 
@@ -134,6 +134,21 @@ class Laboratory:
         """The network that came in, as the float graph that times refer to."""
         return export_onnx(self.prepared.model, self._scratch / "original.onnx", self._export)
 
+    @cached_property
+    def weights(self) -> str:
+        """Names the network that came in."""
+        return weights_digest(self.prepared.model)
+
+    def tuned_file(self, config: HardenConfig) -> Path:
+        """Where the fine-tuning of a resolved configuration is kept, in the folder of the search."""
+        parts = {"prune", "finetune", "seed", "threads", "threat", "data"}
+        facts = {**config.model_dump(mode="json", include=parts), "weights": self.weights}
+        facts["data"].pop("evaluation")  # judges alone
+        if config.finetune.qat:
+            facts["weight_bits"] = config.quantize.int8_bits
+        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return self.folder / TUNED / f"{name}.pt"
+
     def measure(self, config: HardenConfig) -> Measurement:
         """Prune, tune, write and judge one configuration.
 
@@ -165,7 +180,7 @@ class Laboratory:
         pruned = prune(self.prepared.model, config.prune).model
         splits = self.prepared.splits
         teacher = load_teacher(config.finetune, self.prepared.model.spec, splits, config.model)
-        kept = tuned_file(self.folder, config)
+        kept = self.tuned_file(config)
         kept.parent.mkdir(parents=True, exist_ok=True)
         with locked(kept.with_suffix(".lock"), "the same fine-tuning is under way there"):
             return train(
@@ -215,15 +230,12 @@ class Laboratory:
         return next(row for row in rows if row.file == "deployed")
 
 
-def tuned_file(folder: Path, config: HardenConfig) -> Path:
-    """Where the fine-tuning of a resolved configuration is kept, in the folder of the search."""
-    parts = {"prune", "finetune", "seed", "threads", "threat", "data", "model"}
-    facts = config.model_dump(mode="json", include=parts)
-    facts["data"].pop("evaluation")  # judges alone
-    if config.finetune.qat:
-        facts["weight_bits"] = config.quantize.int8_bits
-    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    return folder / TUNED / f"{name}.pt"
+def weights_digest(model: TorchModel) -> str:
+    """Of everything that a network has learnt."""
+    digest = hashlib.sha256()
+    for value in model.network.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def dry_run(config: SearchRunConfig, output: Path) -> list[PlannedStep]:
             min(trials_s, how.budget or trials_s),
         ),
         PlannedStep(
-            f"front      at most {how.bundles} bundles with full evidence; limits: {asked or 'none'}",
+            f"front      {how.bundles} bundles with full evidence, or up to twice as many; limits: {asked or 'none'}",
             how.bundles * full + BENCHMARK_S,
         ),
     ]

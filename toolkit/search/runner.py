@@ -61,7 +61,7 @@ def run_trials(study: Study, space: Space, executor: Executor, plan: Plan) -> No
                 continue
         if under_way:
             _take(executor.next(), under_way, study, plan)
-        elif not expired and study.others():
+        elif not expired and study.others(plan.trials):
             if not waiting:
                 notice("waiting for the trials of other processes")
             waiting = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import bundle
-from toolkit.artifacts import TorchModel
 from toolkit.attacks.ensemble import compose
 from toolkit.config import HardenConfig, SearchRunConfig, build, write_settings
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.environment import usable_threads
 from toolkit.exporters.onnx import load_onnx
 from toolkit.exporters.precision import named_layers
+from toolkit.locks import locked
 from toolkit.pipeline import check_settings
+from toolkit.prepare import load_teacher
 from toolkit.progress import notice
 from toolkit.pruning import find_groups
 from toolkit.search import cluster
@@ -27,8 +27,7 @@ from toolkit.search.database import forget
 from toolkit.search.executors import Executor, InProcess
 from toolkit.search.finals import full_evidence
 from toolkit.search.front import Limits
-from toolkit.search.locks import locked
-from toolkit.search.objective import Laboratory, Workbench
+from toolkit.search.objective import Laboratory, Workbench, weights_digest
 from toolkit.search.plot import plot_front
 from toolkit.search.report import DATA, MARKDOWN, PICTURE, SearchResult, record, render_markdown
 from toolkit.search.runner import Plan, run_trials
@@ -71,9 +70,8 @@ def search(config: SearchRunConfig, output: Path, *, force: bool = False) -> Sea
             if config.search.storage is not None:
                 forget(url, config.search.study)
             _clear(output)
-        output.mkdir(parents=True, exist_ok=True)
-        write_settings(config, output / SETTINGS, home=output)
         with _open_study(ready, url) as study:
+            write_settings(config, output / SETTINGS, home=output)
             with _executor(ready) as executor:
                 plan = Plan(config.search.trials, config.seeds, Limits.of(config), config.search.budget)
                 run_trials(study, ready.space, executor, plan)
@@ -113,7 +111,14 @@ def prepare_search(config: SearchRunConfig, output: Path) -> Search:
 
 @contextlib.contextmanager
 def _open_study(ready: Search, url: str) -> Iterator[Study]:
-    study = Study(url, ready.config.search.study, ready.space, _identity(ready), ready.config.seed)
+    fresh = not ready.output.exists()
+    ready.output.mkdir(parents=True, exist_ok=True)
+    try:
+        study = Study(url, ready.config.search.study, ready.space, _identity(ready), ready.config.seed)
+    except BaseException:
+        if fresh:
+            shutil.rmtree(ready.output, ignore_errors=True)
+        raise
     try:
         yield study
     finally:
@@ -160,6 +165,7 @@ def _identity(ready: Search) -> dict[str, Any]:
     values["data"].pop("evaluation")
     values["data"] = {**values["data"], "data_dir": None, "source": prepared.source.name.partition(":")[0]}
     values["finetune"].pop("teacher")
+    teacher = load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
     values["benchmark"] = {name: values["benchmark"][name] for name in ("provider", "threads")}
     judged = {name: values["search"][name] for name in ("space", "per_group", "images", "attacks")}
     del values["search"]
@@ -168,16 +174,10 @@ def _identity(ready: Search) -> dict[str, Any]:
         **judged,
         "batch": config.benchmark.batches[0],
         "seeds": list(config.seeds),
-        "weights": _weights_digest(prepared.model),
+        "weights": ready.laboratory.weights,
+        "teacher": weights_digest(teacher) if teacher else None,
         "images of the data set": prepared.splits.train.digest,
     }
-
-
-def _weights_digest(model: TorchModel) -> str:
-    digest = hashlib.sha256()
-    for value in model.network.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_output(output: Path) -> None:

@@ -169,9 +169,9 @@ class Study:
             if theirs and _is_dead(trial) and self._finish(trial.number, None):
                 self._gone(self._study, trial)
 
-    def others(self) -> int:
-        """How many trials other processes are making, or have left to be made."""
-        states = (TrialState.RUNNING, TrialState.WAITING)
+    def others(self, wanted: int) -> int:
+        """How many trials other processes are making, or, while fewer than `wanted` are counted, have left to make."""
+        states = (TrialState.RUNNING, TrialState.WAITING)[: 1 + (len(self._counted()) < wanted)]
         return sum(trial.state in states and trial.number not in self._held for trial in self._trials())
 
     @property

@@ -1,0 +1,65 @@
+"""Locks between processes of one machine, or of one shared folder; the system lifts those of a process that died."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from toolkit.progress import notice
+
+
+def take(path: Path, *, wait: bool = False) -> int | None:
+    """Lock a folder, or a file, which is made if it is not there.
+
+    Returns:
+        The open descriptor that holds the lock until it is closed; None on systems without such locks.
+
+    Raises:
+        BlockingIOError: another process holds it, unless `wait`.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def give_back(descriptor: int | None) -> None:
+    """End what `take` gave."""
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting_for: str = "") -> Iterator[None]:
+    """Keep all others out of the block that name the same file.
+
+    Args:
+        path: made if it is not there; its folder exists.
+        waiting_for: what a notice says if another holds the lock; none where it is empty.
+    """
+    try:
+        descriptor = take(path)
+    except BlockingIOError:
+        if waiting_for:
+            notice(f"waiting for another process: {waiting_for}")
+        descriptor = take(path, wait=True)
+    try:
+        yield
+    finally:
+        give_back(descriptor)
+
+
+def stopwatch_lock() -> Path:
+    """Whoever times graphs on this machine holds it, so that no two searches of a user time at once."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    return Path(tempfile.gettempdir()) / f"onnx-hardening-toolkit-stopwatch-{user}.lock"
