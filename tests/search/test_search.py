@@ -142,7 +142,10 @@ def test_the_written_settings_repeat_the_search() -> None:
     shutil.copy("search-out/search.yaml", "mine.yaml")
     values = Path("mine.yaml").read_text().replace("../", "")
     Path("mine.yaml").write_text(values)
+    before = front_of()["trials"]
     assert tiny.run("search", "--config", "mine.yaml", "-q") == cli.DONE
+    assert tiny.run("search", "mine.yaml", "-q") == cli.DONE, "in the model's place it is the same"
+    assert front_of()["trials"] == before
 
 
 @pytest.mark.usefixtures("here")

@@ -36,7 +36,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with an 
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="A config.yaml; flags win over it.")]
 Folder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that harden wrote.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint, state dict, or shipped:cnn8.")]
-ModelIfNamed = Annotated[str | None, typer.Argument(metavar="MODEL", help="Checkpoint, or shipped:cnn8.")]
+ModelIfNamed = Annotated[str | None, typer.Argument(metavar="MODEL|CONFIG.yaml", help="Checkpoint, or shipped:cnn8.")]
 
 
 @dataclass

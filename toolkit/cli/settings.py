@@ -12,7 +12,18 @@ from toolkit.errors import ToolkitError
 
 
 def merged(settings: Settings, model: str | None, config: Path | None) -> dict[str, Any]:
-    """The settings of a config file with what the command line says in their place."""
+    """The settings of a config file with what the command line says in their place.
+
+    Args:
+        settings: what the flags say, by dotted path.
+        model: the model's file, or, where no `config` is named, a config file.
+        config: the config file.
+
+    Raises:
+        ToolkitError: no model is named.
+    """
+    if model is not None and config is None and Path(model).suffix in (".yaml", ".yml"):
+        model, config = None, Path(model)
     given = flags.nested(settings | ({"model.path": model} if model else {}))
     saved = read_settings(config) if config else {}
     if "threat" in given and isinstance(saved.get("threat"), dict):
