@@ -14,7 +14,7 @@ from toolkit.attacks.losses import Objective
 from toolkit.attacks.pgd import constrain
 from toolkit.attacks.projections import ASCEND, START
 from toolkit.attacks.surrogate import Slope, Surrogate
-from toolkit.attacks.survivors import Settle, Survivors, narrowed
+from toolkit.attacks.survivors import Settle, Survivors, judged, narrowed
 from toolkit.attacks.threat import ThreatModel
 
 MOMENTUM = 0.75
@@ -163,7 +163,7 @@ def _climb(
     state = _begin(images, labels, targets, current, slope, first_step * threat.eps, clean)
     checks = _checkpoints(steps)
     period_start = 0
-    state = _kept(state, survivors, slope, everything=steps == 1)
+    state = judged(state, survivors, slope.logits, everything=steps == 1)
     for step in range(1, steps):
         climbed = clean is not None and next((way for share, way in CLIMB if step == int(share * steps)), None)
         if climbed:
@@ -177,7 +177,7 @@ def _climb(
         slope = _slope(surrogate, state.current, state.labels, state.targets, objective)
         _record(state, slope)
         # before any goes back to its best point, so that every point that was computed is judged
-        state = _kept(state, survivors, slope, everything=(step + 1) % SUBMIT_EVERY == 0 or step == steps - 1)
+        state = judged(state, survivors, slope.logits, everything=(step + 1) % SUBMIT_EVERY == 0 or step == steps - 1)
         if step in checks:
             _adapt(state, step - period_start)
             period_start = step
@@ -233,19 +233,6 @@ def _begin(
         clean=torch.zeros_like(slope.loss) if clean is None else clean,
         early=slope.loss.clone(),
     )
-
-
-def _kept(state: _State, survivors: Survivors, slope: Slope, *, everything: bool) -> _State:
-    """The state of the images that remain once the suspects of the last step are judged."""
-    suspected = slope.logits.argmax(dim=1) != state.labels
-    keep = survivors.submit(state.current, suspected)
-    if keep is not None:
-        state = narrowed(state, keep)
-    if everything:
-        keep = survivors.submit(state.best, torch.ones(len(survivors), dtype=torch.bool, device=state.best.device))
-        if keep is not None:
-            state = narrowed(state, keep)
-    return state
 
 
 def _move(state: _State, threat: ThreatModel, scale: Tensor, *, first: bool) -> None:

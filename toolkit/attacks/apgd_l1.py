@@ -12,7 +12,7 @@ from toolkit.attacks.losses import Objective
 from toolkit.attacks.pgd import constrain, movable
 from toolkit.attacks.projections import ascend_l1
 from toolkit.attacks.surrogate import Slope, Surrogate
-from toolkit.attacks.survivors import Settle, Survivors, narrowed
+from toolkit.attacks.survivors import Settle, Survivors, judged
 from toolkit.attacks.threat import ThreatModel
 
 PHASES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
@@ -132,7 +132,7 @@ class _Climber:
         period = max(1, int(CHECK_EVERY * steps))
         last = ball.eps == self.threat.eps
         if last:
-            state = self.judge(state, everything=False)
+            state = judged(state, self.survivors, state.logits, everything=steps == 1)
         for step in range(1, steps):
             if not len(state.labels):
                 return state
@@ -142,21 +142,10 @@ class _Climber:
             state.current = constrain(ahead, state.images, ball, self.scale)
             _record(state, self._slope(state.current, state.labels, state.targets))
             if last:  # before any goes back to its best point
-                state = self.judge(state, everything=(step + 1) % SUBMIT_EVERY == 0)
+                everything = (step + 1) % SUBMIT_EVERY == 0 or step == steps - 1
+                state = judged(state, self.survivors, state.logits, everything=everything)
             if step % period == 0 and len(state.labels):
                 _adapt(state, ball.eps)
-        return self.judge(state, everything=True) if last else state
-
-    def judge(self, state: _State, *, everything: bool) -> _State:
-        """The state of the images that remain once the suspects of the last step, or all best points, are judged."""
-        suspected = state.logits.argmax(dim=1) != state.labels
-        keep = self.survivors.submit(state.current, suspected)
-        if keep is not None:
-            state = narrowed(state, keep)
-        if everything:
-            keep = self.survivors.submit(state.best, torch.ones_like(state.labels, dtype=torch.bool))
-            if keep is not None:
-                state = narrowed(state, keep)
         return state
 
     def _slope(self, points: Tensor, labels: Tensor, targets: Tensor) -> Slope:

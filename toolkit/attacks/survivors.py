@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,19 @@ Settle = Callable[[Tensor, Tensor], Tensor]
 """Attacked images [m, C, H, W] and their positions int64 [m] in the batch; which of them need no more attacking,
 bool [m]. Only the graph that counts may say that one is fooled: never the surrogate."""
 State = TypeVar("State")
+
+
+class Climbing(Protocol):
+    """The state of an attack that raises a loss."""
+
+    labels: Tensor
+    current: Tensor
+    """The points of the last step, float32 [m, C, H, W]."""
+    best: Tensor
+    """Those of highest loss."""
+
+
+Climber = TypeVar("Climber", bound=Climbing)
 
 
 class Survivors:
@@ -80,6 +93,25 @@ def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     if first is None or second is None:
         return second if first is None else first
     return first.scatter(0, first.nonzero()[:, 0], second)
+
+
+def judged(state: Climber, survivors: Survivors, logits: Tensor, *, everything: bool) -> Climber:
+    """The state of the images that remain once the points of the last step are judged that look as if they fooled.
+
+    Args:
+        state: one row per survivor.
+        survivors: whose judge is asked.
+        logits: of the surrogate at `state.current`.
+        everything: judge all best points as well.
+    """
+    keep = survivors.submit(state.current, logits.argmax(dim=1) != state.labels)
+    if keep is not None:
+        state = narrowed(state, keep)
+    if everything:
+        keep = survivors.submit(state.best, torch.ones_like(state.labels, dtype=torch.bool))
+        if keep is not None:
+            state = narrowed(state, keep)
+    return state
 
 
 def narrowed(state: State, keep: Tensor) -> State:

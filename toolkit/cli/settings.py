@@ -23,7 +23,7 @@ def merged(settings: Settings, model: str | None, config: Path | None) -> dict[s
         ToolkitError: no model is named.
     """
     if model is not None and config is None and Path(model).suffix in (".yaml", ".yml"):
-        model, config = None, Path(model)
+        config, model = Path(model), None
     given = flags.nested(settings | ({"model.path": model} if model else {}))
     saved = read_settings(config) if config else {}
     if "threat" in given and isinstance(saved.get("threat"), dict):
