@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from toolkit.config import HardenConfig, build, read_settings
 from toolkit.errors import ToolkitError
-from toolkit.locks import give_back, take
+from toolkit.locks import alone
 from toolkit.reports.schema import Report
 
 MANIFEST = "manifest.json"
@@ -142,18 +142,13 @@ def _alone(workspace: Workspace) -> Iterator[None]:
         ToolkitError: another run is writing to the same output.
     """
     workspace.root.mkdir(exist_ok=True)
-    try:
-        descriptor = take(workspace.root)
-    except BlockingIOError as error:
-        raise ToolkitError(
-            "another run is writing to this output",
-            found=str(workspace.output),
-            fix="wait for it, or name another folder with --output",
-        ) from error
-    try:
+    busy = ToolkitError(
+        "another run is writing to this output",
+        found=str(workspace.output),
+        fix="wait for it, or name another folder with --output",
+    )
+    with alone(workspace.root, busy):
         yield
-    finally:
-        give_back(descriptor)
 
 
 def _clear(workspace: Workspace) -> None:

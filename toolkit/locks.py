@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from toolkit.errors import ToolkitError
 from toolkit.progress import notice
 
 
@@ -37,6 +38,19 @@ def give_back(descriptor: int | None) -> None:
     """End what `take` gave."""
     if descriptor is not None:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def alone(path: Path, otherwise: ToolkitError) -> Iterator[None]:
+    """Keep all others out of the block that name the same file or folder; where one is in it, `otherwise` is raised."""
+    try:
+        descriptor = take(path)
+    except BlockingIOError as error:
+        raise otherwise from error
+    try:
+        yield
+    finally:
+        give_back(descriptor)
 
 
 @contextlib.contextmanager

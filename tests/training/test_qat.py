@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.sums import exact_sums
 from tests.toys import GREY, halves, small_network, wrap
+from tests.training.runs import cut_after
 from toolkit.artifacts import TorchModel
 from toolkit.attacks.threat import PgdPlan, ThreatModel
 from toolkit.config import ExportConfig, HardenConfig, QuantizeConfig, TrainConfig
@@ -214,32 +214,15 @@ def test_one_step_is_one_that_rounds() -> None:
     assert switch.rounding and schedule.counts(1) and not schedule.counts(0)
 
 
-class Cut:
-    """Raises KeyboardInterrupt from the progress bar after `steps` steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def advance(self, amount: int = 1, note: str = "") -> None:
-        del note
-        self.left -= amount
-        if self.left <= 0:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("steps", [3, 8, 9, 14])  # in float, where rounding begins, behind it, at rest
 @pytest.mark.parametrize("changes", [{"ema": 0.9}, {"objective": "fgsm"}])
 def test_an_interrupted_run_goes_on_to_the_same_weights_and_ranges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, changes: dict[str, Any]
 ) -> None:
-    @contextmanager
-    def task(_label: str, _total: int) -> Iterator[Cut]:
-        yield Cut(steps)
-
     whole = run(toy(), **changes)
     with monkeypatch.context() as patched:
         patched.setattr(loop, "SAVE_EVERY_S", -1.0)
-        patched.setattr(loop, "task", task)
+        cut_after(patched, steps)
         with pytest.raises(KeyboardInterrupt):
             run(toy(), checkpoint=tmp_path / "cut.pt", **changes)
     assert torch.load(tmp_path / "cut.pt", weights_only=True)["step"] == steps

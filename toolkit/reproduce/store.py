@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import ToolkitError
+from toolkit.locks import alone
 from toolkit.reproduce.energy import joules
 from toolkit.reproduce.protocol import Protocol
 from toolkit.reproduce.steps import Step
@@ -83,20 +83,12 @@ class Store:
         Raises:
             ToolkitError: another run is filling it.
         """
-        if sys.platform == "win32":
-            yield
-            return
-        import fcntl
-
-        with (self.root / LOCK).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
-            except OSError as error:
-                raise ToolkitError(
-                    "another run is filling this work folder",
-                    found=str(self.root),
-                    fix="wait for it, name another folder with --work DIR, or show what is known with --max-runs 0",
-                ) from error
+        busy = ToolkitError(
+            "another run is filling this work folder",
+            found=str(self.root),
+            fix="wait for it, name another folder with --work DIR, or show what is known with --max-runs 0",
+        )
+        with alone(self.root / LOCK, busy):
             yield
 
     def folder(self, step: Step) -> Path:

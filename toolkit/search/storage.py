@@ -171,7 +171,8 @@ class Study:
 
     def others(self, wanted: int) -> int:
         """How many trials other processes are making, or, while fewer than `wanted` are counted, have left to make."""
-        states = (TrialState.RUNNING, TrialState.WAITING)[: 1 + (len(self._counted()) < wanted)]
+        wait = len(self._counted()) < wanted
+        states = (TrialState.RUNNING, TrialState.WAITING) if wait else (TrialState.RUNNING,)
         return sum(trial.state in states and trial.number not in self._held for trial in self._trials())
 
     @property
