@@ -154,7 +154,24 @@ def test_without_the_images_the_rest_is_measured(here: Path, capsys: pytest.Capt
     assert missing == {"accuracy", "robust accuracy"} and found["model.onnx", "integer layers"][0]
     assert "data.npz" in found["model.onnx", "accuracy"][1]
     assert tiny.run("verify", "out", "--threads", "1") == cli.DONE
-    assert "NOT MEASURED" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "NOT MEASURED" in captured.out and "2 claim(s) could not be measured" in captured.err
+
+
+@pytest.mark.usefixtures("out", "timed")
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--attacks", "nonsense"), "unknown attack"),
+        (("--data", "npz:nowhere.npz"), "nowhere.npz"),
+        (("--n", "0"), "--n"),
+    ],
+)
+def test_what_the_user_names_wrongly_is_an_error_and_no_gap(
+    more: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tiny.run("verify", "out", "--threads", "1", "-q", *more) == cli.BAD_INPUT
+    assert words in capsys.readouterr().err
 
 
 def test_files_alone_are_checked_without_a_measurement(

@@ -316,9 +316,9 @@ def test_without_ray_the_same_command_runs_in_one_process(
 def test_two_studies_in_one_folder_keep_their_bundles_apart() -> None:
     first = {path.name for path in Path("search-out/bundles").iterdir()}
     radius = bundle.read_report(Path("search-out/bundles") / min(first)).threat.eps
-    assert tiny.run(*arguments("--eps", "0.01", "--study", "smaller", trials=1), "-q") == cli.DONE
+    assert tiny.run(*arguments("--eps", "0.01", "--study", "../smaller", trials=1), "-q") == cli.DONE
     (entry,) = front_of()["bundles"]
-    assert Path(entry["bundle"]).name == "smaller-trial-000"
+    assert Path(entry["bundle"]).name == ".._smaller-trial-000"
     assert bundle.read_report(Path("search-out") / entry["bundle"]).threat.eps == 0.01 != radius
     assert first <= {path.name for path in Path("search-out/bundles").iterdir()}
 

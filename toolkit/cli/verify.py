@@ -12,6 +12,7 @@ from toolkit.cli.app import Folder, Json, Quiet, Settings, Verbose, app, start
 from toolkit.cli.printing import table
 from toolkit.config import AttackRunConfig, build
 from toolkit.errors import ToolkitError
+from toolkit.progress import warn
 
 VERIFY_FLAGS = (*flags.ATTACKS, *flags.DATA[:4], *flags.EVALUATION, *flags.MACHINE)
 
@@ -44,6 +45,9 @@ def verify(
         print(json.dumps([claim.as_dict() for claim in claims]))
     else:
         table(("file", "claim", "", ""), [(one.file, one.claim, one.verdict, one.detail) for one in claims])
+    missing = sum(one.passed is None for one in claims)
+    if missing:
+        warn(f"{missing} claim(s) could not be measured here, so nothing is known of them")
     failed = [one for one in claims if one.passed is False]
     if any(one.claim == "unchanged" for one in failed):
         raise ToolkitError(

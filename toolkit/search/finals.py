@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -80,7 +81,8 @@ def _bundle(
     chosen = type(found.quantize).model_validate(measurements(one)[0].quantize)
     how = found.model_copy(update={"quantize": chosen})
     study = config.search.study
-    prefix = "" if study == SearchConfig().study else f"{study}-"  # several studies may share a folder
+    name = re.sub(r"[^\w.-]", "_", study)  # it may hold anything, and several studies may share a folder
+    prefix = "" if study == SearchConfig().study else f"{name}-"
     folder = output / BUNDLES / f"{prefix}trial-{one.number:03d}"
     if not _is_written(folder, resolve(how, laboratory.prepared)):
         notice(f"full evidence for trial {one.number}")
