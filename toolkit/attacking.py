@@ -58,6 +58,7 @@ def attack(
     resume: bool = False,
     gallery: Path | None = None,
     journals: Path | None = None,
+    probes: bool = True,
 ) -> AttackReport:
     """Attack a network or a graph, and say what is left of its accuracy.
 
@@ -69,6 +70,7 @@ def attack(
         resume: go on from what an interrupted run with the same settings kept; without one, start anew with a warning.
         gallery: a folder for attacked images that fool the graph that counts, as PNG files.
         journals: a folder for what is done so far; None: the user's cache.
+        probes: whether the steps and radii of attacks are varied too.
 
     Raises:
         ToolkitError: bad input.
@@ -95,6 +97,7 @@ def attack(
         config.seed,
         passes=compose(config.attack.attacks, len(scene.source.train.class_names), scene.plan.threat.norm),
         precision=scene.precision,
+        probes=probes,
     )
     folder = journals or default_folder()
     if resume and not scene.lineup.journal(evaluation, conditions, folder).is_file():

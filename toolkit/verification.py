@@ -143,7 +143,8 @@ def _robustness(config: AttackRunConfig, report: Report, saved: HardenConfig) ->
     count = images or min(ATTACKED, report.data.evaluation.images)
     how = config.attack if "attack" in config.model_fields_set else saved.attack
     data = config.data.model_copy(update={"evaluation": count})
-    found = attack(config.model_copy(update={"data": data, "attack": how})).robust_accuracy["deployed"]
+    wanted = config.model_copy(update={"data": data, "attack": how})
+    found = attack(wanted, probes=False).robust_accuracy["deployed"]
     detail = (
         f"{found.value:.2%} [{found.low:.2%}, {found.high:.2%}] of {found.total} images under {how.attacks}; claimed "
         f"{claimed.value:.2%} of {claimed.total}"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,15 @@ def test_without_a_surrogate_nothing_is_said_of_gradients() -> None:
     assert found.robustness.passes[0].fooled > 0 and found.robustness.passes[0].steps == QUERIES
     assert {check.name for check in found.checks} == {"wrong_input", "random_outputs"}
     assert found.alarms == ()
+
+
+def test_probes_that_nobody_wants_are_neither_made_nor_missed() -> None:
+    wanted, unwanted = (
+        examine(SURROGATES, {"deployed": above(0.5)}, SPLIT, replace(HOW, probes=probes)) for probes in (True, False)
+    )
+    assert wanted.gradients is not None
+    assert (unwanted.gradients, unwanted.not_run) == (None, ())
+    assert unwanted.robustness == wanted.robustness
 
 
 def budgeted(left: int) -> Examination:

@@ -47,6 +47,8 @@ class Conditions:
     """Of the surrogates' gradients; scoring is always in float32."""
     input_range: tuple[float, float] | None = None
     """Pixels that the deployed graph's input quantiser represents."""
+    probes: bool = True
+    """Whether the steps and radii of attacks are varied too: a third of a short evaluation's time."""
 
     @property
     def keep_near(self) -> float | None:

@@ -56,7 +56,7 @@ class Examination:
     """Of the deployed graph's twin; None where there is none."""
     saturation: tuple[Saturation, ...]
     gradients: GradientProbes | None
-    """None without a surrogate, or where the time did not suffice."""
+    """None without a surrogate, where the time did not suffice, or not wanted."""
     inputs: InputProbes
     checks: tuple[Check, ...]
     not_run: tuple[str, ...]
@@ -99,9 +99,9 @@ def examine(
     elif twin is not None:
         fidelity, saturated = _watch_twin(twin, surrogates["twin"], primary, split, conditions)
     best = robustness.best_surrogate
-    if surrogates and clock.expired:
+    if surrogates and conditions.probes and clock.expired:
         not_run = (*not_run, "probes of steps and radii")
-    elif best is not None:
+    elif best is not None and conditions.probes:
         surrogate = arm({best: surrogates[best]}, conditions)[best]
         gradients = probe_gradients(surrogate, primary, split, conditions)
     checks = (
