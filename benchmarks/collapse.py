@@ -40,9 +40,10 @@ from toolkit.config import (
     QuantizeConfig,
 )
 from toolkit.evaluators.accuracy import right
-from toolkit.evaluators.assignment import Judge, find_assignment
+from toolkit.evaluators.assignment import find_assignment
 from toolkit.evaluators.calibration_choice import choose_calibration
 from toolkit.evaluators.environment import environment_record
+from toolkit.evaluators.judge import Judge
 from toolkit.evaluators.latency import Stopclock
 from toolkit.evaluators.saturating_layers import saturates_here
 from toolkit.exporters.calibration import CalibrationReader

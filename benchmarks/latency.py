@@ -30,8 +30,9 @@ from toolkit.config import (
     QuantizeConfig,
 )
 from toolkit.data.images import ArrayImages
-from toolkit.evaluators.assignment import Assignment, Judge, find_assignment
+from toolkit.evaluators.assignment import Assignment, find_assignment
 from toolkit.evaluators.environment import environment_record, usable_threads
+from toolkit.evaluators.judge import Judge
 from toolkit.evaluators.latency import Stopclock, benchmark
 from toolkit.exporters.onnx import export_onnx
 from toolkit.exporters.quantize import Quantizer

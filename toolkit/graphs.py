@@ -20,9 +20,10 @@ from toolkit.attacks.surrogate import resolve_precision
 from toolkit.config import BenchmarkConfig, HardenConfig, PruneConfig
 from toolkit.data.pixels import PixelStatistics
 from toolkit.errors import ToolkitError
-from toolkit.evaluators.assignment import Assignment, Judge, find_assignment
+from toolkit.evaluators.assignment import Assignment, find_assignment
 from toolkit.evaluators.calibration import CalibrationComparison, compare_calibrations
 from toolkit.evaluators.calibration_choice import CalibrationChoice, choose_calibration
+from toolkit.evaluators.judge import Judge
 from toolkit.evaluators.latency import ImageArray, Stopclock
 from toolkit.evaluators.portability import writer_of
 from toolkit.evaluators.widths import Candidates, RoundingChoice, choose_rounding, fingerprint

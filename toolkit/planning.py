@@ -13,6 +13,7 @@ from toolkit.artifacts import TorchModel
 from toolkit.attacks.ensemble import compose
 from toolkit.attacks.surrogate import Surrogate, resolve_precision
 from toolkit.config import HardenConfig, QuantizeConfig
+from toolkit.evaluators.judge import IMAGES as JUDGED
 from toolkit.evaluators.portability import IMAGES
 from toolkit.evaluators.probes import PROBED_IMAGES, RADII, STEPS
 from toolkit.graphs import with_rounding
@@ -27,7 +28,7 @@ QUERY_COST = 0.3
 NEAR_SHARE = 0.1
 """Of the images, about, that short attacks bring near the boundary, so that long ones follow."""
 SEARCH_S = 60.0
-"""Of the widths that are fastest, about."""
+"""Of the widths that are fastest, or the layers, about."""
 PROBES = sum(STEPS) + len(RADII) + 1
 """Attacks with the plan's number of steps that the probes amount to."""
 
@@ -62,7 +63,7 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
         f"fine-tune  {tuning.objective}, {tuning.epochs} epoch(s) of {len(prepared.splits.train):,} images"
         f"{', quantisation-aware' if tuning.qat else ''}": images * cost_per_image(tuning) * forward,
         f"export     opset {config.export.opset}, parity, end-to-end graph": 5.0,
-        f"quantise   {_calibration_text(config.quantize)}": 2.0,
+        f"quantise   {_calibration_text(config.quantize)}": _quantising(config, prepared, forward),
         f"evaluate   PGD-{prepared.plan.steps} on all surrogates, {config.attack.attacks}; {evaluated:,} images": (
             gradients(config, prepared, evaluated) * forward + baseline * gradient
         ),
@@ -72,6 +73,15 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
         f"benchmark  {config.benchmark.provider}, batches {', '.join(map(str, config.benchmark.batches))}": 15.0,
     }
     return [PlannedStep(text, seconds) for text, seconds in estimates.items()]
+
+
+def _quantising(config: HardenConfig, prepared: PreparedAttack, forward: float) -> float:
+    """Seconds: a search of layers or methods attacks validation images first."""
+    how, plan = config.quantize, prepared.plan
+    if not how.int8 or not (how.searches or how.calibrate == "auto"):
+        return 2.0
+    attacked = min(JUDGED, len(prepared.splits.validation))
+    return SEARCH_S + attacked * plan.steps * plan.restarts * forward
 
 
 def gradients(config: HardenConfig, prepared: PreparedAttack, images: int) -> float:

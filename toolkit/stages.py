@@ -29,10 +29,10 @@ from toolkit.data.sources import load_source
 from toolkit.data.splits import make_splits
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import measure_accuracy
-from toolkit.evaluators.assignment import Judge
 from toolkit.evaluators.calibration_choice import choose_calibration
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
 from toolkit.evaluators.debugger import Explanation, explain
+from toolkit.evaluators.judge import Judge
 from toolkit.evaluators.latency import LatencyRow, benchmark
 from toolkit.evaluators.portability import JudgedImages, Portability, measure_portability, writer_of
 from toolkit.exporters.admission import refuse_bits

@@ -11,14 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.evaluators.greys import a_plan, flat_images, threshold
-from toolkit.attacks.planned import PlannedAttack
-from toolkit.config import ExportConfig
 from toolkit.evaluators import assignment
-from toolkit.evaluators.assignment import Assignment, Drop, Judge, find_assignment
+from toolkit.evaluators.assignment import Assignment, find_assignment
+from toolkit.evaluators.judge import Drop, Judge
 from toolkit.evaluators.latency import Stopclock
 from toolkit.evaluators.timing import FloatArray
-from toolkit.exporters.onnx import export_onnx
 from toolkit.exporters.quantize import Quantizer
 
 Cost = Callable[[frozenset[str]], float]
@@ -63,6 +60,9 @@ class Losses:
 
     def drop(self, path: Path) -> Drop:
         return Drop(0.0, self.disturbance(path))
+
+    def exceeds(self, path: Path, allowed: float) -> bool:
+        return self.disturbance(path) > allowed
 
     def disturbance(self, path: Path) -> float:
         return sum(lost for name, lost in self._lost.items() if name not in path.read_text().split())
@@ -182,10 +182,10 @@ def test_accuracy_ranks_all_layers_once_and_then_the_next_few(tmp_path: Path) ->
     lost = {name: 0.02 if number % 6 == 0 else 0.0001 * number for number, name in enumerate(names)}
     writer = Writer(*names)
     found, _ = search(tmp_path, writer, lambda kept: 8.0 + len(kept), lost, max_drop=0.041)
-    assert set(found.for_accuracy) <= {"layer0", "layer6", "layer12", "layer18", "layer24"}
-    assert len(found.for_accuracy) == 5
+    assert set(found.for_accuracy) >= {"layer0", "layer6", "layer12", "layer18", "layer24"}
+    assert len(found.for_accuracy) == 6, "of thirty layers two become float between two looks at what is lost"
     by_accuracy = len(writer.written) - 1 - len(names)  # beside all integers and the neighbours that were timed
-    assert by_accuracy <= 4 * assignment.SHORTLIST
+    assert by_accuracy <= 5 * assignment.SHORTLIST
 
 
 def test_what_was_found_is_kept_for_its_float_twin_alone(tmp_path: Path) -> None:
@@ -199,22 +199,3 @@ def test_what_was_found_is_kept_for_its_float_twin_alone(tmp_path: Path) -> None
     assert Assignment.read(path, other, "so") is None
     path.write_text("{cut sh")
     assert Assignment.read(path, tmp_path / "fp32", "so") is None
-
-
-def test_the_worst_drop_is_of_clean_and_attacked_images() -> None:
-    assert Drop(0.02, None).worst == Drop(0.02, 0.01).worst == Drop(-0.1, 0.02).worst == 0.02
-
-
-def test_a_judge_compares_right_answers_on_the_same_images(tmp_path: Path) -> None:
-    """Thresholds on the mean pixel: of greys above one and below the other, the stricter file loses those."""
-    split = flat_images([40, 110, 140, 150, 160, 200, 250, 90])
-    files = {at: export_onnx(threshold(at), tmp_path / f"{at}.onnx", ExportConfig()).path for at in (0.5, 0.6)}
-    judge = Judge(files[0.5], split, None)
-    assert judge.images == 8 and judge.drop(files[0.5]) == Drop(0.0, None)
-    assert judge.drop(files[0.6]) == Drop(2 / 8, None), "140 and 150 lie below 0.6"
-    assert judge.disturbance(files[0.5]) == 0
-    assert judge.disturbance(files[0.6]) == pytest.approx(0.01, rel=1e-4)
-    attack = PlannedAttack(threshold(0.5), a_plan(eps=0.05), seed=0, precision="float32")
-    both = Judge(files[0.5], split, attack).drop(files[0.6])
-    assert both.robust == pytest.approx(2 / 8), "150 and 160: attacked, 140 falls for both"
-    assert both.clean == 2 / 8 and Judge(files[0.5], split, attack).drop(files[0.5]) == Drop(0.0, 0.0)

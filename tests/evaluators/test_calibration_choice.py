@@ -13,8 +13,8 @@ from tests.toys import wrap
 from toolkit.artifacts import OnnxModel, Split
 from toolkit.config import CalibrationName, ExportConfig, QuantizeConfig
 from toolkit.data.images import ArrayImages
-from toolkit.evaluators.assignment import Drop, Judge
 from toolkit.evaluators.calibration_choice import MethodScore, best_method, choose_calibration
+from toolkit.evaluators.judge import Drop, Judge
 from toolkit.exporters.calibration import CalibrationReader
 from toolkit.exporters.onnx import export_onnx
 from toolkit.exporters.quantize import Quantizer

@@ -14,8 +14,8 @@ from tests.toys import wrap
 from toolkit.artifacts import OnnxModel, Split
 from toolkit.config import ExportConfig, QuantizeConfig
 from toolkit.data.images import ArrayImages
-from toolkit.evaluators.assignment import Judge
 from toolkit.evaluators.debugger import Explanation, LayerBlame, TensorNoise, decibel, explain
+from toolkit.evaluators.judge import Judge
 from toolkit.exporters.onnx import export_onnx
 from toolkit.exporters.quantize import Quantizer
 

@@ -17,10 +17,10 @@ from toolkit.attacks.planned import PlannedAttack
 from toolkit.attacks.threat import PgdPlan, ThreatModel
 from toolkit.config import ExportConfig, QuantizeConfig
 from toolkit.errors import ToolkitError
-from toolkit.evaluators.assignment import Judge
 from toolkit.evaluators.calibration_choice import choose_calibration
 from toolkit.evaluators.cost import integer_coverage
 from toolkit.evaluators.debugger import tensor_noise
+from toolkit.evaluators.judge import Judge
 from toolkit.evaluators.surrogate import build_twin, twin_model
 from toolkit.exporters.calibration import AdversarialShare
 from toolkit.exporters.engines import check_engine, make_writer

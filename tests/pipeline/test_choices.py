@@ -11,7 +11,8 @@ from tests.tiny import report_of
 from toolkit import cli, graphs, pipeline, prepare
 from toolkit.config import QuantizeConfig
 from toolkit.evaluators import widths
-from toolkit.evaluators.assignment import Assignment, Drop, find_assignment
+from toolkit.evaluators.assignment import Assignment, find_assignment
+from toolkit.evaluators.judge import Drop
 from toolkit.evaluators.timing import Interval
 from toolkit.evaluators.widths import RoundingChoice, choose_rounding
 

@@ -28,8 +28,8 @@ class PlannedAttack:
     def __init__(self, model: TorchModel, plan: PgdPlan, *, seed: int, precision: Precision) -> None:
         spec = model.spec
         self.plan = plan
-        self._surrogate = Surrogate(model.module, spec.normalization, precision, input_shape=spec.input_shape)
-        self._seed = seed
+        self.surrogate = Surrogate(model.module, spec.normalization, precision, input_shape=spec.input_shape)
+        self.seed = seed
 
     def attack(self, batch: Batch, *position: int) -> Tensor:
         """Attacked images float32 [n, C, H, W] on the CPU, all steps on all images.
@@ -38,5 +38,5 @@ class PlannedAttack:
             batch: images in [0, 1] and their true classes.
             position: whole numbers that tell this batch and restart from every other.
         """
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, *position))
-        return pgd(self._surrogate, batch.images, batch.labels, self.plan, generator).cpu()
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, *position))
+        return pgd(self.surrogate, batch.images, batch.labels, self.plan, generator).cpu()

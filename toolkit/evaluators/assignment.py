@@ -16,16 +16,10 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from toolkit.artifacts import Split
-from toolkit.attacks.planned import PlannedAttack
-from toolkit.evaluators.accuracy import right
+from toolkit.evaluators.judge import Drop, Judge
 from toolkit.evaluators.latency import Stopclock
 from toolkit.evaluators.timing import Interval, ratio_interval
 from toolkit.exporters.engine import Writer
-from toolkit.exporters.session import OnnxPredictor, Provider
 from toolkit.progress import task
 
 Kept = frozenset[str]
@@ -34,26 +28,13 @@ SCREENING_ROUNDS, DECIDING_ROUNDS = 5, 12
 """Rounds in which all neighbours of an assignment are timed, and those in which the best of them is confirmed."""
 SHORTLIST = 8
 """Layers that are compared again after each one that accuracy made float."""
-IMAGES = 1000
-"""Validation images on which accuracy is compared."""
+CHECKS = 16
+"""So often, about, is the accuracy of a deep network looked at while layer after layer becomes float."""
 SEARCH_S = 300.0
 """Seconds for the search of the fastest."""
 FIRST_SHARE = 0.6
 """Of these, for the search from all integers on, at most."""
 REFERENCE = "reference"
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """What an integer graph loses against its float twin, as shares of the same images; negative: it gains."""
-
-    clean: float
-    robust: float | None
-    """Under the run's PGD made on the float network; None: there was no network to make it on."""
-
-    @property
-    def worst(self) -> float:
-        return self.clean if self.robust is None else max(self.clean, self.robust)
 
 
 @dataclass(frozen=True)
@@ -102,54 +83,6 @@ class Assignment:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-class Judge:
-    """Clean and attacked validation images, and how the float twin answers them.
-
-    Args:
-        fp32: the float twin.
-        split: validation images, of which at most the first 1,000 are taken.
-        attack: of the run's plan; None: clean images alone.
-        provider: what runs the graphs.
-    """
-
-    def __init__(self, fp32: Path, split: Split, attack: PlannedAttack | None, provider: Provider = "cpu") -> None:
-        self._provider = provider
-        chosen = split.first(IMAGES)
-        self.images = len(chosen)
-        batches = list(chosen.batches())
-        self._labels = torch.cat([batch.labels for batch in batches])
-        self._clean = [batch.images for batch in batches]
-        self._attacked = [attack.attack(batch, number, 0) for number, batch in enumerate(batches)] if attack else None
-        self._logits = self._answers(fp32, self._clean)
-        self._float = self._flags(fp32)
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation of the float twin's clean logits."""
-        return float(self._logits.std())
-
-    def drop(self, path: Path) -> Drop:
-        """What the graph in a file loses against the float twin."""
-        shares = [
-            None if theirs is None or ours is None else float(theirs.float().mean() - ours.float().mean())
-            for theirs, ours in zip(self._float, self._flags(path), strict=True)
-        ]
-        return Drop(shares[0] or 0.0, shares[1])
-
-    def disturbance(self, path: Path) -> float:
-        """Mean squared difference of the clean logits from the float twin's."""
-        return float((self._answers(path, self._clean) - self._logits).square().mean())
-
-    def _flags(self, path: Path) -> tuple[Tensor, Tensor | None]:
-        """Which images are right: clean; clean and attacked."""
-        clean = right(self._answers(path, self._clean), self._labels)
-        return clean, clean & right(self._answers(path, self._attacked), self._labels) if self._attacked else None
-
-    def _answers(self, path: Path, batches: Iterable[Tensor]) -> Tensor:
-        predictor = OnnxPredictor(path, provider=self._provider)
-        return torch.cat([predictor.predict(images) for images in batches])
 
 
 def find_assignment(
@@ -275,9 +208,9 @@ class _Search:
         """
         added: list[str] = []
         order: list[str] = []
-        while judge.drop(self.file(kept)).worst > max_drop:
-            integer = [name for name in self._layers if name not in kept]
-            if len(integer) <= 1:
+        at_once = -(-len(self._layers) // CHECKS)
+        while len(integer := [name for name in self._layers if name not in kept]) > 1:
+            if len(added) % at_once == 0 and not judge.exceeds(self.file(kept), max_drop):
                 break
             near = [name for name in order if name in integer][:SHORTLIST] or integer
             disturbed = {name: judge.disturbance(self.file(kept | {name})) for name in near}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.config import CalibrationName
-from toolkit.evaluators.assignment import Drop, Judge
+from toolkit.evaluators.judge import Drop, Judge
 from toolkit.exporters.engine import Writer
 from toolkit.progress import task
 

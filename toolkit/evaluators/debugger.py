@@ -18,7 +18,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from toolkit.artifacts import Split
-from toolkit.evaluators.assignment import Judge
+from toolkit.evaluators.judge import Judge
 from toolkit.exporters.engine import Writer
 from toolkit.exporters.observer import exposed_session
 from toolkit.exporters.onnx import load_onnx

@@ -10,11 +10,12 @@ from toolkit import __version__
 from toolkit.artifacts import Proportion, Splits, TorchModel
 from toolkit.attacks.threat import PgdPlan
 from toolkit.config import DataConfig, GateConfig, HardenConfig
-from toolkit.evaluators.assignment import Assignment, Drop
+from toolkit.evaluators.assignment import Assignment
 from toolkit.evaluators.calibration import CalibrationComparison, CalibrationScore
 from toolkit.evaluators.calibration_choice import CalibrationChoice
 from toolkit.evaluators.cost import IntegerCoverage
 from toolkit.evaluators.examination import Examination
+from toolkit.evaluators.judge import Drop
 from toolkit.evaluators.latency import LatencyRow
 from toolkit.evaluators.portability import Portability
 from toolkit.evaluators.soundness import Check

@@ -247,7 +247,7 @@ def _assignment(found: Assignment | None, robust: RobustAccuracy) -> str:
         )
         for name, side in (("all", found.all_integer), ("those chosen", found.shipped))
     ]
-    header = ("integer layers", "time over float twin", "points of accuracy lost", "under PGD")
+    header = ("integer layers", "time over float twin", "points of accuracy lost", "of robust accuracy")
     faster = [name for name in found.keep_float if name not in found.for_accuracy]
     kept = [
         f"left float, {why}: {', '.join(f'`{name}`' for name in names)}"
@@ -257,13 +257,14 @@ def _assignment(found: Assignment | None, robust: RobustAccuracy) -> str:
     return (
         f"## Which layers are integer\n\n{found.tried} graphs were written and timed on this machine; "
         f"{'; '.join(kept) or 'none is faster with a layer left float'}. Time: geometric mean over the batch sizes; "
-        f"accuracy: {found.images} validation images, allowed to lose {100 * found.max_drop:g} points.\n\n"
+        f"accuracy: {found.images} validation images, allowed to lose {100 * found.max_drop:g} points, robust accuracy "
+        "in the worst case over PGD on the float network and short attacks from there on, made for each graph.\n\n"
         f"{table(header, rows)}\n\n{_worst_case_lost(found.max_drop, robust)}"
     )
 
 
 def _worst_case_lost(allowed: float, robust: RobustAccuracy) -> str:
-    """What the search cannot see, since its PGD is made on the float network once."""
+    """What the search can only estimate, on fewer images and by shorter attacks."""
     lost, images = robust.fp32.value - robust.deployed.value, robust.deployed.total
     text = (
         f"In the worst case, on {images} evaluation images, the deployed graph {'loses' if lost >= 0 else 'gains'} "
@@ -272,8 +273,8 @@ def _worst_case_lost(allowed: float, robust: RobustAccuracy) -> str:
     if lost <= allowed:
         return text
     return (
-        f"**{text}** That is more than was allowed: whoever attacks this very graph makes use of how its activations "
-        "are rounded, of which PGD on the float network knows nothing."
+        f"**{text}** That is more than was allowed: longer attacks make more of how activations are rounded. A smaller "
+        "`--max-drop` leaves more layers float."
     )
 
 

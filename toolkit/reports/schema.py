@@ -403,7 +403,8 @@ class CalibrationMethod(Part):
     accuracy_drop: float
     """Clean accuracy lost on validation images; negative: gained."""
     robust_drop: float | None
-    """The same under the run's PGD made on the float network."""
+    """The same in the worst case over the run's PGD, made on the float network, and short attacks that go on from
+    there on each graph's own form."""
     logit_error: float
     """Mean squared difference of the clean logits."""
     images: int
@@ -419,7 +420,8 @@ class Assigned(Part):
     accuracy_drop: float
     """Clean accuracy lost on validation images; negative: gained."""
     robust_drop: float | None
-    """The same under the run's PGD made on the float network."""
+    """The same in the worst case over the run's PGD, made on the float network, and short attacks that go on from
+    there on each graph's own form."""
 
 
 class Assignment(Part):

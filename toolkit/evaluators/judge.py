@@ -1,0 +1,284 @@
+"""What an integer graph loses against its float twin on validation images: clean, and in the worst case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from toolkit.artifacts import Predictor, Split, derive_seed
+from toolkit.attacks.apgd import apgd
+from toolkit.attacks.losses import margin
+from toolkit.attacks.planned import PlannedAttack
+from toolkit.attacks.square import square
+from toolkit.attacks.surrogate import Surrogate
+from toolkit.evaluators.accuracy import right
+from toolkit.evaluators.saturation_emulation import twin_of_session
+from toolkit.evaluators.surrogate import UnconvertibleGraph
+from toolkit.exporters.session import OnnxPredictor, Provider
+
+IMAGES = 2000
+"""Validation images on which graphs are compared. Of 1.2 points of robust accuracy that the whole evidence says a cnn8
+for CIFAR-10 loses, the attacks below see 0.7, and 0.8 to 0.95 in up to twice the time."""
+NEAR, BESIDE = 0.7, 0.85
+"""How near the boundary PGD must have brought an image for Auto-PGD to go on with it, and Auto-PGD for queries (of a
+graph without a twin: PGD), of its clean margin."""
+STEPS, QUERIES = 20, 200
+"""Of Auto-PGD and of the search by queries, per image."""
+FLOAT_ROUNDS = 2
+"""Of Auto-PGD on the float network; an integer graph inherits what they came to, and has one more of its own."""
+STREAM = 4000
+"""Seeds of these attacks are apart from others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """What an integer graph loses against its float twin, as shares of the same images; negative: it gains."""
+
+    clean: float
+    robust: float | None
+    """In the worst case; None: there was no network to make attacks on."""
+
+    @property
+    def worst(self) -> float:
+        return self.clean if self.robust is None else max(self.clean, self.robust)
+
+
+@dataclass(frozen=True)
+class _Near:
+    """The images that PGD brought near the float twin's boundary."""
+
+    rows: Tensor
+    """int64 [m], among all images."""
+    images: Tensor
+    labels: Tensor
+    attacked: Tensor
+
+
+@dataclass(eq=False)
+class _Stand:
+    """How a graph stands on the images near the boundary, over everything that was tried."""
+
+    predictor: Predictor
+    labels: Tensor
+    clean: Tensor
+    """Margins of the images themselves, below 0."""
+    stands: Tensor
+    """Which it still classifies rightly."""
+    height: Tensor
+    """The largest margin so far, above 0 where it is fooled."""
+    points: Tensor
+    """Where that is."""
+
+    @classmethod
+    def begin(cls, predictor: Predictor, near: _Near) -> _Stand:
+        """Of clean images and PGD's."""
+        logits = predictor.predict(near.images)
+        lowest = torch.full((len(near.rows),), -torch.inf)
+        made = cls(
+            predictor,
+            near.labels,
+            _below_zero(margin(logits, near.labels)),
+            right(logits, near.labels),
+            lowest,
+            near.attacked.clone(),
+        )
+        made.judge(near.attacked, torch.arange(len(near.rows)))
+        return made
+
+    def judge(self, attacked: Tensor, rows: Tensor) -> None:
+        """Take attacked images of these rows into account."""
+        logits = self.predictor.predict(attacked)
+        self.stands[rows] &= right(logits, self.labels[rows])
+        found = margin(logits, self.labels[rows])
+        higher = found > self.height[rows]
+        self.height[rows[higher]], self.points[rows[higher]] = found[higher], attacked[higher]
+
+    def left(self, progress: float) -> Tensor:
+        """The rows on which it stands, though it was brought so near the boundary."""
+        return (self.stands & (1 - self.height / self.clean >= progress)).nonzero()[:, 0]
+
+    def copy(self) -> _Stand:
+        changing = {name: getattr(self, name).clone() for name in ("stands", "height", "points")}
+        return replace(self, **changing)
+
+
+class _Pursuit:
+    """Goes on with attacks where PGD came near the boundary, on each graph's own form.
+
+    Args:
+        attack: of the run's plan.
+        near: the images.
+        twin: the float twin.
+        provider: what runs the graphs.
+    """
+
+    def __init__(self, attack: PlannedAttack, near: _Near, twin: Predictor, provider: Provider) -> None:
+        self.near, self._attack, self._provider = near, attack, provider
+        self._float = _Stand.begin(twin, near)
+        surrogate = attack.surrogate.exact()  # beside the boundary gradients in bfloat16 mislead
+        for number in range(FLOAT_ROUNDS):
+            self._climb(surrogate, [self._float], number)
+        self._query([self._float], BESIDE)
+
+    def standing(self, path: Path, predictor: Predictor) -> tuple[Tensor, Tensor]:
+        """On which of the images the graph still stands, and on which the float twin, bool [m] each."""
+        ours, theirs = _Stand.begin(predictor, self.near), self._float.copy()
+        ours.judge(theirs.points, torch.arange(len(self.near.rows)))
+        surrogate = self._twin(path)
+        if surrogate is not None:
+            self._climb(surrogate, [ours, theirs], FLOAT_ROUNDS)
+        self._query([ours, theirs], NEAR if surrogate is None else BESIDE)
+        return ours.stands, theirs.stands
+
+    def _twin(self, path: Path) -> Surrogate | None:
+        """What attacks on a graph are made on; None: it cannot be made differentiable."""
+        channels, height, width = self.near.images.shape[1:]
+        shape = (channels, height, width)
+        try:
+            twin = twin_of_session(path, input_shape=shape, provider=self._provider)
+        except UnconvertibleGraph:
+            return None
+        return Surrogate(twin.module, self._attack.surrogate.normalization, input_shape=shape)
+
+    def _climb(self, surrogate: Surrogate, judges: Sequence[_Stand], number: int) -> None:
+        """Auto-PGD from the nearest points on, on what stands on the first of the judges."""
+        rows = judges[0].left(NEAR)
+        if not len(rows):
+            return
+        apgd(
+            surrogate,
+            self.near.images[rows],
+            self.near.labels[rows],
+            self._attack.plan.threat,
+            steps=STEPS,
+            generator=self._generator(number),
+            loss="margin",
+            start=judges[0].points[rows],
+            settle=partial(_settle, judges, rows),
+        )
+
+    def _query(self, judges: Sequence[_Stand], progress: float) -> None:
+        """Square from the nearest points on, on what stands so near the boundary of the first of the judges."""
+        rows = judges[0].left(progress)
+        if not len(rows):
+            return
+        square(
+            judges[0].predictor,
+            self.near.images[rows],
+            self.near.labels[rows],
+            self._attack.plan.threat,
+            self._attack.surrogate.normalization,
+            queries=QUERIES,
+            generator=self._generator(FLOAT_ROUNDS + 1),
+            start=judges[0].points[rows],
+            settle=partial(_settle, judges, rows),
+        )
+
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(self._attack.seed, STREAM, number))
+
+
+def _settle(judges: Sequence[_Stand], rows: Tensor, attacked: Tensor, positions: Tensor) -> Tensor:
+    """Every judge sees what was found; the first says of what it has seen enough."""
+    chosen = rows[positions.cpu()]
+    for judge in judges:
+        judge.judge(attacked.cpu(), chosen)
+    return ~judges[0].stands[chosen]
+
+
+class Judge:
+    """Clean and attacked validation images, and how the float twin answers them.
+
+    Attacks are the run's PGD, made on the float network, and from where that came near the boundary a short Auto-PGD on
+    each graph's own form (the float network, the integer graph's twin) and a short search by queries: whoever attacks
+    an integer graph makes use of how its activations are rounded, which PGD on the float network does not see. Every
+    point that is found for an integer graph is judged by the float twin too.
+
+    Args:
+        fp32: the float twin.
+        split: validation images, of which at most the first 2,000 are taken.
+        attack: of the run's plan; None: clean images alone.
+        provider: what runs the graphs.
+    """
+
+    def __init__(self, fp32: Path, split: Split, attack: PlannedAttack | None, provider: Provider = "cpu") -> None:
+        self._provider: Provider = provider
+        chosen = split.first(IMAGES)
+        self.images = len(chosen)
+        batches = list(chosen.batches())
+        self._labels = torch.cat([batch.labels for batch in batches])
+        self._clean = [batch.images for batch in batches]
+        self._attacked = [attack.attack(batch, number, 0) for number, batch in enumerate(batches)] if attack else []
+        twin = self._predictor(fp32)
+        self._logits = _answers(twin, self._clean)
+        self._float = self._flags(twin)
+        near = self._find_near(twin) if attack else None
+        self._pursuit = _Pursuit(attack, near, twin, provider) if attack and near else None
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the float twin's clean logits."""
+        return float(self._logits.std())
+
+    def drop(self, path: Path) -> Drop:
+        """What the graph in a file loses against the float twin."""
+        predictor = self._predictor(path)
+        return self._worst_case(path, predictor, self._flags(predictor))
+
+    def exceeds(self, path: Path, allowed: float) -> bool:
+        """Whether the graph loses more than is allowed; what PGD alone shows is looked at first."""
+        predictor = self._predictor(path)
+        flags = self._flags(predictor)
+        if self._difference(*flags, *self._float).worst > allowed:
+            return True
+        return self._worst_case(path, predictor, flags).worst > allowed
+
+    def disturbance(self, path: Path) -> float:
+        """Mean squared difference of the clean logits from the float twin's."""
+        return float((_answers(self._predictor(path), self._clean) - self._logits).square().mean())
+
+    def _predictor(self, path: Path) -> OnnxPredictor:
+        return OnnxPredictor(path, provider=self._provider)
+
+    def _flags(self, predictor: Predictor) -> tuple[Tensor, Tensor]:
+        """Which images are right: clean; clean and attacked, as far as there are attacked ones."""
+        clean = right(_answers(predictor, self._clean), self._labels)
+        return clean, clean & right(_answers(predictor, self._attacked), self._labels) if self._attacked else clean
+
+    def _worst_case(self, path: Path, predictor: Predictor, flags: tuple[Tensor, Tensor]) -> Drop:
+        (clean, ours), (theirs_clean, theirs) = flags, self._float
+        if self._pursuit is not None:
+            rows = self._pursuit.near.rows
+            ours, theirs = ours.clone(), theirs.clone()
+            for left, standing in zip((ours, theirs), self._pursuit.standing(path, predictor), strict=True):
+                left[rows] &= standing
+        return self._difference(clean, ours, theirs_clean, theirs)
+
+    def _difference(self, clean: Tensor, robust: Tensor, theirs_clean: Tensor, theirs_robust: Tensor) -> Drop:
+        lost = [
+            float(theirs.float().mean() - ours.float().mean())
+            for theirs, ours in ((theirs_clean, clean), (theirs_robust, robust))
+        ]
+        return Drop(lost[0], lost[1] if self._attacked else None)
+
+    def _find_near(self, twin: Predictor) -> _Near | None:
+        """The images on which the float twin stands; None: PGD brought none of them near."""
+        margins = margin(_answers(twin, self._attacked), self._labels)
+        progress = 1 - margins / _below_zero(margin(self._logits, self._labels))
+        rows = (self._float[1] & (progress >= NEAR)).nonzero()[:, 0]
+        if not len(rows):
+            return None
+        return _Near(rows, torch.cat(self._clean)[rows], self._labels[rows], torch.cat(self._attacked)[rows])
+
+
+def _below_zero(margins: Tensor) -> Tensor:
+    return margins.clamp(max=-torch.finfo(torch.float32).tiny)
+
+
+def _answers(predictor: Predictor, batches: Iterable[Tensor]) -> Tensor:
+    return torch.cat([predictor.predict(images) for images in batches])
