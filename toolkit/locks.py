@@ -75,5 +75,10 @@ def locked(path: Path, waiting_for: str = "") -> Iterator[None]:
 
 def stopwatch_lock() -> Path:
     """Whoever times graphs on this machine holds it, so that no two searches of a user time at once."""
+    return users_lock("stopwatch")
+
+
+def users_lock(name: str) -> Path:
+    """A lock between all processes of a user on this machine."""
     user = os.getuid() if hasattr(os, "getuid") else 0
-    return Path(tempfile.gettempdir()) / f"onnx-hardening-toolkit-stopwatch-{user}.lock"
+    return Path(tempfile.gettempdir()) / f"onnx-hardening-toolkit-{name}-{user}.lock"

@@ -13,7 +13,7 @@ from toolkit.artifacts import TorchModel
 from toolkit.attacks.ensemble import compose
 from toolkit.attacks.surrogate import Surrogate, resolve_precision
 from toolkit.config import HardenConfig, QuantizeConfig
-from toolkit.evaluators.judge import IMAGES as JUDGED
+from toolkit.evaluators.judge import images_of
 from toolkit.evaluators.portability import IMAGES
 from toolkit.evaluators.probes import PROBED_IMAGES, RADII, STEPS
 from toolkit.graphs import with_rounding
@@ -80,8 +80,7 @@ def _quantising(config: HardenConfig, prepared: PreparedAttack, forward: float) 
     how, plan = config.quantize, prepared.plan
     if not how.int8 or not (how.searches or how.calibrate == "auto"):
         return 2.0
-    attacked = min(JUDGED, len(prepared.splits.validation))
-    return SEARCH_S + attacked * plan.steps * plan.restarts * forward
+    return SEARCH_S + images_of(prepared.splits.validation) * plan.steps * plan.restarts * forward
 
 
 def gradients(config: HardenConfig, prepared: PreparedAttack, images: int) -> float:

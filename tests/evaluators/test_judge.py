@@ -94,3 +94,15 @@ def test_a_judge_says_the_same_again(tmp_path: Path) -> None:
     judge = Judge(a_threshold(tmp_path), NEAR_AND_FAR, an_attack(0.12))
     path = uneven_is_dark(tmp_path)
     assert judge.drop(path) == judge.drop(path)
+
+
+def test_large_images_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = flat_images([10, 20, 30, 200, 250])
+    assert judging.images_of(split) == 5
+    monkeypatch.setattr(judging, "MEMORY", 3 * 2 * 4 * PIXELS)
+    assert judging.images_of(split) == 3
+    monkeypatch.setattr(judging, "MEMORY", 1)
+    assert judging.images_of(split) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(judging, "IMAGES", 2)
+    assert judging.images_of(split) == 2

@@ -156,3 +156,19 @@ def test_layouts_are_drawn(tmp_path: Path) -> None:
 def test_nothing_known_is_not_drawn(tmp_path: Path) -> None:
     assert not draw(document(cells=[cell(missing={"0": "a reason"})]), tmp_path / "plot.png")
     assert not (tmp_path / "plot.png").exists()
+
+
+def test_runs_of_several_machines_are_told_apart() -> None:
+    """Times of training are shares of a full training on the same machine alone."""
+    machines: list[Json] = [{"cpu": name, "gpus": [], "torch": "2"} for name in ("slow", "fast")]
+    one, other = machines
+    spent = {"seed": 0, "threads": 1, "seconds": 60.0, "cpu_seconds": 60.0, "joules": None, "lost": 0}
+    rows = [
+        {"row": row, "runs": [{**spent, "cpu_seconds": seconds, "machine": machine}], "missing": {}}
+        for row, seconds, machine in (("full", 100.0, one), ("ours", 50.0, one), ("elsewhere", 10.0, other))
+    ]
+    text = render(document("time", times=rows))
+    assert "Run on: slow, torch 2; fast, torch 2." in text
+    assert [row(text, name)[4] for name in ("full", "ours")] == ["1.000", "0.500"]
+    assert row(text, "elsewhere")[4] == "not known: no full training on this machine"
+    assert "a machine not noted down" in render(document(cells=[cell(780)]))

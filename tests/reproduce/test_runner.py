@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -219,6 +221,16 @@ def test_a_killed_training_resumes_to_the_same_network(tmp_path: Path, monkeypat
     spent = json.loads(next((tmp_path / "cut").glob(f"*/{MODEL}")).with_name("result.json").read_text())["spent"]
     assert (spent["count"], spent["lost"]) == (2, 0)
     assert not list((tmp_path / "cut").glob("*/training.partial"))
+
+
+def test_the_time_is_over_even_where_a_shell_lets_interrupts_be_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), runner._alarm(0.2 / 60) as expired:
+            time.sleep(30)
+        assert expired() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("small_world")

@@ -65,11 +65,12 @@ def test_no_cluster_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_trial_that_no_worker_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cluster._room({"CPU": 4.0}, Needs(3)) == 1
-    assert cluster._room({"CPU": 8.0, "GPU": 1.0}, Needs(2, 0.5)) == 2
-    assert cluster._room({"CPU": 8.0}, Needs(2, 1.0)) == 0
+    assert cluster._room([{"CPU": 4.0}], Needs(3)) == 1
+    assert cluster._room([{"CPU": 8.0, "GPU": 1.0}, {"CPU": 3.0, "GPU": 1.0}], Needs(2, 0.5)) == 3
+    assert cluster._room([{"CPU": 8.0}], Needs(2, 1.0)) == 0
+    assert cluster._room([{"CPU": 8.0}, {"CPU": 8.0}], Needs(16)) == 0, "no trial runs on two machines"
     monkeypatch.setattr(cluster, "_connect", lambda *_: None)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
     with pytest.raises(ToolkitError, match="no worker of the cluster has room") as caught:
         RayCluster("auto", FakeWork(str(tmp_path / "log")), Needs(2, 0.5))
     assert "2 CPU(s) and 0.5 GPU(s)" in caught.value.found and "--threads" in caught.value.fix

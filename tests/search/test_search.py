@@ -16,9 +16,9 @@ from tests.search import fakes
 from tests.tiny import World
 from toolkit import bundle, cli, progress
 from toolkit.config import DataConfig, HardenConfig, ModelConfig, ThreatConfig, TrainConfig
-from toolkit.search import cluster, planned
+from toolkit.search import cluster, finals, planned
 from toolkit.search.cluster import work_on
-from toolkit.search.objective import Job, Measurement, Outcome, Problem, Workbench
+from toolkit.search.objective import Job, Laboratory, Measurement, Outcome, Problem, Workbench
 from toolkit.training.losses import cost_per_image
 from toolkit.training.run import Run
 
@@ -127,12 +127,55 @@ def test_limits_that_nothing_meets(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("again")
-def test_limits_that_are_met_are_gates_of_the_bundles(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_limits_choose_anew_among_the_bundles_that_are_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = {path.name for path in Path("search-out/bundles").iterdir()}
+    made = []
+    monkeypatch.setattr(finals, "_write", lambda *parts: made.append(parts[-1].name))
     assert tiny.run(*arguments("--min-accuracy", "0.1", "--max-size", "1M"), "-q") == cli.DONE
-    assert "why:     keeps all limits" in capsys.readouterr().out
-    chosen = next(one for one in front_of()["bundles"] if one["trial"] == front_of()["recommended"]["trial"])
-    (gate,) = bundle.read_report(Path("search-out") / chosen["bundle"]).gates
-    assert (gate.name, gate.limit, gate.met) == ("--min-accuracy", 0.1, True)
+    assert "why:     keeps all limits" in capsys.readouterr().out and made == []
+    assert {Path(one["bundle"]).name for one in front_of()["bundles"]} <= there
+    assert front_of()["limits"]["min_accuracy"] == 0.1
+
+
+@pytest.mark.usefixtures("again")
+def test_a_bundle_of_another_search_is_not_taken_for_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for origin in Path("search-out", finals.ORIGINS).iterdir():
+        origin.write_text("that of another network")
+    made = []
+    write = finals._write
+
+    def noted(how: HardenConfig, laboratory: Laboratory, folder: Path) -> None:
+        made.append(folder.name)
+        write(how, laboratory, folder)
+
+    monkeypatch.setattr(finals, "_write", noted)
+    assert tiny.run(*arguments(), "-q") == cli.DONE
+    assert made == [Path(one["bundle"]).name for one in front_of()["bundles"]]
+
+
+@pytest.mark.usefixtures("again")
+def test_force_does_not_remove_what_it_is_to_read(capsys: pytest.CaptureFixture[str]) -> None:
+    inner = next(Path("search-out/bundles").glob("*/model.pt"))
+    command = arguments("--force")
+    command[command.index("model.pt")] = str(inner)
+    assert tiny.run(*command, "-q") == cli.BAD_INPUT
+    assert "--force would remove what the search is to read" in capsys.readouterr().err and inner.is_file()
+
+
+@pytest.mark.usefixtures("here")
+def test_a_search_that_was_killed_before_its_first_trial_goes_on() -> None:
+    Path("search-out").mkdir()
+    Path("search-out/study.sqlite").touch()
+    assert tiny.run(*arguments(trials=1, epochs=0), "-q") == cli.DONE
+
+
+@pytest.mark.usefixtures("here")
+def test_torchrun_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert tiny.run(*arguments(), "-q") == cli.BAD_INPUT
+    assert "start it without torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("again")

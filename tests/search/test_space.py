@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tests.search.fakes import ANATOMY, a_space, config
-from toolkit.config import RangeConfig
+from toolkit.config import HardenConfig, RangeConfig
 from toolkit.errors import ToolkitError
 from toolkit.search.space import Parameters, Space, digest
 
@@ -64,6 +64,28 @@ def test_settings_that_mean_nothing_make_no_other_point() -> None:
     other: Parameters = {**point, "quantize.calibrate": "mse", "prune.importance": "l2"}
     assert digest(space.config(point)) == digest(space.config(other))
     assert digest(space.config({**point, "precision": "int8"})) != digest(space.config({**other, "precision": "int8"}))
+
+
+def test_a_range_of_a_setting_that_is_resolved_later_begins_at_its_first_value() -> None:
+    assert a_space("finetune.attack_steps=1:7:2").start() == {"finetune.attack_steps": 1.0}
+
+
+def test_rounding_in_training_means_nothing_for_a_float_graph() -> None:
+    base = config("precision=float,int8")
+    given = base.model_copy(update={"finetune": base.finetune.model_copy(update={"qat": True})})
+    space = Space(given, ANATOMY)
+    assert [space.config({"precision": name}).finetune.qat for name in ("float", "int8")] == [False, True]
+
+
+def test_what_cannot_be_made_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(config: HardenConfig) -> None:
+        if config.quantize.calibrate in ("mse", "percentile"):
+            raise ToolkitError("no such method", found="", fix="")
+
+    given = config("quantize.calibrate=minmax,mse,entropy,percentile; prune.ratio=0.2:0.6:0.2; precision=int8")
+    space = Space(given, ANATOMY, refuse)
+    assert [dimension.values for dimension in space.dimensions[:2]] == [("minmax", "entropy"), (0.2, 0.4, 0.6)]
+    assert "not tried for quantize.calibrate: mse (no such method)" in capsys.readouterr().err
 
 
 def test_a_seed_changes_how_a_point_is_made_and_not_which_it_is() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import datetime
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from tests.search import fakes
 from tests.search.fakes import FakeWork, a_space, a_study, noted, plan
 from toolkit.errors import ToolkitError
-from toolkit.search import ownership, sampler, storage
+from toolkit.search import database, ownership, sampler, storage
 from toolkit.search.database import forget, quiet
 from toolkit.search.executors import InProcess
 from toolkit.search.objective import Job
@@ -157,9 +158,55 @@ def test_another_study_in_the_storage_is_refused(url: str, change: str) -> None:
         a_study(url, identity={change: "other"})
     assert change in caught.value.found and "--study" in caught.value.fix
     a_study(url, name="beside it", identity={change: "other"}).close()
-    forget(url, "search")
-    forget(url, "never there")
+    with pytest.raises(ToolkitError, match="--force does not remove another study"):
+        forget(url, "search", lambda _: False)
+    forget(url, "search", lambda _: True)
+    forget(url, "never there", lambda _: False)
     a_study(url, identity={change: "other"}).close()
+
+
+def test_only_searches_of_the_same_network_are_begun_anew_by_force(url: str) -> None:
+    a_study(url, identity={"weights": "a", "epochs": 1}).close()
+    for identity, anew in (({"weights": "a", "epochs": 2}, True), ({"weights": "b", "epochs": 1}, False)):
+        with pytest.raises(ToolkitError, match="the storage holds another study") as caught:
+            a_study(url, identity=identity)
+        assert ("--force" in caught.value.fix) is anew
+
+
+def test_a_storage_that_is_opened_by_many_at_once_is_made_once(tmp_path: Path) -> None:
+    for number in range(5):
+        url, barrier, opened = f"sqlite:///{tmp_path / str(number)}", threading.Barrier(3), list[str]()
+
+        def begin(url: str = url, barrier: threading.Barrier = barrier, opened: list[str] = opened) -> None:
+            barrier.wait()
+            study = a_study(url)
+            opened.append(url)
+            study.close()
+
+        threads = [threading.Thread(target=begin) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(opened) == 3, "the others failed"
+
+
+def test_a_result_outlives_a_storage_that_fails_for_a_while(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, failures = a_study(url), iter(range(2))
+    ticket, finish = ask(study), study._finish
+
+    def failing(number: int, values: list[float] | None) -> bool:
+        if next(failures, None) is not None:
+            raise optuna.exceptions.StorageInternalError("restarting")
+        return finish(number, values)
+
+    monkeypatch.setattr(study, "_finish", failing)
+    assert tell(study, ticket) and len(study.tried()) == 1
+    monkeypatch.setattr(storage, "GRACE_S", 0.0)
+    failures, ticket = iter(range(9)), ask(study)
+    with pytest.raises(ToolkitError, match="the storage failed during the search"), database.failures(url):
+        tell(study, ticket)
+    study.close()
 
 
 def test_a_study_of_other_software_is_refused(url: str) -> None:
@@ -199,7 +246,6 @@ def test_limits_reach_the_sampler(url: str) -> None:
 
 def test_processes_on_one_storage_share_the_trials_and_one_may_be_killed(url: str, tmp_path: Path) -> None:
     log, trials = tmp_path / "log", 10
-    a_study(url).close()
     command = [sys.executable, "-m", "tests.search.fakes", url, str(log), str(trials), "0.3"]
     first, second = (subprocess.Popen(command) for _ in range(2))
     deadline = time.monotonic() + 120
@@ -280,7 +326,8 @@ def test_a_process_waits_for_the_others(url: str, tmp_path: Path, monkeypatch: p
 def test_a_process_knows_itself_and_not_its_namesake() -> None:
     me = ownership.this_process()
     assert not ownership.vanished(me)
-    assert ownership.vanished({**me, "since": me["since"] - 1}), "another process with the same number"
+    assert ownership.vanished({**me, "since": me["since"] - 60}), "another process with the same number"
+    assert not ownership.vanished({**me, "since": me["since"] + 1}), "the clock was set"
     assert ownership.vanished({**me, "pid": 2**22 + 1})
     assert not ownership.vanished({**me, "machine": "another", "pid": 2**22 + 1})
 

@@ -137,6 +137,20 @@ def test_shared_norms_keep_names_and_parameters_and_are_plain_in_evaluation() ->
     assert not made[1].training and distributed.launched() is False
 
 
+class WithActivation(nn.BatchNorm2d):
+    """A batch norm that does more."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return super().forward(values).relu()
+
+
+def test_a_batch_norm_that_does_more_is_refused() -> None:
+    made = nn.Sequential(nn.Conv2d(1, 2, 3), WithActivation(2))
+    with pytest.raises(ToolkitError, match="cannot share its statistics") as raised:
+        share_statistics(made, World(0, 2))
+    assert "'1' is a WithActivation" in raised.value.found
+
+
 TRAIN, VALIDATION = halves(96, seed=1), halves(32, seed=2)
 PLAN = PgdPlan("pixel", ThreatModel("linf", 0.1, "pixels", clip=True), 20, 0.0125, random_start=True)
 CONFIG = TrainConfig(

@@ -182,7 +182,12 @@ SEARCH = (
     Flag("--storage", "search.storage", "URL of the data base of trials; by default SQLite in the output's folder."),
     Flag("--study", "search.study", "Name of the search in its storage."),
     Flag("--address", "search.address", "Ray cluster for the trials: local, auto or HOST:PORT; by default none."),
-    Flag("--workers", "search.workers", "Trials at a time on Ray; each takes --threads CPUs.", int),
+    Flag(
+        "--workers",
+        "search.workers",
+        "Trials at a time on Ray; each takes --threads CPUs, by default its share of this machine.",
+        int,
+    ),
     Flag("--trial-gpus", "search.gpus", "GPUs that each of them needs, on Ray.", float),
 )
 MACHINE = (

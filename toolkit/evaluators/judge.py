@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,14 +22,16 @@ from toolkit.evaluators.saturation_emulation import twin_of_session
 from toolkit.evaluators.surrogate import UnconvertibleGraph
 from toolkit.exporters.session import OnnxPredictor, Provider
 
-IMAGES = 2000
-"""Validation images on which graphs are compared. Of 1.2 points of robust accuracy that the whole evidence says a cnn8
-for CIFAR-10 loses, the attacks below see 0.7, and 0.8 to 0.95 in up to twice the time."""
+IMAGES = 5000
+"""Validation images on which graphs are compared, at most: they must tell half a point of robust accuracy from none."""
+MEMORY = 2**30
+"""Bytes that these images, clean and attacked, may take."""
 NEAR, BESIDE = 0.7, 0.85
 """How near the boundary PGD must have brought an image for Auto-PGD to go on with it, and Auto-PGD for queries (of a
 graph without a twin: PGD), of its clean margin."""
 STEPS, QUERIES = 20, 200
-"""Of Auto-PGD and of the search by queries, per image."""
+"""Of Auto-PGD and of the search by queries, per image. Of 1.2 points that the whole evidence says a cnn8 for CIFAR-10
+loses in the worst case these see 0.7, and in up to twice the time 0.8 to 0.95."""
 FLOAT_ROUNDS = 2
 """Of Auto-PGD on the float network; an integer graph inherits what they came to, and has one more of its own."""
 STREAM = 4000
@@ -191,6 +194,12 @@ def _settle(judges: Sequence[_Stand], rows: Tensor, attacked: Tensor, positions:
     return ~judges[0].stands[chosen]
 
 
+def images_of(split: Split) -> int:
+    """How many images of a split a judge takes."""
+    held = 2 * 4 * math.prod(split.images.shape)
+    return min(IMAGES, len(split), max(1, MEMORY // held))
+
+
 class Judge:
     """Clean and attacked validation images, and how the float twin answers them.
 
@@ -201,14 +210,14 @@ class Judge:
 
     Args:
         fp32: the float twin.
-        split: validation images, of which at most the first 2,000 are taken.
+        split: validation images, of which at most the first 5,000 are taken, fewer of large ones.
         attack: of the run's plan; None: clean images alone.
         provider: what runs the graphs.
     """
 
     def __init__(self, fp32: Path, split: Split, attack: PlannedAttack | None, provider: Provider = "cpu") -> None:
         self._provider: Provider = provider
-        chosen = split.first(IMAGES)
+        chosen = split.first(images_of(split))
         self.images = len(chosen)
         batches = list(chosen.batches())
         self._labels = torch.cat([batch.labels for batch in batches])

@@ -135,6 +135,7 @@ def _measured(runner: Runner, panel: Panel, recipe: Recipe, measure: Any) -> dic
                 "worst_case": _proportion(result.get("worst_case")),
                 "by_surrogate": {name: _proportion(share) for name, share in result.get("by_surrogate", {}).items()},
                 "training": _training(runner, step),
+                "machine": result.get("machine"),
             }
         )
     if not panel.planners:
@@ -196,7 +197,8 @@ def _time(runner: Runner, panel: Panel, cell: Cell) -> dict[str, Any]:
         if result is None:
             missing[str(seed)] = runner.reason(panel, step)
         else:
-            runs.append({"seed": seed, "threads": result["threads"], **result["spent"]})
+            facts = {"threads": result["threads"], "machine": result.get("machine")}
+            runs.append({"seed": seed, **facts, **result["spent"]})
     if not panel.planners:
         missing["all"] = runner.reason(panel, None)
     return {"row": cell.row, "runs": runs, "missing": missing}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.artifacts import Splits
@@ -137,8 +139,15 @@ class Planner:
             settings = {**settings, "config": {**settings["config"], "epochs": self.experiment.pretraining}}
         if start == "robust" and self._pretrained:
             parents = (self._base("standard"),)
-        origin = {} if parents else {"network": self.network}
+        origin = {} if parents else self._origin
         return Step("train", f"{self._name}: {start} network", {**settings, **origin}, parents)
+
+    @property
+    def _origin(self) -> dict[str, str]:
+        """What is trained: a name of ours, or the user's file as it is now."""
+        path = Path(self.network.rpartition(":")[0])
+        code = {"code": hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}
+        return {"network": self.network, **code}
 
     def _training(self, stage: Any, objective: str) -> dict[str, Any]:
         # what the protocol leaves open is left out, so that new settings elsewhere make no run worthless
@@ -179,6 +188,6 @@ class Planner:
         settings = self._training("base", objective)
         changed = {**settings["config"], "learning_rate": 0.01, "momentum": 0.9}
         parents = (self._base("standard"),) if self._pretrained else ()
-        origin = {} if parents else {"network": self.network}
+        origin = {} if parents else self._origin
         label = f"{self._name}: quantisation-aware training, int{recipe.bits}"
         return Step("qat", label, {**settings, **origin, "config": changed, "bits": recipe.bits}, parents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -40,8 +41,15 @@ def render(document: Mapping[str, Any], plot: str | None = None) -> str:
 
 
 def _machine(document: Mapping[str, Any]) -> str:
-    found = document["environment"]
-    return f"{found['cpu']}, {found['threads']} thread(s); torch {found['versions'].get('torch', '?')}."
+    """On which machines the runs were made; those of before this was kept are of unknown ones."""
+    parts = [part for panel in document["panels"] for part in (*panel["cells"], *panel.get("times", ()))]
+    parts += [point for panel in document["panels"] for curve in panel["curves"] for point in curve["points"]]
+    known = {json.dumps(run.get("machine")): run.get("machine") for part in parts for run in part["runs"]}
+    words = [
+        f"{', '.join((found['cpu'], *found['gpus']))}, torch {found['torch']}" if found else "a machine not noted down"
+        for found in known.values()
+    ]
+    return f"Run on: {'; '.join(words)}." if words else "Nothing was run."
 
 
 def _panel(kind: str, panel: Mapping[str, Any]) -> list[str]:
@@ -133,21 +141,21 @@ def _reasons(cells: Sequence[Mapping[str, Any]]) -> str:
 def _times(rows: Sequence[Mapping[str, Any]]) -> str:
     """Of the last training of each network; the ratio is that of processor times, seed by seed."""
     header = ("training", "seeds", "minutes", "minutes of processor time", "share of full training", "energy, Wh")
-    full = {run["seed"]: run["cpu_seconds"] for run in rows[0]["runs"]}
+    full = {_alike(run): run["cpu_seconds"] for run in rows[0]["runs"]}
     body = []
     for row in rows:
         if not row["runs"]:
             body.append((row["row"], "0", f"not run: {_why(row)}", "", "", ""))
             continue
         runs = row["runs"]
-        shares = [run["cpu_seconds"] / full[run["seed"]] for run in runs if run["seed"] in full]
+        shares = [run["cpu_seconds"] / full[_alike(run)] for run in runs if _alike(run) in full]
         body.append(
             (
                 row["row"],
                 str(len(runs)),
                 _average([run["seconds"] / 60 for run in runs], ".1f") + _lost(runs),
                 _average([run["cpu_seconds"] / 60 for run in runs], ".1f"),
-                _average(shares, ".3f") if shares else "not known: full training was not run",
+                _average(shares, ".3f") if shares else "not known: no full training on this machine",
                 ENERGY
                 if any(run["joules"] is None for run in runs)
                 else _average([run["joules"] / 3600 for run in runs], ".2f"),
@@ -159,6 +167,11 @@ def _times(rows: Sequence[Mapping[str, Any]]) -> str:
         "not at hand."
     )
     return f"{note}\n\n{_table(header, body)}"
+
+
+def _alike(run: Mapping[str, Any]) -> str:
+    """Runs whose times compare have the same: seed, machine and threads."""
+    return json.dumps([run["seed"], run.get("machine"), run.get("threads")])
 
 
 def _lost(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from _thread import interrupt_main
@@ -25,6 +26,7 @@ from toolkit.reproduce.targets import Cell, Curve, Target
 from toolkit.reproduce.work import Bench
 from toolkit.reproduce.workers import WORKERS, lacking
 from toolkit.reproduce.world import World, open_world
+from toolkit.training.distributed import launched
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +213,12 @@ class Runner:
         """
         if self.config.max_runs == 0:
             return "--max-runs 0: nothing was run"
+        if launched():
+            raise ToolkitError(
+                "runs of tables are not shared by torchrun",
+                found="reproduce started by torchrun",
+                fix="start it without torchrun, or one process a table, each with a --work of its own",
+            )
         with self.store.locked():
             return self._run(after_each)
 
@@ -289,11 +297,16 @@ def _alarm(minutes: float | None) -> Iterator[Callable[[], bool]]:
         return
     timer = threading.Timer(60 * minutes, ring)
     timer.daemon = True
+    # a shell lets what it starts in the background ignore the signal
+    ignored = threading.current_thread() is threading.main_thread() and not callable(signal.getsignal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler) if ignored else None
     timer.start()
     try:
         yield rung.is_set
     finally:
         timer.cancel()
+        if ignored:
+            signal.signal(signal.SIGINT, before)
 
 
 def _check_seeds(seeds: Sequence[int]) -> None:

@@ -8,10 +8,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from toolkit.errors import ToolkitError
+from toolkit.evaluators.environment import cpu_model, gpu_names
 from toolkit.locks import alone
 from toolkit.reproduce.energy import joules
 from toolkit.reproduce.protocol import Protocol
@@ -119,7 +121,8 @@ class Store:
         folder = self.folder(step)
         facts = {"kind": step.kind, "label": step.label, "settings": step.settings}
         _write(folder / STEP, {**facts, "parents": [parent.digest for parent in step.parents]})
-        _write(folder / RESULT, {**result, "spent": vars(sittings)})
+        machine = {"cpu": cpu_model(), "gpus": list(gpu_names()), "torch": version("torch")}
+        _write(folder / RESULT, {**result, "spent": vars(sittings), "machine": machine})
 
     @contextmanager
     def sitting(self, step: Step) -> Iterator[Sittings]:

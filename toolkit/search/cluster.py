@@ -11,6 +11,7 @@ import os
 import platform
 import socket
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,7 +68,7 @@ class RayCluster:
             self._redirected.close()
             raise
         self._running: dict[Any, Job] = {}
-        room = _room(self._ray.cluster_resources(), needs)
+        room = _room([node["Resources"] for node in self._ray.nodes() if node["Alive"]], needs)
         if room < 1:
             self.close()
             raise ToolkitError(
@@ -150,8 +151,12 @@ def _check_answers(address: str) -> None:
     socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
 
 
-def _room(resources: dict[str, float], needs: Needs) -> int:
-    """Jobs that fit a cluster at a time."""
+def _room(nodes: Sequence[Mapping[str, float]], needs: Needs) -> int:
+    """Jobs that fit a cluster at a time, each on one machine."""
+    return sum(_room_on(resources, needs) for resources in nodes)
+
+
+def _room_on(resources: Mapping[str, float], needs: Needs) -> int:
     room = resources.get("CPU", 0.0) // needs.cpus
     if needs.gpus:
         room = min(room, resources.get("GPU", 0.0) // needs.gpus)

@@ -3,24 +3,61 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import optuna
 import sqlalchemy
 from optuna.trial import FrozenTrial
 
 from toolkit.errors import ToolkitError
+from toolkit.progress import notice
+
+FAILURES = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
+"""What a data base that is there may answer for a while: busy, restarting, made by another process at this moment."""
+PAUSE_S = 0.2
+"""Before the second attempt; every further pause is twice as long."""
+Result = TypeVar("Result")
 
 
-def forget(url: str, name: str) -> None:
+def patiently(attempt: Callable[[], Result], *, seconds: float) -> Result:
+    """What `attempt` gives, tried again for about so long where the data base fails."""
+    end, pause = time.monotonic() + seconds, PAUSE_S
+    while True:
+        try:
+            return attempt()
+        except (*FAILURES, optuna.exceptions.DuplicatedStudyError) as error:
+            if time.monotonic() + pause > end:
+                raise
+            if pause > PAUSE_S:
+                notice(f"the storage fails, and is tried again: {type(error).__name__}")
+        time.sleep(pause)
+        pause *= 2
+
+
+def forget(url: str, name: str, ours: Callable[[optuna.Study], bool]) -> None:
     """Remove a study from its storage, if it is there.
 
+    Args:
+        url: in SQLAlchemy's words.
+        name: of the study.
+        ours: whether a study of that name may be removed.
+
     Raises:
-        ToolkitError: the storage cannot be used.
+        ToolkitError: the storage cannot be used, or the study is somebody else's.
     """
     with storage_errors(url), contextlib.suppress(KeyError):
-        optuna.delete_study(study_name=name, storage=url)
+        study = optuna.load_study(study_name=name, storage=url)
+        if ours(study):
+            optuna.delete_study(study_name=name, storage=url)
+            return
+        raise ToolkitError(
+            "--force does not remove another study",
+            found=f"study '{name}' in {without_password(url)}, of another network or another program",
+            fix="give this search another name with --study",
+        )
 
 
 def open_storage(
@@ -50,21 +87,29 @@ def storage_errors(url: str) -> Iterator[None]:
     """Turn what goes wrong on opening a data base into a `ToolkitError`."""
     try:
         yield
-    except (
-        sqlalchemy.exc.SQLAlchemyError,
-        optuna.exceptions.OptunaError,
-        ImportError,
-        ValueError,
-        RuntimeError,
-    ) as error:
+    except (*FAILURES, optuna.exceptions.OptunaError, ImportError, ValueError, RuntimeError) as error:
         raise ToolkitError(
             "the storage cannot be used",
-            found=f"{_without_password(url)}: {type(error).__name__}: {str(error).splitlines()[0]}",
+            found=f"{without_password(url)}: {type(error).__name__}: {str(error).splitlines()[0]}",
             fix="give --storage sqlite:///FILE, or the URL of a data base that runs and whose driver is installed",
         ) from error
 
 
-def _without_password(url: str) -> str:
+@contextlib.contextmanager
+def failures(url: str) -> Iterator[None]:
+    """Turn the failure of a data base in the middle of a search into a `ToolkitError`."""
+    try:
+        yield
+    except FAILURES as error:
+        raise ToolkitError(
+            "the storage failed during the search",
+            found=f"{without_password(url)}: {type(error).__name__}: {str(error).splitlines()[0]}",
+            fix="see to the data base; the same command then goes on with the trials that are in it",
+        ) from error
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown and kept."""
     try:
         return sqlalchemy.make_url(url).render_as_string(hide_password=True)
     except sqlalchemy.exc.ArgumentError:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from toolkit import bundle
 from toolkit.artifacts import Proportion
-from toolkit.config import HardenConfig, SearchConfig, SearchRunConfig, build
+from toolkit.config import GateConfig, HardenConfig, SearchConfig, SearchRunConfig, build
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.latency import ISOLATION, LatencyRow, benchmark
 from toolkit.evaluators.timing import Interval
@@ -27,21 +31,36 @@ from toolkit.search.space import Space, digest
 from toolkit.search.storage import Tried
 
 BUNDLES = "bundles"
+ORIGINS = ".origins"
+"""Folder, within that of the search, that says by which search each bundle was made."""
 ORIGINAL = "original"
 
 
 def full_evidence(
-    config: SearchRunConfig, output: Path, laboratory: Laboratory, space: Space, tried: Sequence[Tried]
+    config: SearchRunConfig,
+    output: Path,
+    laboratory: Laboratory,
+    space: Space,
+    tried: Sequence[Tried],
+    identity: Mapping[str, Any],
 ) -> SearchResult:
     """Write the bundles of the most promising trials, and choose among them.
 
     Where none of them keeps the limits, others follow that may keep them within the intervals of their cheap evidence,
     as many again at most.
 
+    Args:
+        config: of the search.
+        output: its folder.
+        laboratory: of its first seed.
+        space: what may be tried.
+        tried: the trials.
+        identity: names the search; bundles of another one in the same folder are not taken for its own.
+
     Raises:
         ToolkitError: no trial has a result.
     """
-    cheap = points_of(tried)
+    cheap = comparable(points_of(tried))
     if not cheap:
         reasons = "; ".join(dict.fromkeys(one.reason for one in tried if one.reason)) or "the time was spent before"
         raise ToolkitError(
@@ -53,11 +72,13 @@ def full_evidence(
     by_number = {one.number: one for one in tried}
     done: list[Candidate] = []
     for point in finalists(cheap, limits):
-        enough = len(done) >= wanted
-        hopeful = limits.may_keep(point) and not any(limits.kept(one.point) for one in done)
-        if enough and not (hopeful and len(done) < 2 * wanted):
+        enough, kept = len(done) >= wanted, any(limits.kept(one.point) for one in done)
+        if enough and (kept or len(done) >= 2 * wanted):
             break
-        done.append(_bundle(config, output, laboratory, space, by_number[point.trial], point))
+        if enough and not limits.may_keep(point):
+            continue
+        folder = _folder(config, output, point.trial)
+        done.append(_bundle(config, folder, laboratory, space, by_number[point.trial], point, _hash(identity)))
     rows = _time(config, laboratory, done)
     candidates = tuple(replace(one, point=_timed_point(one.point, rows)) for one in done)
     return SearchResult(
@@ -73,20 +94,44 @@ def full_evidence(
     )
 
 
-def _bundle(
-    config: SearchRunConfig, output: Path, laboratory: Laboratory, space: Space, one: Tried, cheap: Point
-) -> Candidate:
-    """The bundle of a trial, under the first seed; one that is there already is kept."""
-    found = space.config(one.parameters, config.seeds[0])
-    chosen = type(found.quantize).model_validate(measurements(one)[0].quantize)
-    how = found.model_copy(update={"quantize": chosen})
+def comparable(points: Sequence[Point]) -> list[Point]:
+    """Points of several machines, their times as if all had been measured on one.
+
+    Every trial was timed side by side with the original network; the median of the original's times stands for all.
+    """
+    reference = median(point.milliseconds / point.ratio.value for point in points) if points else 0.0
+    return [replace(point, milliseconds=point.ratio.value * reference) for point in points]
+
+
+def _folder(config: SearchRunConfig, output: Path, trial: int) -> Path:
     study = config.search.study
     name = re.sub(r"[^\w.-]", "_", study)  # it may hold anything, and several studies may share a folder
     prefix = "" if study == SearchConfig().study else f"{name}-"
-    folder = output / BUNDLES / f"{prefix}trial-{one.number:03d}"
-    if not _is_written(folder, resolve(how, laboratory.prepared)):
+    return output / BUNDLES / f"{prefix}trial-{trial:03d}"
+
+
+def _hash(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _bundle(
+    config: SearchRunConfig, folder: Path, laboratory: Laboratory, space: Space, one: Tried, cheap: Point, search: str
+) -> Candidate:
+    """The bundle of a trial, under the first seed; one of this search that is there already is kept.
+
+    Limits are no part of it: they are judged on the front, and may change without a bundle being made again.
+    """
+    found = space.config(one.parameters, config.seeds[0])
+    chosen = type(found.quantize).model_validate(measurements(one)[0].quantize)
+    how = found.model_copy(update={"quantize": chosen, "gates": GateConfig()})
+    origin = folder.parents[1] / ORIGINS / folder.name
+    ours = origin.is_file() and origin.read_text(encoding="ascii") == search
+    if not (ours and _is_written(folder, resolve(how, laboratory.prepared))):
         notice(f"full evidence for trial {one.number}")
+        origin.unlink(missing_ok=True)
         _write(how, laboratory, folder)
+        origin.parent.mkdir(exist_ok=True)
+        origin.write_text(search, encoding="ascii")
     report = bundle.read_report(folder)
     return Candidate(_point(one.number, report, folder), cheap, folder, one.parameters, _alarms(report))
 
@@ -97,7 +142,7 @@ def _is_written(folder: Path, config: HardenConfig) -> bool:
         return False
     there = bundle.read_config(folder)
     same = digest(there) == digest(build(HardenConfig, config.model_dump(mode="json")))
-    parts = [(one.attack, one.data.evaluation, one.gates, one.threat, one.seed) for one in (there, config)]
+    parts = [(one.attack, one.data.evaluation, one.threat, one.seed) for one in (there, config)]
     return same and parts[0] == parts[1]
 
 

@@ -11,6 +11,10 @@ from typing import Any
 
 import psutil
 
+CLOCK_S = 5.0
+"""By so much may a clock that was set move the time at which a process is said to have begun; no number of a process
+comes again so soon."""
+
 
 def this_process() -> dict[str, Any]:
     """Plain data that no other process has, not even one with the same number later."""
@@ -22,7 +26,7 @@ def vanished(owner: Mapping[str, Any]) -> bool:
     if owner["machine"] != _machine():
         return False
     try:
-        return bool(psutil.Process(owner["pid"]).create_time() != owner["since"])
+        return bool(abs(psutil.Process(owner["pid"]).create_time() - owner["since"]) > CLOCK_S)
     except psutil.NoSuchProcess:
         return True
     except psutil.AccessDenied:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from toolkit.prepare import load_teacher
 from toolkit.progress import notice
 from toolkit.pruning import find_groups
 from toolkit.search import cluster
-from toolkit.search.database import forget
+from toolkit.search.database import failures, forget, without_password
 from toolkit.search.executors import Executor, InProcess
 from toolkit.search.finals import full_evidence
 from toolkit.search.front import Limits
@@ -32,7 +32,8 @@ from toolkit.search.plot import plot_front
 from toolkit.search.report import DATA, MARKDOWN, PICTURE, SearchResult, record, render_markdown
 from toolkit.search.runner import Plan, run_trials
 from toolkit.search.space import Anatomy, Space
-from toolkit.search.storage import Study
+from toolkit.search.storage import IDENTITY, Study, same_network
+from toolkit.training.distributed import launched
 
 SETTINGS = "search.yaml"
 STORAGE = "study.sqlite"
@@ -63,23 +64,55 @@ def search(config: SearchRunConfig, output: Path, *, force: bool = False) -> Sea
     Raises:
         ToolkitError: bad input, no storage, another study in it, or no trial that could be made.
     """
+    _refuse_torchrun()
+    if force:
+        _keep_inputs(config, output)
     ready = prepare_search(config, output)
-    url = config.search.storage or f"sqlite:///{output / STORAGE}"
+    config, url = ready.config, config.search.storage or f"sqlite:///{output / STORAGE}"
+    identity = _identity(ready)
     with bundle.disk_errors(output):
         if force:
             if config.search.storage is not None:
-                forget(url, config.search.study)
+                forget(
+                    url, config.search.study, lambda known: same_network(known.user_attrs.get(IDENTITY, {}), identity)
+                )
             _clear(output)
-        with _open_study(ready, url) as study:
-            write_settings(config, output / SETTINGS, home=output)
+        with _open_study(ready, url, identity) as study, failures(url):
+            kept = config.search.model_copy(update={"storage": config.search.storage and without_password(url)})
+            write_settings(config.model_copy(update={"search": kept}), output / SETTINGS, home=output)
             with _executor(ready) as executor:
                 plan = Plan(config.search.trials, config.seeds, Limits.of(config), config.search.budget)
                 run_trials(study, ready.space, executor, plan)
             tried = study.tried()
         with locked(output / ".finals.lock", "it writes the bundles of this search"):
-            found = full_evidence(config, output, ready.laboratory, ready.space, tried)
+            found = full_evidence(config, output, ready.laboratory, ready.space, tried, identity)
             write_front(found)
     return found
+
+
+def _refuse_torchrun() -> None:
+    """Several processes of one training would wait for each other where those of a search share trials."""
+    if launched():
+        raise ToolkitError(
+            "a search shares its trials in another way than torchrun does",
+            found="a search started by torchrun",
+            fix="start it without torchrun; --address, or --storage with several processes, share the trials",
+        )
+
+
+def _keep_inputs(config: SearchRunConfig, output: Path) -> None:
+    """Refuse to remove with the folder what the search is to read.
+
+    Raises:
+        ToolkitError: an input lies in `output`.
+    """
+    for path in (config.model.path, config.finetune.teacher):
+        if path is not None and path.resolve().is_relative_to(output.resolve()):
+            raise ToolkitError(
+                "--force would remove what the search is to read",
+                found=f"{path} in {output}",
+                fix="copy it to another place first, or name another folder with --output",
+            )
 
 
 def prepare_search(config: SearchRunConfig, output: Path) -> Search:
@@ -98,26 +131,28 @@ def prepare_search(config: SearchRunConfig, output: Path) -> Search:
         )
     first = config.model_copy(update={"seed": config.seeds[0]})
     how = config.search
+    if how.address is not None and config.threads is None:  # one number for all workers, and room for as many
+        config = config.model_copy(update={"threads": max(1, usable_threads(None) // (how.workers or 1))})
+        first = config.model_copy(update={"seed": config.seeds[0]})
     bench = Workbench(str(Path.cwd()), str(output.absolute()), how.images, how.attacks)
     base = build(HardenConfig, first.model_dump(mode="json", exclude={"search"}))
     laboratory = Laboratory(base, output.absolute(), images=how.images, attacks=how.attacks)
     layers = named_layers(load_onnx(laboratory.original.path), ["*"])
     groups = find_groups(laboratory.prepared.model) if how.per_group else ()
-    space = Space(config, Anatomy(layers, groups))
+    space = Space(config, Anatomy(layers, groups), check_settings)
     check_settings(space.config(space.start()))
     bench.adopt(laboratory, base)
     return Search(config, output, laboratory, bench, space)
 
 
 @contextlib.contextmanager
-def _open_study(ready: Search, url: str) -> Iterator[Study]:
-    fresh = not ready.output.exists()
+def _open_study(ready: Search, url: str, identity: Mapping[str, Any]) -> Iterator[Study]:
     ready.output.mkdir(parents=True, exist_ok=True)
     try:
-        study = Study(url, ready.config.search.study, ready.space, _identity(ready), ready.config.seed)
+        study = Study(url, ready.config.search.study, ready.space, identity, ready.config.seed)
     except BaseException:
-        if fresh:
-            shutil.rmtree(ready.output, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it stays where anything is in it
+            ready.output.rmdir()
         raise
     try:
         yield study
@@ -137,7 +172,7 @@ def _executor(ready: Search) -> Iterator[Executor]:
     if address is None:
         executor = InProcess(ready.bench)
     else:
-        needs = cluster.Needs(usable_threads(config.threads), config.search.gpus)
+        needs = cluster.Needs(config.threads or usable_threads(None), config.search.gpus)
         executor = cluster.RayCluster(address, ready.bench, needs, config.search.workers)
     try:
         yield executor
@@ -186,7 +221,8 @@ def _check_output(output: Path) -> None:
     Raises:
         ToolkitError: `output` is no search's folder.
     """
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / SETTINGS).is_file()):
+    begun = any((output / name).is_file() for name in (SETTINGS, STORAGE))  # the storage comes first
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not begun):
         raise ToolkitError(
             "the output is no folder of a search",
             found=str(output),

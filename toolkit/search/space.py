@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from toolkit.config import (
@@ -20,6 +20,7 @@ from toolkit.config import (
     merge,
 )
 from toolkit.errors import ToolkitError, unknown_name
+from toolkit.progress import notice
 from toolkit.training.losses import ATTACKED
 
 Parameter = str | float
@@ -67,12 +68,16 @@ class Space:
     Args:
         config: the run's; what is not varied stays as it says.
         anatomy: of the network.
+        refuse: raises for a configuration that cannot be made; values that lead to one from the point that the user
+            gave are left out, as long as others are there.
 
     Raises:
         ToolkitError: something varies that may not, or takes a value that `harden` would refuse.
     """
 
-    def __init__(self, config: SearchRunConfig, anatomy: Anatomy) -> None:
+    def __init__(
+        self, config: SearchRunConfig, anatomy: Anatomy, refuse: Callable[[HardenConfig], None] | None = None
+    ) -> None:
         self._base: dict[str, Any] = config.model_dump(mode="json", exclude={"search"})
         self.dimensions = tuple(
             dimension
@@ -82,6 +87,8 @@ class Space:
         for dimension in self.dimensions:
             for settings in dimension.settings.values():
                 build(HardenConfig, merge(self._base, dict(settings)))
+        if refuse is not None:
+            self.dimensions = tuple(self._possible(dimension, refuse) for dimension in self.dimensions)
 
     @property
     def size(self) -> int:
@@ -105,11 +112,30 @@ class Space:
         """The point nearest to the configuration that the user gave."""
         return {dimension.name: self._nearest(dimension) for dimension in self.dimensions}
 
+    def _possible(self, dimension: Dimension, refuse: Callable[[HardenConfig], None]) -> Dimension:
+        """Without the labels that are refused beside the user's own settings; ranges stay whole."""
+        start = self.start()
+        found: dict[Parameter, Mapping[str, Any]] = {}
+        reasons = []
+        for value, settings in dimension.settings.items():
+            try:
+                refuse(self.config({**start, dimension.name: value}))
+            except ToolkitError as error:
+                reasons.append(f"{value} ({error.problem})")
+            else:
+                found[value] = settings
+        if dimension.step is not None or not found or not reasons:
+            return dimension
+        notice(f"not tried for {dimension.name}: {', '.join(reasons)}")
+        return replace(dimension, settings=found)
+
     def _nearest(self, dimension: Dimension) -> Parameter:
         given = dimension.name if not dimension.name.startswith(GROUP_RATIO) else RATIO
         if dimension.step is not None:
-            wanted = float(_lookup(self._base, given))
-            return min(dimension.values, key=lambda value: abs(float(value) - wanted))
+            wanted = _lookup(self._base, given)
+            if wanted is None:  # resolved later
+                return dimension.values[0]
+            return min(dimension.values, key=lambda value: abs(float(value) - float(wanted)))
         same = (
             label for label, settings in dimension.settings.items() if merge(self._base, dict(settings)) == self._base
         )
@@ -186,6 +212,8 @@ def _canonical(config: HardenConfig) -> HardenConfig:
         update |= {"quantize": QuantizeConfig(int8=False), "allow_float": True}
     if config.prune.ratio == 0 and not any(config.prune.ratios.values()):
         update["prune"] = PruneConfig(ratio=0)
+    if not config.quantize.int8 and tuning.qat:
+        tuning = update["finetune"] = tuning.model_copy(update={"qat": False})
     if tuning.objective == "none" or tuning.epochs == 0:
         update["finetune"] = type(tuning)(objective="none", epochs=0, precision=tuning.precision)
     elif tuning.objective not in ATTACKED:

@@ -6,11 +6,14 @@ asked again, and whatever that process might still tell of it is refused. So eve
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -19,8 +22,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 
 from toolkit.errors import ToolkitError
+from toolkit.locks import locked, users_lock
 from toolkit.progress import notice
-from toolkit.search.database import open_storage, quiet, storage_errors
+from toolkit.search.database import FAILURES, open_storage, patiently, quiet, storage_errors
 from toolkit.search.ownership import this_process, vanished
 from toolkit.search.sampler import SeededSampler
 from toolkit.search.space import Dimension, Parameters, Space, digest
@@ -28,6 +32,8 @@ from toolkit.search.space import Dimension, Parameters, Space, digest
 HEARTBEAT_S = 5
 GRACE_S = 60
 """After so many seconds without a heartbeat a process counts as dead, on whatever machine it was."""
+OPENING_S = 3
+"""For so long is the opening of a storage tried again that another process is making, or that is not there yet."""
 ATTEMPTS = 3
 """So often a trial may end with the death of its process."""
 REPEATS, DRAWS = 5, 500
@@ -80,15 +86,9 @@ class Study:
         self._space, self._seed = space, seed
         self._distributions = {dimension.name: _distribution(dimension) for dimension in space.dimensions}
         self._held: dict[int, optuna.Trial] = {}
-        with storage_errors(url):
-            self._storage = open_storage(url, self._gone, heartbeat_s=HEARTBEAT_S, grace_s=GRACE_S)
-            self._study = optuna.create_study(
-                storage=self._storage,
-                study_name=name,
-                directions=list(DIRECTIONS.values()),
-                sampler=SeededSampler(seed),
-                load_if_exists=True,
-            )
+        # Optuna's making of a data base fails, and may fail for ever, where two make it at once
+        with storage_errors(url), locked(users_lock(f"storage-{hashlib.sha256(url.encode()).hexdigest()[:16]}")):
+            self._storage, self._study = patiently(lambda: self._open(url, name), seconds=OPENING_S)
             self._check(name, identity)
         if not self._trials():
             self._study.enqueue_trial(dict(space.start()), skip_if_exists=True)
@@ -96,10 +96,22 @@ class Study:
         self._heart = threading.Thread(target=self._beat, daemon=True)
         self._heart.start()
 
+    def _open(self, url: str, name: str) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
+        storage = open_storage(url, self._gone, heartbeat_s=HEARTBEAT_S, grace_s=GRACE_S)
+        study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            directions=list(DIRECTIONS.values()),
+            sampler=SeededSampler(self._seed),
+            load_if_exists=True,
+        )
+        return storage, study
+
     def close(self) -> None:
-        """End the heartbeat, and give back what is still held."""
-        for number in tuple(self._held):
-            self.release(number)
+        """End the heartbeat, and give back what is still held, as far as the storage takes it."""
+        with contextlib.suppress(*FAILURES):
+            for number in tuple(self._held):
+                self.release(number)
         self._stop.set()
         self._heart.join()
         self._storage.engine.dispose()
@@ -137,13 +149,16 @@ class Study:
             result: plain JSON data.
             excess: by how much limits are overstepped; at most 0 where they are kept.
         """
-        trial = self._held.pop(ticket.number)
-        if self._state(ticket.number) != TrialState.RUNNING:
-            return False
-        trial.set_user_attr(RESULT, json.dumps(result))
-        for name, amount in excess.items():
-            trial.set_constraint(name, amount)
-        return self._finish(ticket.number, [values[name] for name in DIRECTIONS])
+        trial = self._held[ticket.number]
+        keep = partial(patiently, seconds=GRACE_S)  # it was dear
+        counted = keep(lambda: self._state(ticket.number)) == TrialState.RUNNING
+        if counted:
+            keep(lambda: trial.set_user_attr(RESULT, json.dumps(result)))
+            for name, amount in excess.items():
+                keep(partial(trial.set_constraint, name, amount))
+            counted = keep(lambda: self._finish(ticket.number, [values[name] for name in DIRECTIONS]))
+        del self._held[ticket.number]
+        return counted
 
     def refuse(self, ticket: Ticket, reason: str) -> bool:
         """Keep that a trial cannot be made, and why; it is not asked for again."""
@@ -202,10 +217,11 @@ class Study:
         if theirs != ours:
             theirs = theirs or {}
             differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+            anew = ", or begin anew with --force" if same_network(theirs, ours) else ""
             raise ToolkitError(
                 "the storage holds another study",
                 found=f"study '{name}', which differs in: {', '.join(differing)}",
-                fix="give the same arguments as before, another name with --study, or begin anew with --force",
+                fix=f"give the same arguments as before, or another name with --study{anew}",
             )
 
     def _beat(self) -> None:
@@ -267,6 +283,11 @@ class Study:
                 self._study.enqueue_trial(point)
                 return True
         return False
+
+
+def same_network(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    """Whether two identities are of searches on one network."""
+    return "weights" in theirs and theirs["weights"] == ours.get("weights")
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:

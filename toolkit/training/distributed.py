@@ -13,13 +13,16 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit.errors import ToolkitError
+
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Batch norms that do nothing else."""
 
 Value = TypeVar("Value")
 
@@ -149,8 +152,14 @@ def share_statistics(module: nn.Module, world: World) -> None:
     if world.size == 1:
         return
     for name, inner in list(module.named_modules()):
-        if isinstance(inner, _BatchNorm) and name:
-            module.set_submodule(name, SharedBatchNorm(inner))
+        if type(inner) in PLAIN and name:
+            module.set_submodule(name, SharedBatchNorm(cast("_BatchNorm", inner)))
+        elif isinstance(inner, _BatchNorm) and not isinstance(inner, SharedBatchNorm):
+            raise ToolkitError(
+                "a batch norm of this network cannot share its statistics among processes",
+                found=f"'{name}' is a {type(inner).__name__}, which may do more than normalise",
+                fix="train in one process, or build the network with nn.BatchNorm2d",
+            )
 
 
 class SharedBatchNorm(_BatchNorm):
