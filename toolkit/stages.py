@@ -262,7 +262,7 @@ def quantize_file(
                 shown = splits.validation.first(EXPLAINED_IMAGES)
                 explanation = explain(quantizer, partial, shown, Judge(path, shown, None))
             write_metadata(partial, metadata)
-            coverage = integer_coverage(partial)
+            coverage = integer_coverage(partial, image=splits.evaluation.images.shape)
             files = {"fp32": path, "deployed": partial}
             sizes = {name: file.stat().st_size for name, file in files.items()}
             predictors = {name: OnnxPredictor(file) for name, file in files.items()}

@@ -184,8 +184,31 @@ def test_accuracy_ranks_all_layers_once_and_then_the_next_few(tmp_path: Path) ->
     found, _ = search(tmp_path, writer, lambda kept: 8.0 + len(kept), lost, max_drop=0.041)
     assert set(found.for_accuracy) >= {"layer0", "layer6", "layer12", "layer18", "layer24"}
     assert len(found.for_accuracy) == 6, "of thirty layers two become float between two looks at what is lost"
-    by_accuracy = len(writer.written) - 1 - len(names)  # beside all integers and the neighbours that were timed
-    assert by_accuracy <= 5 * assignment.SHORTLIST
+    timed = len(names) + len(names) - 6  # neighbours of all integers, and, with more layers float, of what came of it
+    assert len(writer.written) - 1 - timed <= 5 * assignment.SHORTLIST
+
+
+def test_once_accuracy_made_layers_float_others_may_be_faster_so_too(tmp_path: Path) -> None:
+    """Alone, c is faster in integers; beside a float b, which accuracy asks for, it is slower."""
+
+    def cost(kept: frozenset[str]) -> float:
+        return 6.0 + ("a" in kept) + 2.0 * ("b" in kept) - (1.0 if {"b", "c"} <= kept else -1.0 * ("c" in kept))
+
+    found, _ = search(tmp_path, Writer("a", "b", "c"), cost, {"b": 0.5})
+    assert found.keep_float == ("b", "c") and found.for_accuracy == ("b",)
+    assert found.drop.worst <= 0.01
+
+
+def test_files_that_lost_are_removed_where_room_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def left(room: int) -> int:
+        folder = tmp_path / str(room)
+        folder.mkdir()
+        monkeypatch.setattr(assignment, "ROOM", room)
+        found, _ = search(folder, Writer("a", "b", "c"), lambda kept: 8.0 + len(kept) - 2 * ("a" in kept))
+        assert found.keep_float == ("a",)
+        return len(list(folder.glob("assignment-*")))
+
+    assert left(0) < left(2**20) == 6
 
 
 def test_what_was_found_is_kept_for_its_float_twin_alone(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,14 +185,40 @@ def test_files_of_others_work_and_nameless_nodes_too(tmp_path: Path) -> None:
     assert (coverage.macs_total, coverage.share, len(coverage.layers)) == (32, 0.0, 2)
 
 
+@pytest.mark.parametrize("kind", [TensorProto.UINT8, TensorProto.FLOAT16])
+def test_files_that_take_other_types_are_profiled_on_them(kind: int, tmp_path: Path) -> None:
+    weights = [helper.make_tensor("weights", TensorProto.FLOAT, (4, 4), [0.1] * 16)]
+    nodes = [
+        helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["pixels"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weights"], ["logits"]),
+    ]
+    path = save(tmp_path / "other.onnx", nodes, weights, kind=kind)
+    assert integer_coverage(path).macs_total == 16
+
+
+def test_files_that_take_any_size_are_profiled_on_the_images_own(tmp_path: Path) -> None:
+    weights = [helper.make_tensor("weights", TensorProto.FLOAT, (2, 1, 3, 3), [0.1] * 18)]
+    nodes = [helper.make_node("Conv", ["image", "weights"], ["logits"])]
+    path = save(tmp_path / "any.onnx", nodes, weights, sizes=["N", 1, "H", "W"])
+    assert integer_coverage(path, image=(1, 8, 6)).macs_total == 2 * 9 * 6 * 4
+
+
 def test_a_graph_without_layers_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "empty.onnx", [helper.make_node("Flatten", ["image"], ["logits"])], [])
     with pytest.raises(ToolkitError, match="no layer"):
         integer_coverage(path)
 
 
-def save(path: Path, nodes: list[onnx.NodeProto], weights: list[onnx.TensorProto]) -> Path:
-    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 1, 2, 2])
+def save(
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    weights: list[onnx.TensorProto],
+    *,
+    kind: int = TensorProto.FLOAT,
+    sizes: Sequence[str | int] = ("N", 1, 2, 2),
+) -> Path:
+    image = helper.make_tensor_value_info("image", kind, sizes)
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)
     graph = helper.make_graph(nodes, "test", [image], [logits], weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)

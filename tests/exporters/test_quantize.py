@@ -11,9 +11,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_static
 from torch import nn
 
@@ -271,6 +272,59 @@ def test_a_quantised_graph_is_not_quantised_again(tmp_path: Path) -> None:
     with pytest.raises(ToolkitError, match="quantised already") as caught:
         quantize_int8(OnnxModel(path, "deployed"), tmp_path / "r.onnx", split, QuantizeConfig())
     assert "QuantizeLinear" in caught.value.found
+
+
+def test_what_was_optimised_for_a_processor_is_refused(tmp_path: Path) -> None:
+    twin = tiny_twin(tmp_path)
+    proto = onnx.load(twin.path)
+    proto.graph.node[0].domain = "com.microsoft.nchwc"
+    twin.path.write_bytes(proto.SerializeToString())
+    with pytest.raises(ToolkitError, match="optimised for one kind of processor") as caught:
+        quantize_int8(twin, tmp_path / "q.onnx", pictures(8, (1, 8, 8)), QuantizeConfig())
+    assert "blocked layouts: 1 " in caught.value.found
+
+
+def strangers_file(path: Path, opset: int) -> OnnxModel:
+    """A convolution, a product and a softmax, none with a name."""
+    generator = np.random.default_rng(0)
+    weights = {
+        "filters": generator.standard_normal((4, 1, 3, 3)).astype(np.float32),
+        "columns": 0.01 * generator.standard_normal((4 * 36, 3)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["image", "filters"], ["made"]),
+        helper.make_node("Relu", ["made"], ["kept"]),
+        helper.make_node("Flatten", ["kept"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "columns"], ["scores"]),
+        helper.make_node("Softmax", ["scores"], ["probabilities"], axis=1),
+    ]
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 1, 8, 8])
+    result = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", 3])
+    constants = [numpy_helper.from_array(values, name) for name, values in weights.items()]
+    graph = helper.make_graph(nodes, "stranger", [image], [result], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7), path)
+    return OnnxModel(path, "fp32")
+
+
+@pytest.mark.parametrize("opset", [11, 12, 13])
+def test_old_files_whose_nodes_have_no_names_are_quantised(opset: int, tmp_path: Path) -> None:
+    twin = strangers_file(tmp_path / "stranger.onnx", opset)
+    found = quantize_int8(twin, tmp_path / "q.onnx", pictures(32, (1, 8, 8)), QuantizeConfig())
+    assert [layer.precision for layer in found.layers] == ["int8", "int8"]
+    assert len({layer.name for layer in found.layers} - {""}) == 2
+    images = torch.rand(16, 1, 8, 8)
+    before, after = (OnnxPredictor(path).predict(images) for path in (twin.path, found.model.path))
+    assert float((before - after).abs().max()) < 0.1
+
+
+def test_the_last_batch_of_a_transformer_may_be_smaller(tmp_path: Path) -> None:
+    """Attention holds tensors [tokens, images, ...]: what is counted by channel must not take images for channels."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
+    network = torchvision.models.VisionTransformer(**sizes, num_classes=3)
+    model, split = wrap(network, (3, 16, 16)), pictures(MAX_BATCH + 7, (3, 16, 16))
+    found = quantize_int8(export(model, tmp_path), tmp_path / "q.onnx", split, QuantizeConfig())
+    assert found.calibration_images == MAX_BATCH + 7
 
 
 def test_no_calibration_images_are_an_error(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from tests.sums import exact_sums
@@ -16,6 +17,7 @@ from toolkit.artifacts import TorchModel
 from toolkit.attacks.threat import PgdPlan, ThreatModel
 from toolkit.config import ExportConfig, HardenConfig, QuantizeConfig, TrainConfig
 from toolkit.errors import ToolkitError
+from toolkit.evaluators.rounding import quantise_weights
 from toolkit.exporters.observer import exposed_session
 from toolkit.exporters.onnx import export_onnx, load_onnx
 from toolkit.exporters.quantize import Quantizer
@@ -76,12 +78,13 @@ def accuracy(model: TorchModel) -> float:
     return float(model.predict(batch.images).argmax(dim=1).eq(batch.labels).float().mean())
 
 
-def integers(result: TrainingResult, folder: Path, margin: float = 0.0) -> Path:
+def integers(result: TrainingResult, folder: Path, margin: float = 0.0, *, reduced: bool = False) -> Path:
     """The integer graph of a training."""
     assert result.learnt is not None
     fp32 = export_onnx(result.model, folder / "float.onnx", ExportConfig())
     ranges = graph_ranges(result.model, result.learnt, fp32.path, VALIDATION)
-    quantizer = Quantizer(fp32, VALIDATION, QuantizeConfig(), input_margin=margin, ranges=ranges)
+    config = QuantizeConfig(reduce_range=reduced)
+    quantizer = Quantizer(fp32, VALIDATION, config, input_margin=margin, ranges=ranges)
     made = quantizer.write(folder / "int8.onnx")
     assert made.learnt_ranges == len(ranges) > 0
     return made.model.path
@@ -124,6 +127,25 @@ def test_the_integer_graph_computes_what_was_trained(kind: str, margin: float, t
     expected = apart @ head.weight.detach().abs().T
     assert bool(((logits - deployed).abs() <= 1.05 * expected + 1e-3 * logits.std()).all())
     assert float((result.model.predict(images) - deployed).abs().max()) > 0
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_weights_are_rounded_in_training_as_in_the_file(reduced: bool, tmp_path: Path) -> None:
+    """The head follows no batch norm, so its weights are the same numbers in both."""
+    bits = QuantizeConfig(reduce_range=reduced).int8_bits
+    result = run(toy(), Rounding(weight_bits=bits))
+    graph = load_onnx(integers(result, tmp_path, reduced=reduced)).graph
+    constants = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    head = next(module for module in reversed(list(result.model.network.modules())) if isinstance(module, nn.Linear))
+    rounded = quantise_weights(head.weight.detach(), bits).numpy()
+    found = [
+        constants[node.input[0]].astype(np.float32) * constants[node.input[1]].reshape(-1, 1)
+        for node in graph.node
+        if node.op_type == "DequantizeLinear"
+        and node.input[0] in constants
+        and constants[node.input[0]].shape == rounded.shape
+    ]
+    assert len(found) == 1 and np.allclose(found[0], rounded, rtol=1e-5, atol=1e-7)
 
 
 def test_learnt_ranges_are_those_of_the_graph(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ SEARCH_S = 300.0
 """Seconds for the search of the fastest."""
 FIRST_SHARE = 0.6
 """Of these, for the search from all integers on, at most."""
+ROOM = 2**30
+"""Bytes of candidates on disk from which on those that lost are removed."""
 REFERENCE = "reference"
 
 
@@ -112,6 +114,8 @@ def find_assignment(
     with task("which layers are integer", len(quantizer.layers)) as bar:
         fastest = search.fastest(seconds, bar.advance)
         chosen, added = search.accurate(fastest, judge, max_drop, bar.advance)
+        if added:
+            chosen = search.lighter(chosen, (1 - FIRST_SHARE) * seconds, bar.advance)
     everything: Kept = frozenset()
     speeds = search.ratios(dict.fromkeys((everything, chosen)), DECIDING_ROUNDS, to=None)
     return Assignment(
@@ -121,7 +125,7 @@ def find_assignment(
         drop=judge.drop(search.file(chosen)),
         drop_all_integer=judge.drop(search.file(everything)),
         images=judge.images,
-        tried=len(search.files),
+        tried=search.written,
         for_accuracy=added,
     )
 
@@ -135,6 +139,7 @@ class _Search:
         self._cost = 0.0
         """Seconds that one file takes in one round."""
         self.files: dict[Kept, Path] = {}
+        self.written = 0
 
     def ordered(self, kept: Collection[str]) -> tuple[str, ...]:
         return tuple(name for name in self._layers if name in kept)
@@ -142,16 +147,17 @@ class _Search:
     def file(self, kept: Kept) -> Path:
         """The graph with these layers float, written once."""
         if kept not in self.files:
-            path = self._folder / f"assignment-{len(self.files)}.onnx"
+            path = self._folder / f"assignment-{self.written}.onnx"
             self._quantizer.write(path, keep_float=kept)
             self.files[kept] = path
+            self.written += 1
         return self.files[kept]
 
     def ratios(self, candidates: Iterable[Kept], rounds: int, *, to: Kept | None) -> dict[Kept, Interval]:
         """Times over that of the assignment `to`, or (None) of the float twin."""
+        start = time.perf_counter()
         files = {str(number): (kept, self.file(kept)) for number, kept in enumerate(candidates)}
         reference = self._fp32 if to is None else self.file(to)
-        start = time.perf_counter()
         times = self._clock.rounds({**{name: path for name, (_, path) in files.items()}, REFERENCE: reference}, rounds)
         self._cost = (time.perf_counter() - start) / (len(times) * rounds)
         return {kept: ratio_interval(times[name], times[REFERENCE], self._seed) for name, (kept, _) in files.items()}
@@ -172,18 +178,37 @@ class _Search:
         other = self._descend(min(lone, key=lambda kept: screened[kept].value), start + seconds, advance)
         return other if self._beats(other, best) else best
 
-    def _descend(self, best: Kept, end: float, advance: Callable[[], object]) -> Kept:
-        """Change layer after layer, as long as it is faster beyond doubt and the time suffices."""
+    def lighter(self, kept: Kept, seconds: float, advance: Callable[[], object]) -> Kept:
+        """With more layers float where that is faster now that accuracy made others so; it costs no accuracy."""
+        return self._descend(kept, time.monotonic() + seconds, advance, back=False)
+
+    def _descend(self, best: Kept, end: float, advance: Callable[[], object], *, back: bool = True) -> Kept:
+        """Change layer after layer, as long as it is faster beyond doubt and the time suffices.
+
+        Args:
+            best: where to begin.
+            end: when to stop, by the monotonic clock.
+            advance: told of every step.
+            back: float layers may become integers again.
+        """
         while True:
             neighbours = self._neighbours(best, self._affordable(end))
+            neighbours = [kept for kept in neighbours if back or kept > best]
             if not neighbours:
                 return best
             screened = self.ratios(neighbours, SCREENING_ROUNDS, to=best)
             promising = min(neighbours, key=lambda kept: screened[kept].value)
+            self._forget(one for one in neighbours if one != promising)
             if screened[promising].value >= 1 or not self._beats(promising, best):
                 return best
             best = promising
             advance()
+
+    def _forget(self, candidates: Iterable[Kept]) -> None:
+        """Remove files that lost, where all of them take much room: of a deep network they are many and large."""
+        if sum(path.stat().st_size for path in self.files.values()) > ROOM:
+            for kept in candidates:
+                self.files.pop(kept).unlink(missing_ok=True)
 
     def _affordable(self, end: float) -> int:
         """How many files can be screened until then, beside the one that they are compared with."""

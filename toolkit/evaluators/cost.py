@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -95,19 +96,28 @@ class IntegerCoverage:
         return self.macs_integer / self.macs_total
 
 
-def integer_coverage(path: Path, *, provider: Provider = "cpu", threads: int | None = None) -> IntegerCoverage:
+def integer_coverage(
+    path: Path, *, provider: Provider = "cpu", threads: int | None = None, image: tuple[int, ...] | None = None
+) -> IntegerCoverage:
     """Measure the integer coverage of any ONNX classifier, float ones (coverage 0) included.
 
     Multiply-accumulates are those of the graph in the file, so that padding (nchwc) does not count; which kernel runs
     each layer, and the time it takes, come from ONNX Runtime's optimised graph and a profile of it at batch 1.
+
+    Args:
+        path: the file.
+        provider: what runs it.
+        threads: CPU threads.
+        image: sizes of one image, in the order of the graph's axes, for files that take any.
 
     Raises:
         ToolkitError: no ONNX in the file, or no convolution and no matrix product in it.
     """
     model = load_onnx(path)
     with tempfile.TemporaryDirectory(prefix="toolkit-profile-") as folder:
-        written = measure(model, Path(folder), optimized=False, provider="cpu", threads=threads, runs=1)
-        running = measure(model, Path(folder), optimized=True, provider=provider, threads=threads, runs=RUNS)
+        written = measure(model, Path(folder), optimized=False, provider="cpu", threads=threads, runs=1, image=image)
+        how: dict[str, Any] = {"provider": provider, "threads": threads, "runs": RUNS, "image": image}
+        running = measure(model, Path(folder), optimized=True, **how)
     layers = [kernel for kernel in written if kernel.work is not None]
     if not layers:
         raise ToolkitError(

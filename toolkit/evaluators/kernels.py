@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import ModelProto, NodeProto, helper
 
+from toolkit.exporters.onnx import with_names
 from toolkit.exporters.session import Provider, make_session
 
 CONVOLUTIONS = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvInteger": 1, "QLinearConv": 3}
@@ -34,6 +36,13 @@ ROUNDS_INPUT = 4
 floats by unpacked weights."""
 BYTES = {"uint8", "int8"}
 FLOATS = {"float", "float16", "double", "bfloat16"}
+ARRAYS: Mapping[str, tuple[type[np.generic], int]] = {
+    "tensor(float)": (np.float32, 1),
+    "tensor(float16)": (np.float16, 1),
+    "tensor(double)": (np.float64, 1),
+    "tensor(uint8)": (np.uint8, 255),
+}
+"""By ONNX Runtime's word for an input's type: what is fed, and its white."""
 PADDING = 16
 """nchwc kernels round channels up to a block of 8 or 16."""
 
@@ -68,7 +77,14 @@ class Kernel:
 
 
 def measure(
-    model: ModelProto, folder: Path, *, optimized: bool, provider: Provider, threads: int | None, runs: int
+    model: ModelProto,
+    folder: Path,
+    *,
+    optimized: bool,
+    provider: Provider,
+    threads: int | None,
+    runs: int,
+    image: tuple[int, ...] | None = None,
 ) -> list[Kernel]:
     """Run a graph on one image under the profiler.
 
@@ -79,6 +95,7 @@ def measure(
         provider: where.
         threads: CPU threads.
         runs: timed runs; the median over them counts, after as many to warm up.
+        image: sizes of one image, in the order of the graph's axes, for files that take any; None: 1 where it is free.
 
     Returns:
         the kernels in the order of the graph that ran.
@@ -94,7 +111,7 @@ def measure(
         profile_prefix=folder / stem,
         optimized_path=result,
     )
-    feeds = {node.name: _example(node.shape) for node in session.get_inputs()}
+    feeds = {node.name: _example(node.shape, node.type, image) for node in session.get_inputs()}
     for _ in range(2 * runs):
         session.run(None, feeds)
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -102,21 +119,12 @@ def measure(
     return _kernels(ran, [event for event in events if event.get("cat") == "Node"], runs)
 
 
-def _example(shape: list[int | str | None]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    sizes = [size if isinstance(size, int) else 1 for size in shape]
-    return np.linspace(0, 1, math.prod(sizes), dtype=np.float32).reshape(sizes)
-
-
-def with_names(model: ModelProto) -> ModelProto:
-    """A copy whose nodes all have names, no two the same; a profile knows nodes by name only, and so do its layers."""
-    copied = ModelProto()
-    copied.CopyFrom(model)
-    seen: set[str] = set()
-    for index, node in enumerate(copied.graph.node):
-        if not node.name or node.name in seen:
-            node.name = f"{node.op_type}_unnamed_{index}"
-        seen.add(node.name)
-    return copied
+def _example(shape: list[int | str | None], kind: str, image: tuple[int, ...] | None) -> npt.NDArray[Any]:
+    """One image, from black to white, of the graph's type."""
+    free = (1, *(image if image is not None and len(image) + 1 == len(shape) else (1,) * (len(shape) - 1)))
+    sizes = [size if isinstance(size, int) else other for size, other in zip(shape, free, strict=True)]
+    dtype, white = ARRAYS.get(kind, (np.float32, 1))
+    return np.linspace(0, white, math.prod(sizes)).astype(dtype).reshape(sizes)
 
 
 def _kernels(model: ModelProto, events: Iterable[Mapping[str, Any]], runs: int) -> list[Kernel]:

@@ -97,6 +97,7 @@ def round_to(values: Tensor, grid: Grid, *, rectify: bool = False) -> Tensor:
 def quantise_weights(weights: Tensor, bits: int, *, per_channel: bool = True) -> Tensor:
     """Weights float32 [out, ...] rounded to a symmetric grid: 2^(bits-1) - 1 steps either side, as ONNX Runtime does.
 
+    7 bits are its reduced range, which has 64 steps either side, not 63.
     One bit means plus or minus the mean magnitude (Rastegari et al. 2016), two mean {-scale, 0, scale}. Scales per
     output channel commute with a batch norm that follows: folding it in multiplies each channel and its scale alike,
     so that the integers are the same. Scales per tensor do not; with them a folded graph has other integers.
@@ -111,7 +112,7 @@ def quantise_weights(weights: Tensor, bits: int, *, per_channel: bool = True) ->
     if bits == 1:
         scale = magnitude.mean(dim=axes, keepdim=True)
         return torch.where(weights >= 0, scale, -scale)
-    steps = 2 ** (bits - 1) - 1
+    steps = 64 if bits == 7 else 2 ** (bits - 1) - 1
     scale = (magnitude.amax(dim=axes, keepdim=True) / steps).clamp_min(TINY)
     rounded: Tensor = (weights / scale).round().clamp(-steps, steps) * scale
     return rounded

@@ -28,14 +28,13 @@ from torch.nn import functional
 
 from toolkit.artifacts import Normalized
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
-from toolkit.evaluators.kernels import with_names
 from toolkit.evaluators.saturating_layers import Spared, saturates_here, saturating_layers
 from toolkit.evaluators.surrogate import Twin, build_twin
 from toolkit.evaluators.twin.layers import pad_spatial, padding
 from toolkit.evaluators.twin.network import Step, TwinNetwork
 from toolkit.evaluators.twin.values import Scaled
 from toolkit.exporters.interface import GraphInterface
-from toolkit.exporters.onnx import load_onnx
+from toolkit.exporters.onnx import load_onnx, with_names
 from toolkit.exporters.qoperator import to_qdq
 from toolkit.exporters.session import Provider
 
@@ -178,7 +177,9 @@ def twin_of_session(
     twin = build_twin(path, interface, input_shape=input_shape)
     if not (twin.quantised and provider == "cpu" and saturates_here()):
         return twin
-    return replace(twin, module=SaturatingTwin(twin, path, integer_coverage(path)).module)
+    channels, height, width = twin.input_shape
+    image = (height, width, channels) if twin.interface.layout == "NHWC" else twin.input_shape
+    return replace(twin, module=SaturatingTwin(twin, path, integer_coverage(path, image=image)).module)
 
 
 def _saturating(step: Step, counted: Overflows, shift: int = 0) -> Callable[..., Any]:

@@ -65,14 +65,26 @@ def refuse_quantised(model: ModelProto, path: Path) -> None:
     counts = Counter(
         node.op_type for node in model.graph.node
         if node.op_type in {"QuantizeLinear", "DequantizeLinear", "QGemm"}
-        or node.op_type.startswith("QLinear")
-        or node.op_type.endswith("Integer")
+        or node.op_type.startswith(("QLinear", "DynamicQuantize"))
+        or "Integer" in node.op_type
     )  # fmt: skip
     if counts:
         raise ToolkitError(
             "the graph is quantised already",
             found=f"{path}: " + ", ".join(f"{count} {name}" for name, count in sorted(counts.items())),
             fix="give the float graph: model.fp32.onnx of a bundle, or `toolkit export` of the network",
+        )
+
+
+def refuse_optimised(model: ModelProto, path: Path) -> None:
+    """Blocked layouts, which ONNX Runtime writes for one kind of processor, cannot be quantised any more."""
+    blocked = Counter(node.op_type for node in model.graph.node if node.domain == "com.microsoft.nchwc")
+    if blocked:
+        raise ToolkitError(
+            "the graph was optimised for one kind of processor already",
+            found=f"{path}: nodes in blocked layouts: "
+            + ", ".join(f"{count} {name}" for name, count in sorted(blocked.items())),
+            fix="give the graph as it was exported; ONNX Runtime optimises it when it is loaded",
         )
 
 

@@ -15,16 +15,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper, version_converter
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.calibrate import TensorsData
 from onnxruntime.quantization.quantize import save_tensors_data
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from toolkit.config import QuantizeConfig
+from toolkit.errors import ToolkitError
 from toolkit.exporters.affine import norms_to_convolutions
 from toolkit.exporters.input_folding import fold_normalization, move_quantiser_to_pixels, read_shape_from_image
 from toolkit.exporters.input_range import LEVELS, InputGrid, covering_grid, pixel_map, symmetric_grid
+from toolkit.exporters.onnx import with_names
 from toolkit.exporters.precision import COMPUTE, between_float
 from toolkit.exporters.qdq import finish, keep_islands_float, keep_logits_float
 from toolkit.exporters.ranges import Interval
@@ -45,6 +47,8 @@ class RoundedWeights:
     """One, or one per output channel."""
 
 
+PER_CHANNEL_OPSET = 13
+"""The first whose DequantizeLinear takes a scale for each channel."""
 QUANTISED_OPERATORS = [
     *COMPUTE, "Add", "Mul", "Relu", "LeakyRelu", "Clip", "Sigmoid", "MaxPool", "AveragePool", "GlobalAveragePool",
     "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Pad", "Split",
@@ -159,12 +163,31 @@ def build_symmetric(
 def preprocess(source: ModelProto) -> ModelProto:
     """A float graph with inferred shapes, exact rewrites done, and what can be folded before quantisation folded."""
     hide_log()
-    model = rewrite(source)
+    model = rewrite(with_names(_recent(source)))
     read_shape_from_image(model, pixel_map(model))
     with tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as folder, _silence():
         path = Path(folder, "float.onnx")
         quant_pre_process(model, str(path))
         return onnx.load(path)
+
+
+def _recent(model: ModelProto) -> ModelProto:
+    """At an opset that has scales per channel.
+
+    Raises:
+        ToolkitError: it cannot be converted.
+    """
+    versions = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    if not versions or versions[0] >= PER_CHANNEL_OPSET:
+        return model
+    try:
+        return version_converter.convert_version(model, PER_CHANNEL_OPSET)
+    except Exception as error:  # the converter raises what its C++ says
+        raise ToolkitError(
+            f"the file is of an opset that has no scales per channel, and cannot be converted to {PER_CHANNEL_OPSET}",
+            found=f"opset {versions[0]}: {str(error).splitlines()[0]}",
+            fix=f"export the network again with opset {PER_CHANNEL_OPSET} or later",
+        ) from error
 
 
 def quantised_tensors(model: ModelProto) -> tuple[str, ...]:

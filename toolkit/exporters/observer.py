@@ -116,8 +116,10 @@ def activation_bytes(model: ModelProto, tensors: Iterable[str]) -> int:
     total = 0
     for value in (*graph.value_info, *graph.input, *graph.output):
         if value.name in wanted:
-            sizes = [axis.dim_value or 1 for axis in value.type.tensor_type.shape.dim]
-            total += 4 * int(np.prod(sizes[1:], dtype=np.int64))
+            axes = value.type.tensor_type.shape.dim
+            batch = next((at for at, axis in enumerate(axes) if not axis.dim_value), 0)  # attention has it second
+            sizes = [axis.dim_value or 1 for at, axis in enumerate(axes) if at != batch]
+            total += 4 * int(np.prod(sizes, dtype=np.int64))
     return total
 
 
@@ -161,6 +163,9 @@ class _Ends:
             least, largest, sum_low, sum_high, count = self._found.get(name, (low, high, 0.0, 0.0, 0))
             self._found[name] = (min(least, low), max(largest, high), sum_low + low, sum_high + high, count + 1)
             before = self._channels.get(name, (lows, highs))
+            if len(before[0]) != len(lows):  # attention has the batch on its second axis: these are no channels
+                lows = highs = torch.zeros(0)
+                before = lows, highs
             self._channels[name] = torch.minimum(before[0], lows), torch.maximum(before[1], highs)
 
     def result(self) -> dict[str, Observed]:

@@ -111,6 +111,18 @@ def write_metadata(path: Path, metadata: Mapping[str, str]) -> None:
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
+def with_names(model: ModelProto) -> ModelProto:
+    """A copy whose nodes all have names, no two the same: profiles and quantisation know nodes by name only."""
+    copied = ModelProto()
+    copied.CopyFrom(model)
+    seen: set[str] = set()
+    for index, node in enumerate(copied.graph.node):
+        if not node.name or node.name in seen:
+            node.name = f"{node.op_type}_unnamed_{index}"
+        seen.add(node.name)
+    return copied
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata_props of an ONNX file, whoever wrote it."""
     return {entry.key: entry.value for entry in load_onnx(path).metadata_props}

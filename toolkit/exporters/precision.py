@@ -12,7 +12,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from toolkit.errors import unknown_name
-from toolkit.exporters.onnx import load_onnx
+from toolkit.exporters.onnx import load_onnx, with_names
 
 COMPUTE = ("Conv", "Gemm", "MatMul")
 """The layers: operators that multiply and accumulate."""
@@ -49,7 +49,11 @@ def layer_precision(model: ModelProto) -> tuple[LayerPrecision, ...]:
 def float_weights(fp32: Path, deployed: Path) -> tuple[str, ...]:
     """Names, in the float twin, of the weights of layers that the deployed graph has in float."""
     kept = {layer.name for layer in layer_precision(load_onnx(deployed)) if layer.precision == "float32"}
-    return tuple(node.input[1] for node in load_onnx(fp32).graph.node if node.op_type in COMPUTE and node.name in kept)
+    return tuple(
+        node.input[1]
+        for node in with_names(load_onnx(fp32)).graph.node
+        if node.op_type in COMPUTE and node.name in kept
+    )
 
 
 def named_layers(model: ModelProto, patterns: Iterable[str]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from toolkit.exporters.admission import (
     refuse_bad_weights,
     refuse_bits,
     refuse_missing_attack,
+    refuse_optimised,
     refuse_quantised,
     zero_filters,
 )
@@ -87,6 +88,7 @@ class Quantizer:
         refuse_missing_attack(config, adversarial, model.path)
         self._source = load_onnx(model.path)
         refuse_quantised(self._source, model.path)
+        refuse_optimised(self._source, model.path)
         refuse_bad_weights(self._source, model.path)
         fixed = fixed_batch(self._source, model.path, calibration)
         self._margin = float(np.max(np.atleast_1d(input_margin)))
