@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import tempfile
 from multiprocessing.connection import Connection
@@ -36,6 +37,7 @@ def calibrate(pipe: Connection, data: str, count: int, method: str) -> None:
     settings = DataConfig(source=data)
     prepared = prepare(ModelRunConfig(model=ModelConfig(path=Path("shipped:cnn8")), data=settings, threads=1))
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder  # nothing is known from before
         exported = export_onnx(prepared.model, Path(folder) / "fp32.onnx", ExportConfig())
         how = QuantizeConfig.model_validate({"int8": True, "calibrate": method})
         Quantizer(exported, prepared.splits.train.first(64), how)  # what any calibration takes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,8 @@ class Pictures:
 
     @property
     def hashes(self) -> HashArray:
-        return np.arange(len(self.array), dtype=np.uint64)
+        digests = [hashlib.sha256(image.tobytes()).digest()[:8] for image in self.array]
+        return np.array([int.from_bytes(digest, "little") for digest in digests], dtype=np.uint64)
 
     def pixels(self, indices: Int64Array) -> UInt8Array:
         self.largest_request = max(self.largest_request, len(indices))

@@ -65,6 +65,8 @@ class LayerKernel:
     domain: str
     macs: int
     integer: bool
+    microseconds: float | None = None
+    """For one image, with whatever was fused into the kernel; None: no kernel is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,7 @@ def integer_coverage(
 def _row(layer: Kernel, kernel: Kernel | None) -> LayerKernel:
     if kernel is None:
         return LayerKernel(layer.name, "(none)", "", layer.macs, False)
-    return LayerKernel(layer.name, kernel.operator, kernel.domain, layer.macs, kernel.integer)
+    return LayerKernel(layer.name, kernel.operator, kernel.domain, layer.macs, kernel.integer, kernel.microseconds)
 
 
 def _islands(running: list[Kernel], total_time: float) -> tuple[FloatIsland, ...]:

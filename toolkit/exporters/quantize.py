@@ -6,8 +6,10 @@ Where asked for, activations are uint16 (no integer kernel of ONNX Runtime reads
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,6 +19,7 @@ from onnx import ModelProto
 from toolkit import progress
 from toolkit.artifacts import OnnxModel, Split
 from toolkit.config import CalibrationName, QuantizeConfig
+from toolkit.exporters import calibration_cache
 from toolkit.exporters.admission import (
     COARSE_METHODS,
     fixed_batch,
@@ -113,7 +116,16 @@ class Quantizer:
             if self._pairs:
                 peaks = channel_peaks(self._plain, [pair.tensor for pair in self._pairs], self._reader)
                 self._plain = equalized(self._plain, {pair: peaks[pair.tensor] for pair in self._pairs})
-            self._observed = observe(self._plain, tensors, self._reader, histograms=histograms)
+            look = partial(observe, self._plain, tensors, self._reader, histograms=histograms)
+            facts = {
+                "images": _in_order(calibration),
+                "tensors": tensors,
+                "histograms": histograms,
+                "margin": self._margin,
+                "batch": self._reader.batch_size,
+            }
+            name = calibration_cache.key(self._plain, **facts)
+            self._observed = look() if adversarial else calibration_cache.kept_or_observed(name, look)
         self._constant = {
             node.name: self._observed[node.input[0]].constant_channels
             for node in self._plain.graph.node
@@ -236,3 +248,8 @@ def _notice_constant(activations: Mapping[str, int], filters: Mapping[str, int])
         if named:
             where = ", ".join(f"{count} at '{name}'" for name, count in named.items())
             progress.notice(f"channels that carry nothing ({what}): {sum(named.values())} ({where})")
+
+
+def _in_order(split: Split) -> str:
+    """Names images and their order, of which batches are made."""
+    return hashlib.sha256(split.hashes.astype("<u8").tobytes()).hexdigest()

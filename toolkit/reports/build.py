@@ -240,7 +240,14 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
         macs_total=coverage.macs_total,
         provider=coverage.provider,
         layers=[
-            schema.KernelRow(layer=row.layer, kernel=row.kernel, domain=row.domain, macs=row.macs, integer=row.integer)
+            schema.KernelRow(
+                layer=row.layer,
+                kernel=row.kernel,
+                domain=row.domain,
+                macs=row.macs,
+                integer=row.integer,
+                microseconds=row.microseconds,
+            )
             for row in coverage.layers
         ],
         leftovers=dict(coverage.leftovers),

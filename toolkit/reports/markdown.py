@@ -180,7 +180,16 @@ def _speed(report: Report) -> str:
 
 def _integers(report: Report) -> str:
     found = report.quantization
-    rows = [(row.layer, row.kernel, f"{row.macs:,}", "yes" if row.integer else "no") for row in found.layers]
+    rows = [
+        (
+            row.layer,
+            row.kernel,
+            f"{row.macs:,}",
+            "-" if row.microseconds is None else f"{row.microseconds:.1f}",
+            "yes" if row.integer else "no",
+        )
+        for row in found.layers
+    ]
     islands = ", ".join(f"{i.count} {i.operator} ({i.time_share:.1%})" for i in found.kernel_time.float_islands)
     left = ", ".join(f"{count} {name}" for name, count in found.leftovers.items() if count) or "none"
     clipped = (
@@ -203,7 +212,7 @@ def _integers(report: Report) -> str:
         f"multiply-accumulates and {found.kernel_time.integer_share:.1%} of the kernel time run in integers. "
         f"Float islands: {islands or 'none'}. Conversions left: {left}. {coverage_text(found)}".rstrip()
         + "\n\n"
-        f"{table(('layer', 'kernel', 'multiply-accumulates', 'integer'), rows)}"
+        f"{table(('layer', 'kernel', 'multiply-accumulates', 'microseconds', 'integer'), rows)}"
     )
 
 

@@ -336,6 +336,8 @@ class KernelRow(Part):
     domain: str
     macs: int
     integer: bool
+    microseconds: float | None = None
+    """Of the kernel, for one image, median; None where none is known, and in older reports."""
 
 
 class IslandRecord(Part):
