@@ -16,7 +16,8 @@ from toolkit.config import ExportConfig, QuantizeConfig
 from toolkit.data.images import ArrayImages
 from toolkit.evaluators.debugger import Explanation, LayerBlame, TensorNoise, decibel, explain
 from toolkit.evaluators.judge import Judge
-from toolkit.exporters.onnx import export_onnx
+from toolkit.exporters import calibration
+from toolkit.exporters.onnx import export_onnx, load_onnx
 from toolkit.exporters.quantize import Quantizer
 
 
@@ -43,6 +44,32 @@ def explained(folder: Path, layers: nn.Sequential, **how: object) -> Explanation
     quantizer = Quantizer(OnnxModel(path, "fp32"), images, config)
     made = quantizer.write(folder / "int8.onnx").model.path
     return explain(quantizer, made, images, Judge(path, images, None))
+
+
+def test_memory_is_bounded_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = explained(tmp_path, network())
+    sizes = []
+    take = Split.take
+    monkeypatch.setattr(Split, "take", lambda split, rows: sizes.append(len(rows)) or take(split, rows))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(calibration, "MAX_BATCH_BYTES", 100_000)
+    again = explained(tmp_path, network())
+    assert 1 < min(size for size in sizes if size > 1) < 8, "so many images whose tensors fit"
+    assert [noise.tensor for noise in again.tensors] == [noise.tensor for noise in found.tensors]
+    for one, other in zip(again.tensors, found.tensors, strict=True):
+        assert one.snr == pytest.approx(other.snr, abs=1e-6) and one.clipped == other.clipped
+
+
+def test_a_file_that_takes_a_fixed_number_of_images_is_explained(tmp_path: Path) -> None:
+    path = tmp_path / "fp32.onnx"
+    proto = load_onnx(export_onnx(wrap(network(), classes=4, shape=(1, 8, 8)), path, ExportConfig()).path)
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 3
+    del proto.graph.value_info[:]
+    path.write_bytes(proto.SerializeToString())
+    images = noise_images(50)
+    quantizer = Quantizer(OnnxModel(path, "fp32"), images, QuantizeConfig(int8=True))
+    made = quantizer.write(tmp_path / "int8.onnx").model.path
+    assert explain(quantizer, made, images, Judge(path, images, None)).tensors[0].own_snr > 20
 
 
 def test_rounding_of_evenly_spread_values_has_the_noise_of_theory(tmp_path: Path) -> None:

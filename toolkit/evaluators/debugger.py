@@ -19,8 +19,9 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from toolkit.artifacts import Split
 from toolkit.evaluators.judge import Judge
+from toolkit.exporters.calibration import calibration_batch
 from toolkit.exporters.engine import Writer
-from toolkit.exporters.observer import exposed_session
+from toolkit.exporters.observer import activation_bytes, exposed_session
 from toolkit.exporters.onnx import load_onnx
 from toolkit.exporters.precision import COMPUTE
 from toolkit.progress import task
@@ -158,7 +159,7 @@ def tensor_noise(fp32: ModelProto, deployed: ModelProto, split: Split) -> tuple[
         float_run = exposed_session(fp32, names, float_path)
         outputs = [node.output[0] for node in quantisers.values()]
         integer_run = exposed_session(deployed, outputs, integer_path, optimized=False)
-        for images in _batches(split):
+        for images in _batches(split, fp32, names):
             theirs, ours = _tensors(float_run, names, images), _tensors(integer_run, outputs, images)
             for name, own, reference in zip(names, ours, theirs, strict=True):
                 sums[name].add(reference, own, grids[name])
@@ -186,16 +187,21 @@ def _grid(node: NodeProto, constants: Mapping[str, Any]) -> tuple[Array, int, in
     return scale, int(zero_point.ravel()[0]), int(ends.min), int(ends.max)
 
 
-def _batches(split: Split) -> Iterator[npt.NDArray[np.float32]]:
-    for start in range(0, len(split), BATCH):
-        yield split.take(np.arange(start, min(start + BATCH, len(split)))).images.numpy()
+def _batches(split: Split, fp32: ModelProto, names: Sequence[str]) -> Iterator[npt.NDArray[np.float32]]:
+    """As many images at a time as the graph takes, whose tensors in both graphs fit into memory."""
+    fixed: int = fp32.graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    size = fixed or min(BATCH, calibration_batch(3 * activation_bytes(fp32, names)))
+    end = len(split) - len(split) % fixed if fixed else len(split)
+    for start in range(0, end, size):
+        yield split.take(np.arange(start, min(start + size, end))).images.numpy()
 
 
-def _tensors(session: Any, names: Sequence[str], images: npt.NDArray[np.float32]) -> list[Array]:
+def _tensors(session: Any, names: Sequence[str], images: npt.NDArray[np.float32]) -> Iterator[Array]:
     given = session.get_inputs()[0].name
     wanted = [name for name in names if name != given]
     found = dict(zip(wanted, session.run(wanted, {given: images}), strict=True)) if wanted else {}
-    return [np.asarray(images if name == given else found[name], np.float64) for name in names]
+    for name in names:  # one after the other, since twice as wide
+        yield np.asarray(images if name == given else found.pop(name), np.float64)
 
 
 @dataclass
