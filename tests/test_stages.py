@@ -223,6 +223,22 @@ def test_bad_input_leaves_nothing(
     assert [name for name in entries(here) if name != "__pycache__"] == before
 
 
+@pytest.mark.usefixtures("here")
+def test_quantize_takes_a_bare_state_dict_and_no_such_flags_with_an_onnx_file(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.save(torch.load("model.pt", weights_only=True)["state_dict"], "weights.pt")
+    own = result(capsys, "quantize", "model.pt", "--threads", "1", "--output", "own.onnx")
+    command = ("quantize", "weights.pt", "--arch", "net.py:net", *DATA, "--threads", "1", "--output", "int8.onnx")
+    bare = result(capsys, *command)
+    assert bare["accuracy"]["deployed"]["total"] == own["accuracy"]["deployed"]["total"]
+    assert bare["integer_coverage"] == own["integer_coverage"] == 1
+    assert tiny.run("export", "model.pt", "--output", "float.onnx", "-q") == cli.DONE
+    normalised = ("quantize", "float.onnx", *DATA, "--mean", "0.5", "--output", "other.onnx", "-q")
+    assert tiny.run(*normalised) == cli.BAD_INPUT
+    assert "an ONNX file is quantised as it is" in capsys.readouterr().err and not Path("other.onnx").exists()
+
+
 def test_quantize_refuses_images_of_another_shape(out: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = entries(here)
     command = ("quantize", out / "model.fp32.onnx", "--data", "sample", "--output", "int8.onnx", "-q")

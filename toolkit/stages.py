@@ -202,7 +202,7 @@ class QuantizedFile:
 
 
 def quantize_file(
-    path: Path,
+    model: ModelConfig,
     data: DataConfig,
     how: QuantizeConfig,
     output: Path,
@@ -216,7 +216,7 @@ def quantize_file(
     """Quantise a float ONNX classifier, or the network of a checkpoint, with calibration images of `data`.
 
     Args:
-        path: an ONNX file; or a checkpoint, whose network is exported first, as `export` does.
+        model: an ONNX file; or a checkpoint, whose network is exported first, as `export` does.
         data: where calibration images come from, and those on which the result is compared.
         how: to quantise it, and for which other runtimes files are written beside it.
         output: the file to write.
@@ -240,7 +240,7 @@ def quantize_file(
         bundle.folders_above(output),
     ):
         try:
-            network, path, splits = _to_quantise(path, data, Path(scratch, "float.onnx"), seed, threads)
+            network, path, splits = _to_quantise(model, data, Path(scratch, "float.onnx"), seed, threads)
             reference, metadata = OnnxPredictor(path), read_metadata(path)
             ours = own_metadata(metadata)
             if network is None and not ours:
@@ -282,15 +282,23 @@ def quantize_file(
 
 
 def _to_quantise(
-    path: Path, data: DataConfig, exported: Path, seed: int, threads: int | None
+    model: ModelConfig, data: DataConfig, exported: Path, seed: int, threads: int | None
 ) -> tuple[TorchModel | None, Path, Splits]:
-    """The network, if `path` is a checkpoint, its float graph (written to `exported` then), and images."""
+    """The network, if the file is a checkpoint, its float graph (written to `exported` then), and images."""
+    path = model.path
     if path.suffix in CHECKPOINTS or str(path).startswith(SHIPPED):
-        prepared = prepare(ModelRunConfig(model=ModelConfig(path=path), data=data, seed=seed, threads=threads))
+        prepared = prepare(ModelRunConfig(model=model, data=data, seed=seed, threads=threads))
         metadata = {**describe(prepared.model), "dataset": prepared.source.name.split(":")[0]}
         metadata |= PixelStatistics.of(prepared.splits.train).as_metadata()
         export_onnx(prepared.model, exported, ExportConfig(), metadata=metadata)
         return prepared.model, exported, prepared.splits
+    if model.model_fields_set - {"path"}:
+        raise ToolkitError(
+            "an ONNX file is quantised as it is",
+            found=f"{path} with what only checkpoints need: --arch, --trust-pickle, --mean or --std",
+            fix="leave these flags away; a graph that wants normalised pixels is to be exported with the normalisation "
+            "inside",
+        )
     set_threads(threads)
     reference = OnnxPredictor(path)
     if data.source is None:

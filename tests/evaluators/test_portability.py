@@ -115,7 +115,8 @@ def test_variants_are_other_graphs_and_close(found: Portability) -> None:
     for setting in ("reduce_range", "s8s8", "float_bias"):
         row = found.row(setting)
         assert row is not None and row.changed is not None and row.max_difference is not None
-        near = row.changed.value < 0.2 or found.saturates_here  # there the reference itself is far from exact
+        # where sums saturate, what the others are compared with is far from exact
+        near = row.changed.value < 0.2 or (found.saturates_here and setting != "s8s8")
         assert row.max_difference > 0 and near and row.integer_coverage is not None
 
 

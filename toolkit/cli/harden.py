@@ -47,7 +47,7 @@ HARDEN_FLAGS = (
     flags.Flag(
         "--allow-float",
         "allow_float",
-        "Ship a float model.onnx where --int8 is not given, or where integers do not pay on this machine.",
+        "Ship a float model.onnx where --int8 is not given, or where --precision auto finds that int8 does not pay.",
         bool,
     ),
     *flags.MACHINE,

@@ -12,7 +12,7 @@ import typer
 from toolkit.cli import flags
 from toolkit.cli.app import Force, Json, Quiet, Settings, Verbose, app, start
 from toolkit.cli.printing import table
-from toolkit.config import DataConfig, HardenConfig, MachineConfig, QuantizeConfig, build
+from toolkit.config import DataConfig, HardenConfig, MachineConfig, ModelConfig, QuantizeConfig, build
 
 if TYPE_CHECKING:
     from toolkit.evaluators.debugger import Explanation
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from toolkit.stages import QuantizedFile
     from toolkit.targets import TargetResult
 
-QUANTIZE_FLAGS = (*flags.QUANTIZE, *flags.DATA, *flags.MACHINE)
+QUANTIZE_FLAGS = (*flags.QUANTIZE, *flags.MODEL, *flags.DATA, *flags.MACHINE)
 
 
 @app.command()
@@ -47,11 +47,12 @@ def quantize(
     values = flags.nested(settings)
     how = build(QuantizeConfig, values.pop("quantize", {}), flags.tails(flags.QUANTIZE))
     data = build(DataConfig, values.pop("data", {}), flags.tails(flags.DATA))
+    model = build(ModelConfig, {"path": file, **values.pop("model", {})}, flags.tails(flags.MODEL))
     machine = build(MachineConfig, values, flags.names_by_path(flags.MACHINE))
     from toolkit import stages
 
     made = stages.quantize_file(
-        file,
+        model,
         data,
         how,
         output,
