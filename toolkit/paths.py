@@ -49,3 +49,9 @@ def _with_path(setting: str, change: Callable[[str], str]) -> str:
         path, _, name = setting.rpartition(":")
         return f"{change(path)}:{name}"
     return setting
+
+
+def cache_folder() -> Path:
+    """The toolkit's folder in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "toolkit"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from toolkit.errors import ToolkitError
 from toolkit.locks import give_back, take
+from toolkit.paths import cache_folder
 from toolkit.progress import warn
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -25,8 +25,7 @@ PREFIX = "array."
 
 def default_folder() -> Path:
     """Where journals of `toolkit attack` lie: the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "toolkit" / "attacks"
+    return cache_folder() / "attacks"
 
 
 class Journal:

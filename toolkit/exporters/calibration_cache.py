@@ -17,6 +17,7 @@ from onnx import ModelProto
 
 from toolkit import __version__
 from toolkit.exporters.observer import BINS, Observed
+from toolkit.paths import cache_folder
 
 KEPT = 64
 """Files; the oldest go first."""
@@ -24,8 +25,7 @@ KEPT = 64
 
 def default_folder() -> Path:
     """In the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "toolkit" / "calibration"
+    return cache_folder() / "calibration"
 
 
 def key(model: ModelProto, **facts: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.environment import cpu_model, gpu_names
 from toolkit.locks import alone
+from toolkit.paths import cache_folder
 from toolkit.reproduce.energy import joules
 from toolkit.reproduce.protocol import Protocol
 from toolkit.reproduce.steps import Step
@@ -26,8 +26,7 @@ RESULT, STEP, SITTINGS = "result.json", "step.json", "sittings.json"
 
 def default_folder(protocol: str) -> Path:
     """Where work is kept unless `--work` says otherwise: the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "toolkit" / "reproduce" / protocol
+    return cache_folder() / "reproduce" / protocol
 
 
 @dataclass
