@@ -240,19 +240,13 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
         macs_total=coverage.macs_total,
         provider=coverage.provider,
         layers=[
-            schema.KernelRow(
-                layer=row.layer,
-                kernel=row.kernel,
-                domain=row.domain,
-                macs=row.macs,
-                integer=row.integer,
-                microseconds=row.microseconds,
-            )
+            schema.KernelRow(layer=row.layer, kernel=row.kernel, domain=row.domain, macs=row.macs, integer=row.integer)
             for row in coverage.layers
         ],
         leftovers=dict(coverage.leftovers),
         kernel_time=schema.KernelTime(
             integer_share=coverage.kernel_time_share_integer,
+            microseconds={row.layer: row.microseconds for row in coverage.layers if row.microseconds is not None},
             float_islands=[
                 schema.IslandRecord(operator=island.operator, count=island.count, time_share=island.time_share)
                 for island in coverage.islands

@@ -180,12 +180,13 @@ def _speed(report: Report) -> str:
 
 def _integers(report: Report) -> str:
     found = report.quantization
+    times = found.kernel_time.microseconds
     rows = [
         (
             row.layer,
             row.kernel,
             f"{row.macs:,}",
-            "-" if row.microseconds is None else f"{row.microseconds:.1f}",
+            f"{times[row.layer]:.1f}" if row.layer in times else "-",
             "yes" if row.integer else "no",
         )
         for row in found.layers

@@ -336,8 +336,6 @@ class KernelRow(Part):
     domain: str
     macs: int
     integer: bool
-    microseconds: float | None = None
-    """Of the kernel, for one image, median; None where none is known, and in older reports."""
 
 
 class IslandRecord(Part):
@@ -352,6 +350,8 @@ class KernelTime(Part):
     """Where the time goes, measured at batch 1; differs from run to run."""
 
     integer_share: float
+    microseconds: dict[str, float] = {}
+    """By layer: of its kernel, for one image, median; without those of which no kernel is known."""
     float_islands: list[IslandRecord]
 
 
