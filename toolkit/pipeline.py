@@ -294,11 +294,7 @@ def _targets(
 ) -> tuple[TargetFile, ...]:
     """The files for other runtimes, and what is left of each under the run's PGD."""
     splits, margin = prepared.splits, prepared.plan.threat.margin(model.spec.normalization)
-    found = graphs.assignment
-    faster = set(found.keep_float) - set(found.for_accuracy) if found else set()  # on this processor
-    kept = tuple(name for name in config.quantize.keep_float if name not in faster)
-    how = config.quantize.model_copy(update={"keep_float": kept})
-    maker = TargetMaker(graphs.fp32, splits.calibration, splits.evaluation, how, margin)
+    maker = TargetMaker(graphs.fp32, splits.calibration, splits.evaluation, config.quantize, margin)
     folder, attacked = graphs.deployed.path.parent, splits.evaluation.first(BASELINE_IMAGES)
     records = []
     for made in make_beside(maker, chosen_targets(config.quantize), folder, bundle.DEPLOYED):

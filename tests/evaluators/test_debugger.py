@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.toys import wrap
-from toolkit.artifacts import OnnxModel, Split
+from toolkit.artifacts import Batch, Int64Array, OnnxModel, Split
 from toolkit.config import ExportConfig, QuantizeConfig
 from toolkit.data.images import ArrayImages
 from toolkit.evaluators.debugger import Explanation, LayerBlame, TensorNoise, decibel, explain
@@ -48,9 +48,14 @@ def explained(folder: Path, layers: nn.Sequential, **how: object) -> Explanation
 
 def test_memory_is_bounded_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = explained(tmp_path, network())
-    sizes = []
+    sizes = list[int]()
     take = Split.take
-    monkeypatch.setattr(Split, "take", lambda split, rows: sizes.append(len(rows)) or take(split, rows))  # type: ignore[func-returns-value]
+
+    def noted(split: Split, rows: Int64Array) -> Batch:
+        sizes.append(len(rows))
+        return take(split, rows)
+
+    monkeypatch.setattr(Split, "take", noted)
     monkeypatch.setattr(calibration, "MAX_BATCH_BYTES", 100_000)
     again = explained(tmp_path, network())
     assert 1 < min(size for size in sizes if size > 1) < 8, "so many images whose tensors fit"

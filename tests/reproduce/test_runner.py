@@ -223,11 +223,33 @@ def test_a_killed_training_resumes_to_the_same_network(tmp_path: Path, monkeypat
     assert not list((tmp_path / "cut").glob("*/training.partial"))
 
 
+@pytest.mark.usefixtures("small_world")
+def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ToolkitError, match="not shared by torchrun"):
+        Runner(small.settings(tmp_path, "table2", data={"source": "fashion-mnist"})).run()
+
+
+@pytest.mark.usefixtures("small_world")
+def test_a_network_of_ones_own_is_known_by_its_file(tmp_path: Path) -> None:
+    """Another text under the same name is another network, whose runs are its own; the first one's stay known."""
+    file = tmp_path / "own.py"
+
+    def digest(text: str) -> str:
+        file.write_text(text)
+        found = Runner(small.settings(tmp_path, "table2", data={"source": "fashion-mnist"}, network=f"{file}:net"))
+        (planner, *_) = next(iter(found.panels)).planners.values()
+        return planner.network_of(Recipe("standard")).digest
+
+    first = digest("net = 1")
+    assert digest("net = 2") != first == digest("net = 1")
+
+
 def test_the_time_is_over_even_where_a_shell_lets_interrupts_be_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with pytest.raises(KeyboardInterrupt), runner._alarm(0.2 / 60) as expired:
-            time.sleep(30)
+            time.sleep(30)  # cut short by the interrupt
         assert expired() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)

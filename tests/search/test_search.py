@@ -15,10 +15,12 @@ from tests import tiny
 from tests.search import fakes
 from tests.tiny import World
 from toolkit import bundle, cli, progress
-from toolkit.config import DataConfig, HardenConfig, ModelConfig, ThreatConfig, TrainConfig
+from toolkit.config import DataConfig, HardenConfig, ModelConfig, SearchRunConfig, ThreatConfig, TrainConfig, build
 from toolkit.search import cluster, finals, planned
+from toolkit.search import search as search_module
 from toolkit.search.cluster import work_on
 from toolkit.search.objective import Job, Laboratory, Measurement, Outcome, Problem, Workbench
+from toolkit.search.storage import Study
 from toolkit.training.losses import cost_per_image
 from toolkit.training.run import Run
 
@@ -169,6 +171,34 @@ def test_a_search_that_was_killed_before_its_first_trial_goes_on() -> None:
     Path("search-out").mkdir()
     Path("search-out/study.sqlite").touch()
     assert tiny.run(*arguments(trials=1, epochs=0), "-q") == cli.DONE
+
+
+@pytest.mark.usefixtures("here")
+def test_no_password_is_written_down(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    url, opened = "postgresql://me:secret@there/studies", list[str]()
+
+    def elsewhere(url: str, *parts: Any) -> Study:
+        opened.append(url)
+        return Study("sqlite:///local.sqlite", *parts)
+
+    monkeypatch.setattr(search_module, "Study", elsewhere)
+    assert tiny.run(*arguments("--storage", url, trials=1, epochs=0)) == cli.DONE
+    assert opened == [url]
+    written = Path("search-out/search.yaml").read_text()
+    assert "me:***@there" in written and "secret" not in written + capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("more", "threads"), [((), 8), (("--workers", "4"), 2), (("--workers", "9"), 1)])
+def test_workers_share_the_threads_of_this_machine(
+    more: tuple[str, ...], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_module, "usable_threads", lambda wanted: wanted or 8)
+    values: dict[str, Any] = {"model": {"path": "model.pt"}, "data": {"source": "npz:data.npz"}}
+    values |= {"threat": {"eps": 0.1}, "search": {"address": "local"}}
+    if more:
+        values["search"]["workers"] = int(more[1])
+    assert search_module.prepare_search(build(SearchRunConfig, values), Path("out")).config.threads == threads
 
 
 @pytest.mark.usefixtures("here")

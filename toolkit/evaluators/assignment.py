@@ -136,8 +136,8 @@ class _Search:
     def __init__(self, quantizer: Writer, fp32: Path, folder: Path, clock: Stopclock, seed: int) -> None:
         self._quantizer, self._fp32, self._folder, self._clock, self._seed = quantizer, fp32, folder, clock, seed
         self._layers = tuple(name for name in quantizer.layers if name not in quantizer.kept)
-        self._cost = 0.0
-        """Seconds that one file takes in one round."""
+        self._timing = self._writing = 0.0
+        """Seconds that one file takes in one round, and that the last one took to be written."""
         self.files: dict[Kept, Path] = {}
         self.written = 0
 
@@ -148,18 +148,20 @@ class _Search:
         """The graph with these layers float, written once."""
         if kept not in self.files:
             path = self._folder / f"assignment-{self.written}.onnx"
+            start = time.perf_counter()
             self._quantizer.write(path, keep_float=kept)
+            self._writing = time.perf_counter() - start
             self.files[kept] = path
             self.written += 1
         return self.files[kept]
 
     def ratios(self, candidates: Iterable[Kept], rounds: int, *, to: Kept | None) -> dict[Kept, Interval]:
         """Times over that of the assignment `to`, or (None) of the float twin."""
-        start = time.perf_counter()
         files = {str(number): (kept, self.file(kept)) for number, kept in enumerate(candidates)}
         reference = self._fp32 if to is None else self.file(to)
+        start = time.perf_counter()
         times = self._clock.rounds({**{name: path for name, (_, path) in files.items()}, REFERENCE: reference}, rounds)
-        self._cost = (time.perf_counter() - start) / (len(times) * rounds)
+        self._timing = (time.perf_counter() - start) / (len(times) * rounds)
         return {kept: ratio_interval(times[name], times[REFERENCE], self._seed) for name, (kept, _) in files.items()}
 
     def fastest(self, seconds: float, advance: Callable[[], object]) -> Kept:
@@ -212,7 +214,7 @@ class _Search:
 
     def _affordable(self, end: float) -> int:
         """How many files can be screened until then, beside the one that they are compared with."""
-        return max(0, int((end - time.monotonic()) / (self._cost * SCREENING_ROUNDS)) - 1)
+        return max(0, int((end - time.monotonic()) / (self._timing * SCREENING_ROUNDS + self._writing)) - 1)
 
     def _beats(self, kept: Kept, other: Kept | None) -> bool:
         """Whether it is faster beyond doubt than another assignment, or (None) than the float twin."""

@@ -33,7 +33,7 @@ def patiently(attempt: Callable[[], Result], *, seconds: float) -> Result:
                 raise
             if pause > PAUSE_S:
                 notice(f"the storage fails, and is tried again: {type(error).__name__}")
-        time.sleep(pause)
+        time.sleep(pause)  # the data base is busy, or starting again
         pause *= 2
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -70,15 +70,12 @@ def full_evidence(
         )
     limits, wanted = Limits.of(config), config.search.bundles
     by_number = {one.number: one for one in tried}
-    done: list[Candidate] = []
-    for point in finalists(cheap, limits):
-        enough, kept = len(done) >= wanted, any(limits.kept(one.point) for one in done)
-        if enough and (kept or len(done) >= 2 * wanted):
-            break
-        if enough and not limits.may_keep(point):
-            continue
+
+    def evidence(point: Point) -> Candidate:
         folder = _folder(config, output, point.trial)
-        done.append(_bundle(config, folder, laboratory, space, by_number[point.trial], point, _hash(identity)))
+        return _bundle(config, folder, laboratory, space, by_number[point.trial], point, _hash(identity))
+
+    done = most_promising(finalists(cheap, limits), limits, wanted, evidence)
     rows = _time(config, laboratory, done)
     candidates = tuple(replace(one, point=_timed_point(one.point, rows)) for one in done)
     return SearchResult(
@@ -92,6 +89,20 @@ def full_evidence(
         timing=ISOLATION,
         foreign_load=rows[0].foreign_load,
     )
+
+
+def most_promising(
+    ordered: Sequence[Point], limits: Limits, wanted: int, evidence: Callable[[Point], Candidate]
+) -> list[Candidate]:
+    """The first `wanted` points with full evidence; where none keeps the limits, as many again that may keep them."""
+    done: list[Candidate] = []
+    for point in ordered:
+        enough = len(done) >= wanted
+        if enough and (len(done) >= 2 * wanted or any(limits.kept(one.point) for one in done)):
+            break
+        if not enough or limits.may_keep(point):
+            done.append(evidence(point))
+    return done
 
 
 def comparable(points: Sequence[Point]) -> list[Point]:
