@@ -82,6 +82,19 @@ def test_what_the_search_of_integer_layers_cannot_see_is_told_beside_it(
     assert ("That is more than was allowed" in text) == told
 
 
+def test_the_price_of_the_graph_that_accuracy_forbade_is_told(report: Report) -> None:
+    side = Assigned(ratio=0.8, ratio_low=0.7, ratio_high=0.9, accuracy_drop=0.001, robust_drop=0.0101)
+    facts = {"max_drop": 0.005, "images": 60, "tried": 1, "shipped": side, "all_integer": side, "pays": True}
+
+    def text(*layers: str) -> str:
+        found = AssignmentRecord.model_validate({"keep_float": list(layers), "for_accuracy": list(layers), **facts})
+        quantization = report.quantization.model_copy(update={"assignment": found})
+        return render_markdown(report.model_copy(update={"quantization": quantization}))
+
+    assert "`--max-drop 0.011` allows what all layers in integers lose here" in text("node_conv2d")
+    assert "`--max-drop 0.011`" not in text()
+
+
 def test_the_summary_ends_with_places_and_commands(report: Report) -> None:
     summary = render_summary(report, Path("some/out"))
     commands = ("verify some/out", "attack some/out", "harden --config some/out/config.yaml --output some/out-again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from toolkit.evaluators.timing import BUSY
@@ -269,8 +270,16 @@ def _assignment(found: Assignment | None, robust: RobustAccuracy) -> str:
         f"{'; '.join(kept) or 'none is faster with a layer left float'}. Time: geometric mean over the batch sizes; "
         f"accuracy: {found.images} validation images, allowed to lose {100 * found.max_drop:g} points, robust accuracy "
         "in the worst case over PGD on the float network and short attacks from there on, made for each graph.\n\n"
-        f"{table(header, rows)}\n\n{_worst_case_lost(found.max_drop, robust)}"
+        f"{table(header, rows)}\n\n{_price_of_accuracy(found)}{_worst_case_lost(found.max_drop, robust)}"
     )
+
+
+def _price_of_accuracy(found: Assignment) -> str:
+    """What to type for the graph that accuracy forbade."""
+    if not found.for_accuracy:
+        return ""
+    lost = max(found.all_integer.accuracy_drop, found.all_integer.robust_drop or 0.0)
+    return f"`--max-drop {math.ceil(1000 * lost) / 1000:g}` allows what all layers in integers lose here.\n\n"
 
 
 def _worst_case_lost(allowed: float, robust: RobustAccuracy) -> str:
