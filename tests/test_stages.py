@@ -136,10 +136,29 @@ def test_quantize_explains_itself_and_chooses_its_calibration(capsys: pytest.Cap
     layers = found["explanation"]["layers"]
     assert {row["layer"] for row in layers} == {row["layer"] for row in found["layers"]}
     assert found["explanation"]["logit_error"] < 0.01 and len(found["explanation"]["tensors"]) >= 2
+    assert found["explanation"]["drop"]["robust"] is None, "neither the file nor the archive names a threat model"
     assert tiny.run(*how, "--force", "--output", "int8.onnx", "-q") == cli.DONE
     page = capsys.readouterr().out
     assert f"calibration: {found['calibration']} by onnxruntime, 30 images" in page and "error of the logits" in page
     assert all(row["layer"] in page for row in layers)
+
+
+@pytest.mark.usefixtures("here")
+def test_quantize_judges_under_attack_where_it_knows_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the network of a checkpoint and on the twin of a file alike."""
+    result(capsys, "export", "model.pt", "--output", "float.onnx")
+    how = (*DATA, "--explain", "--threads", "1", "--eps", "0.1", "--steps", "3", "--force", "--output", "int8.onnx")
+    for given in ("model.pt", "float.onnx"):
+        found = result(capsys, "quantize", given, *how)["explanation"]
+        assert found["drop"]["robust"] is not None and abs(found["drop"]["robust"]) < 0.2
+        drops = [row["sensitivity"]["drop"] for row in found["layers"]]
+        assert len(drops) == len(found["layers"]) and all(drop["robust"] is not None for drop in drops)
+        assert found["layers"] == sorted(found["layers"], key=lambda row: -row["sensitivity"]["relief"])
+        assert tiny.run("quantize", given, *how, "-q") == cli.DONE
+        page = capsys.readouterr().out
+        assert "of robust accuracy" in page and "margins" in page
+    assert tiny.run("quantize", "float.onnx", *how, "--steps", "0") == cli.BAD_INPUT
+    assert "--steps" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("here")

@@ -27,6 +27,7 @@ from toolkit.exporters.interface import FIX, GraphInterface, read_interface
 from toolkit.exporters.onnx import own_metadata, read_metadata
 from toolkit.exporters.precision import float_weights
 from toolkit.exporters.session import OnnxPredictor
+from toolkit.file_threat import normalization_inside, threat_of_file
 from toolkit.input_form import refuse_wrong_input
 from toolkit.lineup import Lineup
 from toolkit.prepare import channel_values, prepare, set_threads
@@ -201,18 +202,9 @@ def _of_file(config: AttackRunConfig, target: Path | None) -> _Scene:
     check_fits(source, spec)
     names = source.train.class_names
     lineup = Lineup().with_deployed(path, names, interface=interface, input_shape=source.train.shape)
-    plan = resolve_plan(_threat_of_file(config.threat, metadata), source.threat_key)
+    plan = resolve_plan(threat_of_file(config.threat, metadata), source.threat_key)
     splits = make_splits(source, config.data, config.seed)
     return _Scene(lineup, splits, source, plan, spec.normalization, "auto", threads)
-
-
-def _threat_of_file(given: ThreatConfig, metadata: Mapping[str, str]) -> ThreatConfig:
-    """The threat model that the file was hardened against, with what the user set in its place."""
-    if "threat_model" not in metadata:
-        return given
-    own = json.loads(metadata["threat_model"])
-    base = {name: own[name] for name in ("preset", "norm", "eps")}
-    return ThreatConfig(**override_threat(base, {name: getattr(given, name) for name in given.model_fields_set}))
 
 
 def _outside_normalization(config: AttackRunConfig, metadata: Mapping[str, str]) -> Normalization | None:
@@ -236,10 +228,7 @@ def _spec_of_file(path: Path, interface: GraphInterface, source: DataSource, met
     classes = _try_out(path, interface, source) if fits else interface.classes or len(names)
     if len(names) != classes:  # no names, or names of something else: numbers, so that the counts are compared
         names = tuple(f"class {number}" for number in range(classes))
-    inside = json.loads(metadata["normalization"]) if "normalization" in metadata else None
-    normalization = interface.normalization or source.normalization_hint
-    if inside is not None:
-        normalization = Normalization(tuple(inside["mean"]), tuple(inside["std"]))
+    normalization = normalization_inside(metadata) or interface.normalization or source.normalization_hint
     channels, height, width = (
         wanted or found for wanted, found in zip(interface.input_shape, source.train.shape, strict=True)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +10,8 @@ from pathlib import Path
 import torch
 
 from toolkit import bundle
-from toolkit.artifacts import ModelSpec, Normalization, Normalized, OnnxModel, Proportion, Split, Splits, TorchModel
-from toolkit.attacks.threat import ThreatModel, resolve_plan
+from toolkit.artifacts import ModelSpec, Normalized, OnnxModel, Proportion, Split, Splits, TorchModel
+from toolkit.attacks.threat import resolve_plan
 from toolkit.config import (
     BenchmarkConfig,
     DataConfig,
@@ -22,10 +21,11 @@ from toolkit.config import (
     ModelRunConfig,
     PruneConfig,
     QuantizeConfig,
+    ThreatConfig,
     TrainRunConfig,
 )
 from toolkit.data.pixels import PixelStatistics, statistics_in
-from toolkit.data.sources import load_source
+from toolkit.data.sources import DataSource, load_source
 from toolkit.data.splits import make_splits
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import measure_accuracy
@@ -42,6 +42,7 @@ from toolkit.exporters.onnx import export_onnx, own_metadata, read_metadata, wri
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.exporters.target_kinds import chosen_targets, target_file
+from toolkit.file_threat import attack_on_float, normalization_inside, plan_of_file
 from toolkit.graphs import search_rounding, with_rounding
 from toolkit.input_form import refuse_wrong_input
 from toolkit.models.checkpoint import save_checkpoint
@@ -63,7 +64,8 @@ from toolkit.training.loop import train
 from toolkit.training.losses import ATTACKED
 from toolkit.training.records import TrainingResult
 
-EXPLAINED_IMAGES = 512
+EXPLAINED_IMAGES, JUDGED_IMAGES = 512, 2000
+"""Validation images of `--explain`: for the noise of tensors, and for accuracy lost."""
 CHECKPOINTS = (".pt", ".pth")
 """Suffixes of torch files."""
 
@@ -207,6 +209,7 @@ def quantize_file(
     how: QuantizeConfig,
     output: Path,
     *,
+    threat: ThreatConfig,
     seed: int,
     threads: int | None,
     force: bool,
@@ -220,6 +223,8 @@ def quantize_file(
         data: where calibration images come from, and those on which the result is compared.
         how: to quantise it, and for which other runtimes files are written beside it.
         output: the file to write.
+        threat: what images may leave [0, 1] by, and what robust accuracy is judged under, where it is looked at; what
+            is not set, the file's metadata or the data set's preset says.
         seed: of the choice of images.
         threads: CPU threads.
         force: replace an existing file.
@@ -240,27 +245,32 @@ def quantize_file(
         bundle.folders_above(output),
     ):
         try:
-            network, path, splits = _to_quantise(model, data, Path(scratch, "float.onnx"), seed, threads)
+            network, path, source, splits = _to_quantise(model, data, Path(scratch, "float.onnx"), seed, threads)
             reference, metadata = OnnxPredictor(path), read_metadata(path)
             ours = own_metadata(metadata)
             if network is None and not ours:
                 _refuse_other_input(reference, path, splits.evaluation)
             trained_on = statistics_in(ours) or PixelStatistics.of(splits.train)
             warn_of_other_images(PixelStatistics.of(splits.calibration), trained_on)
-            margin = _margin(ours)
+            plan = plan_of_file(threat, ours, source)
+            inside = network.spec.normalization if network else normalization_inside(ours) or source.normalization_hint
+            margin = plan.threat.margin(inside) if plan else 0.0
             quantizer = make_writer(
                 OnnxModel(path, "fp32"), splits.calibration, how, network=network, input_margin=margin
             )
+            attack = None
+            if how.calibrate == "auto" or explained:
+                attack = attack_on_float(path, network, source, plan, inside, seed=seed)
             if how.calibrate == "auto":
                 folder = Path(scratch, "calibration")
                 folder.mkdir()
-                methods = choose_calibration(quantizer, folder, Judge(path, splits.validation, None))
+                methods = choose_calibration(quantizer, folder, Judge(path, splits.validation, attack))
                 quantizer = quantizer.with_calibration(methods.chosen)
             quantized = quantizer.write(partial)
             explanation = None
             if explained:
-                shown = splits.validation.first(EXPLAINED_IMAGES)
-                explanation = explain(quantizer, partial, shown, Judge(path, shown, None))
+                shown, judged = (splits.validation.first(count) for count in (EXPLAINED_IMAGES, JUDGED_IMAGES))
+                explanation = explain(quantizer, partial, shown, Judge(path, judged, attack))
             write_metadata(partial, metadata)
             coverage = integer_coverage(partial, image=splits.evaluation.images.shape)
             files = {"fp32": path, "deployed": partial}
@@ -283,15 +293,15 @@ def quantize_file(
 
 def _to_quantise(
     model: ModelConfig, data: DataConfig, exported: Path, seed: int, threads: int | None
-) -> tuple[TorchModel | None, Path, Splits]:
-    """The network, if the file is a checkpoint, its float graph (written to `exported` then), and images."""
+) -> tuple[TorchModel | None, Path, DataSource, Splits]:
+    """The network, if the file is a checkpoint, its float graph (written to `exported` then), and its data."""
     path = model.path
     if path.suffix in CHECKPOINTS or str(path).startswith(SHIPPED):
         prepared = prepare(ModelRunConfig(model=model, data=data, seed=seed, threads=threads))
         metadata = {**describe(prepared.model), "dataset": prepared.source.name.split(":")[0]}
         metadata |= PixelStatistics.of(prepared.splits.train).as_metadata()
         export_onnx(prepared.model, exported, ExportConfig(), metadata=metadata)
-        return prepared.model, exported, prepared.splits
+        return prepared.model, exported, prepared.source, prepared.splits
     if model.model_fields_set - {"path"}:
         raise ToolkitError(
             "an ONNX file is quantised as it is",
@@ -311,7 +321,7 @@ def _to_quantise(
             found=f"{path} takes {list(reference.input_shape)}, {source.name} has {list(source.train.shape)}",
             fix="name the data set that the network was trained on with --data (and --size)",
         )
-    return None, path, make_splits(source, data, seed)
+    return None, path, source, make_splits(source, data, seed)
 
 
 def _refuse_other_input(reference: OnnxPredictor, path: Path, evaluation: Split) -> None:
@@ -332,15 +342,6 @@ def _refuse_other_input(reference: OnnxPredictor, path: Path, evaluation: Split)
 def _risks(path: Path, quantizer: Writer, evaluation: Split) -> Portability:
     with tempfile.TemporaryDirectory(prefix="toolkit-elsewhere-") as folder:
         return measure_portability(path, JudgedImages.of(evaluation), Path(folder), writer_of(quantizer))
-
-
-def _margin(metadata: Mapping[str, str]) -> float:
-    """By how much images under the file's own threat model leave [0, 1], in pixels; 0 where it names none."""
-    if not {"threat_model", "normalization"} <= set(metadata):
-        return 0.0
-    threat = {key: value for key, value in json.loads(metadata["threat_model"]).items() if key != "preset"}
-    normalization = json.loads(metadata["normalization"])
-    return ThreatModel(**threat).margin(Normalization(tuple(normalization["mean"]), tuple(normalization["std"])))
 
 
 def benchmark_files(paths: Sequence[Path], config: BenchmarkConfig, seed: int) -> tuple[LatencyRow, ...]:

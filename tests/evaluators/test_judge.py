@@ -96,6 +96,19 @@ def test_a_judge_says_the_same_again(tmp_path: Path) -> None:
     assert judge.drop(path) == judge.drop(path)
 
 
+def test_noise_is_of_the_margins_beside_the_boundary(tmp_path: Path) -> None:
+    """Thresholds that lie apart by 0.1: margins differ by 0.2 on all images, logits by 0.1; slopes differ far away."""
+    judge = Judge(a_threshold(tmp_path), NEAR_AND_FAR, an_attack())
+    path = export_onnx(threshold(0.6), tmp_path / "other.onnx", ExportConfig()).path
+    assert judge.noise(a_threshold(tmp_path)) == 0 and judge.noise(path) == pytest.approx(0.04, rel=1e-3)
+    steep = export_onnx(threshold(0.5, slope=2.0), tmp_path / "steep.onnx", ExportConfig()).path
+    height = 160 / 255 - 0.1 - 0.5  # of the one that stands, as PGD leaves it
+    assert judge.noise(steep) == pytest.approx((2 * height) ** 2, rel=0.05)
+    assert judge.disturbance(steep) > 10 * judge.noise(steep), "of clean images, most of them far away"
+    clean = Judge(a_threshold(tmp_path), NEAR_AND_FAR, None)
+    assert clean.noise(steep) == clean.disturbance(steep) > 0
+
+
 def test_large_images_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     split = flat_images([10, 20, 30, 200, 250])
     assert judging.images_of(split) == 5

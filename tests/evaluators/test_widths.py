@@ -83,6 +83,7 @@ class Blocks:
 
     def __init__(self, block: int) -> None:
         self._block = block
+        self.foreign_load = 0.1
         self.files: dict[str, Path] = {}
 
     def rounds(self, files: Mapping[str, Path], count: int) -> dict[str, FloatArray]:
@@ -114,6 +115,7 @@ def test_the_multiple_of_the_kernels_blocks_is_found(tmp_path: Path, monkeypatch
     model, clock = wrap(network(), shape=(1, SIDE, SIDE)), Blocks(8)
     before = {key: value.clone() for key, value in model.network.state_dict().items()}
     found = choose_rounding(model, candidates(tmp_path), cast("Stopclock", clock))
+    assert found.foreign_load == 0.1
     assert found.chosen == 4, "32 and 56 filters take their own time, 31 and 58 that of 32 and 64"
     assert [one.round_to for one in found.tried] == [1, 4, 64], "8 leads to the same widths as 4"
     assert [one.admitted for one in found.tried] == [True, True, False]

@@ -12,7 +12,7 @@ import typer
 from toolkit.cli import flags
 from toolkit.cli.app import Force, Json, Quiet, Settings, Verbose, app, start
 from toolkit.cli.printing import table
-from toolkit.config import DataConfig, HardenConfig, MachineConfig, ModelConfig, QuantizeConfig, build
+from toolkit.config import DataConfig, HardenConfig, MachineConfig, ModelConfig, QuantizeConfig, ThreatConfig, build
 
 if TYPE_CHECKING:
     from toolkit.evaluators.debugger import Explanation
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from toolkit.stages import QuantizedFile
     from toolkit.targets import TargetResult
 
-QUANTIZE_FLAGS = (*flags.QUANTIZE, *flags.MODEL, *flags.DATA, *flags.MACHINE)
+QUANTIZE_FLAGS = (*flags.QUANTIZE, *flags.MODEL, *flags.DATA, *flags.THREAT, *flags.MACHINE)
 
 
 @app.command()
@@ -48,6 +48,7 @@ def quantize(
     how = build(QuantizeConfig, values.pop("quantize", {}), flags.tails(flags.QUANTIZE))
     data = build(DataConfig, values.pop("data", {}), flags.tails(flags.DATA))
     model = build(ModelConfig, {"path": file, **values.pop("model", {})}, flags.tails(flags.MODEL))
+    threat = build(ThreatConfig, values.pop("threat", {}), flags.tails(flags.THREAT))
     machine = build(MachineConfig, values, flags.names_by_path(flags.MACHINE))
     from toolkit import stages
 
@@ -56,6 +57,7 @@ def quantize(
         data,
         how,
         output,
+        threat=threat,
         seed=machine.seed,
         threads=machine.threads,
         force=force,
@@ -134,16 +136,25 @@ def _print_targets(made: Sequence[TargetResult]) -> None:
 
 
 def _print_explanation(found: Explanation) -> None:
+    lost = found.drop
+    robust = "" if lost.robust is None else f", {100 * lost.robust:+.2f} of robust accuracy"
     print(
-        f"\nerror of the logits: {found.logit_error:.2e} of their variance, {found.images} images; what is gone of it"
+        f"\nerror of the logits: {found.logit_error:.2e} of their variance; "
+        f"{100 * lost.clean:+.2f} points of accuracy lost{robust} ({found.images} validation images).\n"
+        "Of every layer: error of the logits, and of the margins of attacked images beside the boundary, that is gone "
+        "with\nit alone in float; points lost with it alone in integers; noise of what it reads (signal to noise, dB: "
+        "so far,\nits own rounding):\n"
     )
-    print("with one layer left float, and noise of what it reads (signal to noise, dB: so far, its own rounding):\n")
     rows = []
     for blame in found.layers:
-        noise = blame.source
+        noise, known = blame.source, blame.sensitivity
         numbers = (f"{noise.snr:.1f}", f"{noise.own_snr:.1f}", f"{noise.clipped:.2%}") if noise else ("", "", "")
-        rows.append((blame.layer, f"{blame.relief:.0%}", *numbers, blame.advice))
-    table(("layer", "error gone", "so far", "own", "clipped", "try"), rows)
+        margins = f"{known.relief:.0%}" if known and lost.robust is not None else ""
+        drops = (known.drop.clean, known.drop.robust) if known and known.drop else (None, None)
+        points = ("" if value is None else f"{100 * value:+.2f}" for value in drops)
+        rows.append((blame.layer, f"{blame.relief:.0%}", margins, *points, *numbers, blame.advice))
+    header = ("layer", "logits", "margins", "accuracy", "robust", "so far", "own", "clipped", "try")
+    table(header, rows)
     if not any(blame.advice for blame in found.layers):
         print("no layer's part in the error is worth a remedy")
 

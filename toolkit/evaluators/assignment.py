@@ -3,8 +3,9 @@
 Times of single layers do not add up: fusions and changes of layout between integer and float layers decide, and a
 first layer of few channels is faster in float. So every candidate is written and timed as the file that would ship,
 side by side with the others in every round. The search begins with all layers in integers and leaves one more layer
-float, or one fewer, as long as that is faster beyond doubt. Then accuracy is looked after: as long as the integer graph
-loses more than is allowed, the layer whose rounding disturbs the logits most becomes float as well.
+float, or one fewer, as long as that is faster beyond doubt. Then accuracy is looked after: where the integer graph
+loses more than is allowed, so many layers become float, those first whose rounding disturbs the margins of attacked
+images most, as it needs.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from toolkit.evaluators.judge import Drop, Judge
 from toolkit.evaluators.latency import Stopclock
+from toolkit.evaluators.sensitivity import LayerSensitivity, measure_sensitivity, ranked
 from toolkit.evaluators.timing import Interval, ratio_interval
 from toolkit.exporters.engine import Writer
 from toolkit.progress import task
@@ -27,9 +29,9 @@ Kept = frozenset[str]
 SCREENING_ROUNDS, DECIDING_ROUNDS = 5, 12
 """Rounds in which all neighbours of an assignment are timed, and those in which the best of them is confirmed."""
 SHORTLIST = 8
-"""Layers that are compared again after each one that accuracy made float."""
-CHECKS = 16
-"""So often, about, is the accuracy of a deep network looked at while layer after layer becomes float."""
+"""Layers that are compared again after each one that is to become float."""
+SENSITIVITY_S = 60.0
+"""Seconds for the accuracy that single layers lose, about: a table for users, which the search itself does not need."""
 SEARCH_S = 300.0
 """Seconds for the search of the fastest."""
 FIRST_SHARE = 0.6
@@ -56,6 +58,10 @@ class Assignment:
     """Assignments that were written and timed."""
     for_accuracy: tuple[str, ...] = ()
     """Of `keep_float` those that accuracy asked for, in the order in which they were chosen."""
+    sensitivity: tuple[LayerSensitivity, ...] = ()
+    """Of every layer that could be integer."""
+    foreign_load: float = 0.0
+    """Share of the CPU time that other processes took while graphs were timed."""
 
     @property
     def pays(self) -> bool:
@@ -80,7 +86,9 @@ class Assignment:
         intervals = {name: Interval(**found[name]) for name in ("ratio", "all_integer")}
         drops = {name: Drop(**found[name]) for name in ("drop", "drop_all_integer")}
         layers = {name: tuple(found[name]) for name in ("keep_float", "for_accuracy")}
-        return cls(**{**found, **intervals, **drops, **layers})
+        rows = [{**row, "drop": Drop(**row["drop"]) if row["drop"] else None} for row in found["sensitivity"]]
+        sensitivity = {"sensitivity": tuple(LayerSensitivity(**row) for row in rows)}
+        return cls(**{**found, **intervals, **drops, **layers, **sensitivity})
 
 
 def _digest(path: Path) -> str:
@@ -113,7 +121,9 @@ def find_assignment(
     search = _Search(quantizer, fp32, folder, clock, seed)
     with task("which layers are integer", len(quantizer.layers)) as bar:
         fastest = search.fastest(seconds, bar.advance)
-        chosen, added = search.accurate(fastest, judge, max_drop, bar.advance)
+        sensitivity = measure_sensitivity(quantizer, search.layers, judge, seconds=SENSITIVITY_S, advance=bar.advance)
+        order = [one.layer for one in ranked(sensitivity)]
+        chosen, added = search.accurate(fastest, order, judge, max_drop, bar.advance)
         if added:
             chosen = search.lighter(chosen, (1 - FIRST_SHARE) * seconds, bar.advance)
     everything: Kept = frozenset()
@@ -127,6 +137,8 @@ def find_assignment(
         images=judge.images,
         tried=search.written,
         for_accuracy=added,
+        sensitivity=sensitivity,
+        foreign_load=clock.foreign_load,
     )
 
 
@@ -135,14 +147,14 @@ class _Search:
 
     def __init__(self, quantizer: Writer, fp32: Path, folder: Path, clock: Stopclock, seed: int) -> None:
         self._quantizer, self._fp32, self._folder, self._clock, self._seed = quantizer, fp32, folder, clock, seed
-        self._layers = tuple(name for name in quantizer.layers if name not in quantizer.kept)
+        self.layers = tuple(name for name in quantizer.layers if name not in quantizer.kept)
         self._timing = self._writing = 0.0
         """Seconds that one file takes in one round, and that the last one took to be written."""
         self.files: dict[Kept, Path] = {}
         self.written = 0
 
     def ordered(self, kept: Collection[str]) -> tuple[str, ...]:
-        return tuple(name for name in self._layers if name in kept)
+        return tuple(name for name in self.layers if name in kept)
 
     def file(self, kept: Kept) -> Path:
         """The graph with these layers float, written once."""
@@ -173,8 +185,8 @@ class _Search:
         start, everything = time.monotonic(), Kept()
         self.ratios([everything], 1, to=everything)  # what a round costs
         best = self._descend(everything, start + FIRST_SHARE * seconds, advance)
-        lone = [Kept(self._layers) - {name} for name in self._layers[: self._affordable(start + seconds)]]
-        if len(self._layers) < 3 or not lone or self._beats(best, None):
+        lone = [Kept(self.layers) - {name} for name in self.layers[: self._affordable(start + seconds)]]
+        if len(self.layers) < 3 or not lone or self._beats(best, None):
             return best
         screened = self.ratios(lone, SCREENING_ROUNDS, to=best)
         other = self._descend(min(lone, key=lambda kept: screened[kept].value), start + seconds, advance)
@@ -222,28 +234,55 @@ class _Search:
 
     def _neighbours(self, kept: Kept, count: int) -> list[Kept]:
         """With one layer more in float, or one of those fewer; at most `count`, first those next to the ends."""
-        inwards = sorted(range(len(self._layers)), key=lambda at: min(at, len(self._layers) - 1 - at))
-        changed = [kept ^ {self._layers[at]} for at in inwards[:count]]
-        return [one for one in changed if len(one) < len(self._layers)]
+        inwards = sorted(range(len(self.layers)), key=lambda at: min(at, len(self.layers) - 1 - at))
+        changed = [kept ^ {self.layers[at]} for at in inwards[:count]]
+        return [one for one in changed if len(one) < len(self.layers)]
 
     def accurate(
-        self, kept: Kept, judge: Judge, max_drop: float, advance: Callable[[], object]
+        self, kept: Kept, order: Sequence[str], judge: Judge, max_drop: float, advance: Callable[[], object]
     ) -> tuple[Kept, tuple[str, ...]]:
-        """With as many more layers float as accuracy needs, those first whose rounding disturbs the logits most.
+        """With as many more layers float as accuracy needs, the first of an order; at least one stays integer.
 
-        All layers are ranked once; from then on only the next few of that order are written and compared.
+        How many, is found by doubling and then by halving, so that a deep network is judged a dozen times at most.
+
+        Args:
+            kept: the layers that are float anyway.
+            order: of all layers, about, those that are to become float first.
+            judge: of accuracy.
+            max_drop: as `find_assignment` takes it.
+            advance: told of every graph that is judged.
+
+        Returns:
+            The layers that are float, and those that were added, in that order.
         """
-        added: list[str] = []
-        order: list[str] = []
-        at_once = -(-len(self._layers) // CHECKS)
-        while len(integer := [name for name in self._layers if name not in kept]) > 1:
-            if len(added) % at_once == 0 and not judge.exceeds(self.file(kept), max_drop):
-                break
-            near = [name for name in order if name in integer][:SHORTLIST] or integer
-            disturbed = {name: judge.disturbance(self.file(kept | {name})) for name in near}
-            order = order or sorted(integer, key=lambda name: disturbed[name])
-            name = min(near, key=lambda name: disturbed[name])
-            kept = kept | {name}
-            added.append(name)
+        left = [name for name in order if name not in kept]
+        further: list[str] = []  # in a better order, as far as it is needed
+
+        def exceeds(count: int) -> bool:
+            while len(further) < count:
+                self._add_next(kept, left, further, judge)
             advance()
-        return kept, tuple(added)
+            return judge.exceeds(self.file(kept | set(further[:count])), max_drop)
+
+        most = len(left) - 1
+        too_few, enough = -1, 0
+        while enough < most and exceeds(enough):
+            too_few, enough = enough, min(most, 2 * enough or 1)
+        while enough - too_few > 1:
+            middle = (too_few + enough) // 2
+            too_few, enough = (middle, enough) if exceeds(middle) else (too_few, middle)
+        while len(further) < enough:
+            self._add_next(kept, left, further, judge)
+        return kept | set(further[:enough]), tuple(further[:enough])
+
+    def _add_next(self, kept: Kept, left: Sequence[str], further: list[str], judge: Judge) -> None:
+        """Of the next few of an order that one which, with those before it, leaves the least error."""
+        near = [name for name in left if name not in further][:SHORTLIST]
+        noise = {name: judge.noise(self._trial(kept | {*further, name})) for name in near}
+        further.append(min(near, key=lambda name: noise[name]))
+
+    def _trial(self, kept: Kept) -> Path:
+        """A graph that is looked at once."""
+        path = self._folder / "trial.onnx"
+        self._quantizer.write(path, keep_float=kept)
+        return path

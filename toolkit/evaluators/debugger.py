@@ -1,8 +1,9 @@
 """Where an integer graph loses its accuracy: noise of every quantised tensor, and what each layer is to blame for.
 
-Two questions that are often taken for one. How noisy is a tensor: signal-to-noise ratio between the float graph's
-tensor and the integer graph's, on real images, and of the rounding of that tensor alone. And who is to blame: by how
-much the error of the logits shrinks when one layer alone is left float.
+Three questions that are often taken for one. How noisy is a tensor: signal-to-noise ratio between the float graph's
+tensor and the integer graph's, on real images, and of the rounding of that tensor alone. Who is to blame: by how much
+the error of the logits, and of the margins under attack, shrinks when one layer alone is left float. And what it costs:
+the accuracy that is lost, in all and with one layer alone in integers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from toolkit.artifacts import Split
-from toolkit.evaluators.judge import Judge
+from toolkit.evaluators.judge import Drop, Judge
+from toolkit.evaluators.sensitivity import LayerSensitivity, measure_sensitivity
 from toolkit.exporters.calibration import calibration_batch
 from toolkit.exporters.engine import Writer
 from toolkit.exporters.observer import activation_bytes, exposed_session
@@ -34,6 +36,10 @@ COARSE_DB = 25.0
 """A tensor's own rounding is coarse below this; 8 bits over values spread evenly come to 50 dB."""
 GUILTY, NOTICEABLE = 0.1, 1e-3
 """Share of the logits' error, and share of their variance, from which a layer's part in it is worth a remedy."""
+COSTLY = 0.005
+"""Accuracy lost, clean or robust, from which a layer that the attack makes use of is worth leaving float."""
+SENSITIVITY_S = 120.0
+"""Seconds for the accuracy that single layers lose, about."""
 BATCH = 64
 
 Array = npt.NDArray[np.float64]
@@ -72,6 +78,15 @@ class LayerBlame:
     """The activation that it reads; None: not a quantised one of the float graph."""
     gone: float
     """Error that is gone with it, as a share of the variance of the logits."""
+    sensitivity: LayerSensitivity | None = None
+    """Under attack, and of accuracy; None: it cannot be changed alone."""
+    costly: bool = False
+    """Whether the whole graph loses so much accuracy that a layer may be worth leaving float."""
+
+    @property
+    def guilt(self) -> float:
+        """Share of the error that is gone with it: of the margins under attack, where there is one, or the logits."""
+        return self.relief if self.sensitivity is None else self.sensitivity.relief
 
     @property
     def advice(self) -> str:
@@ -81,7 +96,8 @@ class LayerBlame:
         """
         if self.source is not None and self.source.advice:
             return self.source.advice
-        return f"--keep-float {self.layer}" if self.relief >= GUILTY and self.gone >= NOTICEABLE else ""
+        guilty = (self.costly and self.guilt >= GUILTY) or (self.relief >= GUILTY and self.gone >= NOTICEABLE)
+        return f"--keep-float {self.layer}" if guilty else ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +106,8 @@ class Explanation:
 
     logit_error: float
     """Mean squared difference of the logits from the float graph's, over their variance."""
+    drop: Drop
+    """Accuracy lost against the float graph."""
     images: int
     layers: tuple[LayerBlame, ...]
     """The guilty first."""
@@ -101,8 +119,10 @@ class Explanation:
         layers = [{**_plain(asdict(blame)), "advice": blame.advice} for blame in self.layers]
         for row, blame in zip(layers, self.layers, strict=True):
             row["source"] = blame.source and _plain(asdict(blame.source))
+            del row["costly"]
         tensors = [_plain(asdict(noise)) for noise in self.tensors]
-        return {"logit_error": self.logit_error, "images": self.images, "layers": layers, "tensors": tensors}
+        found = {"logit_error": self.logit_error, "drop": asdict(self.drop), "images": self.images}
+        return {**found, "layers": layers, "tensors": tensors}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,25 +136,32 @@ def explain(quantizer: Writer, deployed: Path, split: Split, judge: Judge) -> Ex
         quantizer: that wrote it; writes it again with each layer in float.
         deployed: the integer graph.
         split: images for the tensors' noise.
-        judge: with the images and the float graph's logits.
+        judge: of accuracy, with images of its own.
     """
     tensors = tensor_noise(quantizer.rounded, load_onnx(deployed), split)
     known = {noise.tensor: noise for noise in tensors}
     sources = _sources(load_onnx(deployed))
-    total = judge.disturbance(deployed)
+    total, drop = judge.disturbance(deployed), judge.drop(deployed)
     layers = [name for name in quantizer.layers if name in sources]
+    changeable = [name for name in quantizer.layers if name not in quantizer.kept]
     blames = []
-    with tempfile.TemporaryDirectory(prefix="toolkit-explain-") as folder, task("explain", len(layers)) as bar:
+    with tempfile.TemporaryDirectory(prefix="toolkit-explain-") as folder, task("explain", 3 * len(layers)) as bar:
+        sensitivity = measure_sensitivity(
+            quantizer, changeable, judge, seconds=SENSITIVITY_S, advance=bar.advance
+        )  # fmt: skip
+        found = {one.layer: one for one in sensitivity}
         for layer in layers:
             path = Path(folder, "without.onnx")
             relief = 0.0
             if len(quantizer.layers) > 1 and total > 0:
                 quantizer.write(path, keep_float={layer})
                 relief = 1 - judge.disturbance(path) / total
-            blames.append(LayerBlame(layer, relief, known.get(sources[layer]), relief * total / judge.spread**2))
+            gone = relief * total / judge.spread**2
+            source = known.get(sources[layer])
+            blames.append(LayerBlame(layer, relief, source, gone, found.get(layer), drop.worst > COSTLY))
             bar.advance()
-    ordered = sorted(blames, key=lambda blame: -blame.relief)
-    return Explanation(total / judge.spread**2, judge.images, tuple(ordered), tensors)
+    ordered = sorted(blames, key=lambda blame: -blame.guilt)
+    return Explanation(total / judge.spread**2, drop, judge.images, tuple(ordered), tensors)
 
 
 def tensor_noise(fp32: ModelProto, deployed: ModelProto, split: Split) -> tuple[TensorNoise, ...]:

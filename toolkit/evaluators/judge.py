@@ -128,6 +128,12 @@ class _Pursuit:
             self._climb(surrogate, [self._float], number)
         self._query([self._float], BESIDE)
 
+    def noise(self, predictor: Predictor) -> float:
+        """Mean squared difference of the margins from the float twin's, where that was brought nearest the boundary."""
+        points, labels = self._float.points, self.near.labels
+        ours, theirs = (margin(one.predict(points), labels) for one in (predictor, self._float.predictor))
+        return float((ours - theirs).square().mean())
+
     def standing(self, path: Path, predictor: Predictor) -> tuple[Tensor, Tensor]:
         """On which of the images the graph still stands, and on which the float twin, bool [m] each."""
         ours, theirs = _Stand.begin(predictor, self.near), self._float.copy()
@@ -250,6 +256,15 @@ class Judge:
     def disturbance(self, path: Path) -> float:
         """Mean squared difference of the clean logits from the float twin's."""
         return float((_answers(self._predictor(path), self._clean) - self._logits).square().mean())
+
+    def noise(self, path: Path) -> float:
+        """Mean squared error of what decides: the margins of attacked images beside the float twin's boundary.
+
+        What an attack finds there grows with it. Where there are no such images, the clean logits'.
+        """
+        if self._pursuit is None:
+            return self.disturbance(path)
+        return self._pursuit.noise(self._predictor(path))
 
     def _predictor(self, path: Path) -> OnnxPredictor:
         return OnnxPredictor(path, provider=self._provider)

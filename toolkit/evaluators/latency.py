@@ -193,6 +193,12 @@ class Stopclock:
         self._config, self._threads, self._seed = config, usable_threads(config.threads), seed
         shape = images.shape[1:]
         self._feeds = {batch: _fill(images, batch, shape) for batch in dict.fromkeys(config.batches)}
+        self._seconds = self._foreign = 0.0
+
+    @property
+    def foreign_load(self) -> float:
+        """Share of the CPU time that other processes took while it was timing; above `BUSY` it is not to be trusted."""
+        return self._foreign / self._seconds if self._seconds else 0.0
 
     def rounds(self, files: Mapping[str, Path], count: int) -> dict[str, FloatArray]:
         """Seconds per call, geometric mean over the batch sizes of the median in each block, [rounds].
@@ -200,7 +206,11 @@ class Stopclock:
         Rounds are fewer where a batch size takes long, as in `benchmark`.
         """
         config = self._config.model_copy(update={"rounds": count})
-        samples = _measure(files, config, self._threads, self._feeds, self._seed)
+        start = time.perf_counter()
+        with foreign_load() as load:
+            samples = _measure(files, config, self._threads, self._feeds, self._seed)
+        seconds = time.perf_counter() - start
+        self._seconds, self._foreign = self._seconds + seconds, self._foreign + load() * seconds
         blocks = {key: np.array([np.median(block) for block in found]) for key, found in samples.items()}
         made = min(map(len, blocks.values()))
         return {

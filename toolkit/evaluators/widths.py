@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from toolkit.artifacts import OnnxModel, Split, TorchModel
@@ -64,6 +64,8 @@ class RoundingChoice:
 
     tried: tuple[Rounding, ...]
     chosen: int
+    foreign_load: float = 0.0
+    """Share of the CPU time that other processes took while they were timed."""
 
     def write(self, path: Path, key: str) -> None:
         """Keep it in a JSON file, for what `key` stands for alone."""
@@ -82,7 +84,7 @@ class RoundingChoice:
         tried = (
             Rounding(**{**row, **{name: Interval(**row[name]) for name in intervals}}) for row in kept["found"]["tried"]
         )
-        return cls(tuple(tried), kept["found"]["chosen"])
+        return cls(tuple(tried), kept["found"]["chosen"], kept["found"]["foreign_load"])
 
 
 def fingerprint(model: TorchModel, config: PruneConfig) -> str:
@@ -132,7 +134,9 @@ def choose_rounding(model: TorchModel, how: Candidates, clock: Stopclock, *, see
             bar.advance()
     files = {f"{multiple} {graph}": path for multiple, one in found.items() for graph, path in one.files.items()}
     times = clock.rounds(files, ROUNDS)
-    return pick({m: one.macs for m, one in found.items()}, {m: _times_of(times, m) for m in found}, seed=seed)
+    work = {m: one.macs for m, one in found.items()}
+    picked = pick(work, {m: _times_of(times, m) for m in found}, seed=seed)
+    return replace(picked, foreign_load=clock.foreign_load)
 
 
 def pick(work: Mapping[int, int], times: Mapping[int, Mapping[str, FloatArray]], *, seed: int = 0) -> RoundingChoice:

@@ -19,7 +19,7 @@ from toolkit.evaluators.judge import Drop
 from toolkit.evaluators.latency import LatencyRow
 from toolkit.evaluators.portability import Portability
 from toolkit.evaluators.soundness import Check
-from toolkit.evaluators.timing import Interval
+from toolkit.evaluators.timing import BUSY, Interval
 from toolkit.evaluators.widths import RoundingChoice
 from toolkit.exporters.end_to_end import EndToEndComparison
 from toolkit.exporters.engine import QuantizedModel
@@ -142,6 +142,7 @@ def _model(config: HardenConfig, evidence: Evidence) -> schema.Model:
         prune_ratios=dict(config.prune.ratios),
         layers=layers,
         roundings=_roundings(evidence.rounding),
+        roundings_foreign_load=evidence.rounding.foreign_load if evidence.rounding else None,
     )
 
 
@@ -295,6 +296,16 @@ def _assignment(config: HardenConfig, found: Assignment | None) -> schema.Assign
         max_drop=config.quantize.max_drop,
         images=found.images,
         tried=found.tried,
+        foreign_load=found.foreign_load,
+        sensitivity=[
+            schema.Sensitivity(
+                layer=one.layer,
+                relief=one.relief,
+                accuracy_drop=one.drop.clean if one.drop else None,
+                robust_drop=one.drop.robust if one.drop else None,
+            )
+            for one in found.sensitivity
+        ],
         shipped=one(found.ratio, found.drop),
         all_integer=one(found.all_integer, found.drop_all_integer),
         pays=found.pays,
@@ -341,7 +352,8 @@ def verdict(
     """
     if not int8:
         if assignment is not None:
-            return "float: int8 does not pay on this machine, and --allow-float allowed to ship what is faster."
+            busy = ", as far as can be told while other processes use the CPU" if assignment.foreign_load > BUSY else ""
+            return f"float: int8 does not pay on this machine{busy}, and --allow-float allowed to ship what is faster."
         return "float: --int8 was not given, and --allow-float allowed it."
     what = "int8" if activation_bits == 8 else f"int{activation_bits}"
     rows = [row for row in latency if row.file == "deployed"]
@@ -361,6 +373,10 @@ def verdict(
         pays = "no difference in speed from the float twin can be told here"
     if not all(row.trusted for row in rows):
         pays = "speed cannot be told: other processes used the CPU while it was measured"
+    elif assignment is not None and assignment.foreign_load > BUSY:
+        pays += (
+            " (which layers are integer was chosen while other processes used the CPU: another choice may be faster)"
+        )
     why = ""
     if activation_bits == 16 and coverage.share == 0:
         why = " (ONNX Runtime has no kernel that multiplies 16-bit activations: layers compute in float in between)"

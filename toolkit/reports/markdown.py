@@ -140,9 +140,10 @@ def _roundings(model: Model) -> str:
         "counts",
     )
     return (
-        "## Widths\n\nPruned by the same ratio, with widths rounded to these multiples, networks were timed side by "
-        "side on this machine; the one in bold was taken. Time: over that of widths not rounded, geometric mean over "
-        "the batch sizes; per multiply-accumulate: over that of the best of those that count, which keep the "
+        f"## Widths\n\n{_doubt(model.roundings_foreign_load)}Pruned by the same ratio, with widths rounded to these "
+        "multiples, networks were timed side by side on this machine; the one in bold was taken. "
+        "Time: over that of widths not rounded, geometric mean over the batch sizes; per multiply-accumulate: "
+        "over that of the best of those that count, which keep the "
         f"multiply-accumulates asked for, or are wider in no more time.\n\n{table(header, rows)}"
     )
 
@@ -169,14 +170,19 @@ def latency_cells(rows: Iterable[Latency]) -> list[tuple[object, ...]]:
 def _speed(report: Report) -> str:
     if not report.latency:
         return ""
-    first = report.latency[0]
-    load = max(row.foreign_load for row in report.latency)
-    doubt = f"> **NOT TO BE TRUSTED**: other processes took {load:.0%} of the CPU time meanwhile.\n\n"
+    first, load = report.latency[0], max(row.foreign_load for row in report.latency)
     return (
-        f"## Speed\n\n{doubt if load > BUSY else ''}ONNX Runtime, {first.provider}, {first.threads} thread(s), "
+        f"## Speed\n\n{_doubt(load)}ONNX Runtime, {first.provider}, {first.threads} thread(s), "
         "files interleaved; milliseconds per call; ratio = time / time of the float twin, below 1 is faster.\n\n"
         f"{table(LATENCY_HEADER, latency_cells(report.latency))}"
     )
+
+
+def _doubt(load: float | None) -> str:
+    """Of times that were taken while others used the CPU."""
+    if load is None or load <= BUSY:
+        return ""
+    return f"> **NOT TO BE TRUSTED**: other processes took {load:.0%} of the CPU time meanwhile.\n\n"
 
 
 def _integers(report: Report) -> str:
@@ -266,11 +272,37 @@ def _assignment(found: Assignment | None, robust: RobustAccuracy) -> str:
         if names
     ]
     return (
-        f"## Which layers are integer\n\n{found.tried} graphs were written and timed on this machine; "
-        f"{'; '.join(kept) or 'none is faster with a layer left float'}. Time: geometric mean over the batch sizes; "
-        f"accuracy: {found.images} validation images, allowed to lose {100 * found.max_drop:g} points, robust accuracy "
-        "in the worst case over PGD on the float network and short attacks from there on, made for each graph.\n\n"
+        f"## Which layers are integer\n\n{_doubt(found.foreign_load)}{found.tried} graphs were written and timed or "
+        f"judged on this machine; {'; '.join(kept) or 'none is faster with a layer left float'}. "
+        f"Time: geometric mean over the batch sizes; accuracy: {found.images} validation images, allowed to lose "
+        f"{100 * found.max_drop:g} points, robust accuracy in the worst case over PGD on the float network and short "
+        "attacks from there on, made for each graph.\n\n"
         f"{table(header, rows)}\n\n{_price_of_accuracy(found)}{_worst_case_lost(found.max_drop, robust)}"
+        f"{_sensitivity(found)}"
+    )
+
+
+def _sensitivity(found: Assignment) -> str:
+    """The layers, the most sensitive first."""
+    if not found.sensitivity:
+        return ""
+    rows = [
+        (
+            row.layer,
+            f"{row.relief:.0%}",
+            *(
+                "not measured" if lost is None else f"{100 * lost:+.2f}"
+                for lost in (row.accuracy_drop, row.robust_drop)
+            ),
+            "float" if row.layer in found.keep_float else "int8",
+        )
+        for row in sorted(found.sensitivity, key=lambda row: -row.relief)
+    ]
+    header = ("layer", "error gone", "points of accuracy lost", "of robust accuracy", "shipped as")
+    return (
+        "\n\n### What the rounding of each layer costs\n\nError: mean square, of the margins of attacked images beside "
+        "the boundary, gone with this layer alone in float. Accuracy: lost with this layer alone in integers, as "
+        f"above; as far as the time went.\n\n{table(header, rows)}"
     )
 
 

@@ -93,6 +93,8 @@ class Model(Part):
     layers: list[Layer]
     roundings: list[RoundingRecord] = []
     """What `--round-to auto` tried; empty where it was not asked for."""
+    roundings_foreign_load: float | None = None
+    """Share of the CPU time that other processes took while these were timed."""
 
 
 class SplitRecord(Part):
@@ -426,6 +428,19 @@ class Assigned(Part):
     there on each graph's own form."""
 
 
+class Sensitivity(Part):
+    """What the rounding of one layer does."""
+
+    layer: str
+    relief: float
+    """Share of the mean squared error of the margins (label against runner-up, attacked images beside the boundary)
+    that is gone with this layer alone in float; may be negative."""
+    accuracy_drop: float | None
+    """Clean accuracy lost on validation images with it alone in integers; null: not measured, for want of time."""
+    robust_drop: float | None
+    """The same in the worst case, as in `Assigned`."""
+
+
 class Assignment(Part):
     """Which layers are integer, found by timing whole graphs on this machine; differs from run to run."""
 
@@ -437,7 +452,11 @@ class Assignment(Part):
     images: int
     """Validation images on which accuracy was compared."""
     tried: int
-    """Graphs that were written and timed."""
+    """Graphs that were written for it, and timed or judged."""
+    foreign_load: float = 0.0
+    """Share of the CPU time that other processes took while graphs were timed."""
+    sensitivity: list[Sensitivity] = []
+    """Of every layer that could be integer, in the order of the graph."""
     shipped: Assigned
     all_integer: Assigned
     pays: bool

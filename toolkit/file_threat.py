@@ -1,0 +1,86 @@
+"""The threat model that an ONNX file was hardened against, and the attack that the file alone allows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from toolkit.artifacts import Normalization, TorchModel
+from toolkit.attacks.planned import PlannedAttack
+from toolkit.attacks.threat import PgdPlan, resolve_plan
+from toolkit.config import ThreatConfig, override_threat
+from toolkit.data.sources import DataSource
+from toolkit.errors import ToolkitError
+from toolkit.evaluators.surrogate import UnconvertibleGraph, build_twin, twin_model
+from toolkit.progress import notice
+
+
+def threat_of_file(given: ThreatConfig, metadata: Mapping[str, str]) -> ThreatConfig:
+    """The threat model that the file was hardened against, with what the user set in its place."""
+    if "threat_model" not in metadata:
+        return given
+    own = json.loads(metadata["threat_model"])
+    base = {name: own[name] for name in ("preset", "norm", "eps")}
+    return ThreatConfig(**override_threat(base, {name: getattr(given, name) for name in given.model_fields_set}))
+
+
+def normalization_inside(metadata: Mapping[str, str]) -> Normalization | None:
+    """What the file does to pixels first; None: it does not say."""
+    if "normalization" not in metadata:
+        return None
+    inside = json.loads(metadata["normalization"])
+    return Normalization(tuple(inside["mean"]), tuple(inside["std"]))
+
+
+def plan_of_file(given: ThreatConfig, metadata: Mapping[str, str], source: DataSource) -> PgdPlan | None:
+    """PGD under the threat model that the user, the file's metadata or the data set's preset names, in this order.
+
+    Returns:
+        None: none of them names a radius, and the user asked for nothing.
+    """
+    try:
+        return resolve_plan(threat_of_file(given, metadata), source.threat_key)
+    except ToolkitError:
+        if given.model_fields_set:
+            raise
+        return None
+
+
+def attack_on_float(
+    path: Path,
+    network: TorchModel | None,
+    source: DataSource,
+    plan: PgdPlan | None,
+    normalization: Normalization,
+    *,
+    seed: int,
+) -> PlannedAttack | None:
+    """PGD on a float graph, or on the network that it was exported from.
+
+    Args:
+        path: a float ONNX file that takes pixels in [0, 1].
+        network: that it was exported from; None: the graph is made differentiable itself.
+        source: of its images.
+        plan: `plan_of_file`.
+        normalization: what the file does to pixels first, or about.
+        seed: of random starts.
+
+    Returns:
+        None, with a notice why: no radius is known, or the graph cannot be made differentiable.
+    """
+    if plan is None:
+        notice(
+            "clean accuracy alone is looked at, for neither file nor data set name a threat model; for robust accuracy "
+            "state one, e.g. --eps 8/255"
+        )
+        return None
+    if network is None:
+        try:
+            twin = twin_model(build_twin(path, input_shape=source.train.shape), source.train.class_names)
+        except UnconvertibleGraph as error:
+            notice(f"clean accuracy alone is looked at: {error.problem} ({error.found})")
+            return None
+        network = replace(twin, spec=replace(twin.spec, normalization=normalization))
+    return PlannedAttack(network, plan, seed=seed, precision="float32")
