@@ -287,9 +287,12 @@ def settled(config: HardenConfig, graphs: Graphs) -> HardenConfig:
     if graphs.quantized is None:
         how = how.model_copy(update={"int8": False})
     else:
-        further = found.keep_float if found else ()
-        update = {"calibrate": graphs.quantized.calibration, "keep_float": (*how.keep_float, *further)}
-        how = how.model_copy(update={**update, "precision": "int8"})
+        update: dict[str, object] = {"calibrate": graphs.quantized.calibration, "precision": "int8"}
+        if found:
+            here = tuple(name for name in found.keep_float if name not in found.for_accuracy)
+            accurate = tuple(name for name in found.keep_float if name in found.for_accuracy)
+            update |= {"keep_float": (*how.keep_float, *accurate), "keep_float_here": (*how.keep_float_here, *here)}
+        how = how.model_copy(update=update)
     return config.model_copy(update={"quantize": how})
 
 

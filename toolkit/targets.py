@@ -85,7 +85,8 @@ class TargetMaker:
         if kind.name == "cuda":
             largest = write_half(self.fp32.path, output, self.calibration)
         else:
-            how = self.how.model_copy(update={"activation_bits": 8, "weight_bits": 8, "calibrate_adversarial": 0.0})
+            plain = {"activation_bits": 8, "weight_bits": 8, "calibrate_adversarial": 0.0, "keep_float_here": ()}
+            how = self.how.model_copy(update=plain)
             if how.calibrate == "auto":  # what was chosen for asymmetric grids says nothing of symmetric ones
                 how = how.model_copy(update={"calibrate": "minmax"})
             Quantizer(self.fp32, self.calibration, how, input_margin=self.margin).write_tensorrt(output)

@@ -15,6 +15,8 @@ from toolkit.evaluators.assignment import Assignment, find_assignment
 from toolkit.evaluators.judge import Drop
 from toolkit.evaluators.timing import Interval
 from toolkit.evaluators.widths import RoundingChoice, choose_rounding
+from toolkit.exporters.onnx import load_onnx
+from toolkit.exporters.precision import layer_precision
 
 
 def test_a_search_for_the_integer_layers_is_told_and_not_repeated(here: Path) -> None:
@@ -23,7 +25,8 @@ def test_a_search_for_the_integer_layers_is_told_and_not_repeated(here: Path) ->
     first = report_of(here / "out")["quantization"]
     found = first["assignment"]
     settings = yaml.safe_load(Path("out/config.yaml").read_text())["quantize"]
-    assert settings["precision"] == "int8" and settings["keep_float"] == found["keep_float"]
+    assert settings["precision"] == "int8" and set(settings["keep_float"]) == set(found["for_accuracy"])
+    assert {*settings["keep_float"], *settings["keep_float_here"]} == set(found["keep_float"])
     assert settings["calibrate"] == first["calibration"] != "auto"
     assert len(first["calibration_methods"]) == 5 and "## Calibration methods" in Path("out/report.md").read_text()
     integer = {row["layer"] for row in first["layers"] if row["integer"]}
@@ -33,6 +36,29 @@ def test_a_search_for_the_integer_layers_is_told_and_not_repeated(here: Path) ->
     assert tiny.run("harden", "--config", "out/config.yaml", "--output", "again", "-q") == cli.DONE
     assert report_of(here / "again")["quantization"]["assignment"] is None
     assert Path("again/model.onnx").read_bytes() == Path("out/model.onnx").read_bytes()
+
+
+def test_layers_that_are_float_for_this_machine_s_speed_are_integers_for_other_runtimes(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = Interval(0.5, 0.4, 0.6)
+    speed, accuracy = "node_conv2d", "node_linear"
+
+    def find(*_: object, **__: object) -> Assignment:
+        return Assignment((speed, accuracy), fast, fast, Drop(0, 0), Drop(0, 0), 60, 1, (accuracy,))
+
+    monkeypatch.setattr(graphs, "find_assignment", find)
+    command = tiny.harden_arguments(epochs=0, precision="auto")
+    assert tiny.run(*command, "--target", "tensorrt", "--threads", "1", "-q") == cli.DONE
+    assert tiny.run("harden", "--config", "out/config.yaml", "--output", "again", "-q") == cli.DONE
+    for folder in (here / "out", here / "again"):
+        left = {
+            name: {row.name for row in layer_precision(load_onnx(folder / name)) if row.precision == "float32"}
+            for name in ("model.onnx", "model.trt.onnx")
+        }
+        assert left == {"model.onnx": {speed, accuracy}, "model.trt.onnx": {accuracy}}
+        settings = yaml.safe_load((folder / "config.yaml").read_text())["quantize"]
+        assert (settings["keep_float"], settings["keep_float_here"]) == ([accuracy], [speed])
 
 
 def test_where_integers_do_not_pay_the_float_graph_ships_if_that_is_allowed(
