@@ -1,9 +1,9 @@
-"""What `toolkit harden` reaches on all of Fashion-MNIST with the shipped network.
+"""What `toolkit harden` reaches on all of Fashion-MNIST with the shipped network, or another.
 
-    python benchmarks/harden_figures.py [--threat paper] [--ratios 0.5,0.8] [--seeds 0,1,2] [--json FILE]
+    python benchmarks/harden_figures.py [--model MODEL] [--threat paper] [--ratios 0.5,0.8] [--seeds 0,1,2] [--json FILE]
                                         [--keep FOLDER] [-- FLAGS...]
 
-FLAGS are handed to `toolkit harden`, say `--epochs 20`. Robust accuracy is the worst case of the attacks asked for
+MODEL is a cnn8, say one that was trained adversarially. FLAGS are handed to `toolkit harden`, say `--epochs 20`. Robust accuracy is the worst case of the attacks asked for
 (`fast` unless FLAGS say otherwise), over all surrogates. Every row is one run of the command line, its bundle in a
 temporary folder or, with `--keep`, in FOLDER; all figures are those of the deployed int8 graph on the 10,000 test
 images. Beside them stand the float figures of the paper (Thorsteinsson et al. 2024, table 3: pruned 0.8 from the
@@ -25,12 +25,12 @@ PAPER = {"clean": 0.8391, "robust": 0.7674}
 """Float, pruned 0.8, mean of three seeds."""
 
 
-def measure(threat: str, ratio: float, seed: int, keep: Path | None, flags: list[str]) -> dict[str, Any]:
+def measure(model: str, threat: str, ratio: float, seed: int, keep: Path | None, flags: list[str]) -> dict[str, Any]:
     """One run and the figures that count."""
     with tempfile.TemporaryDirectory() as folder:
         output = (keep or Path(folder)) / f"{threat}-{ratio}-{seed}"
         command = [
-            *(sys.executable, "-m", "toolkit", "harden", "shipped:cnn8", "--data", "fashion-mnist", "--int8"),
+            *(sys.executable, "-m", "toolkit", "harden", model, "--data", "fashion-mnist", "--int8"),
             *("--threat", threat, "--prune", str(ratio), "--seed", str(seed), *flags),
             *("--output", str(output), "--json"),
         ]
@@ -39,6 +39,7 @@ def measure(threat: str, ratio: float, seed: int, keep: Path | None, flags: list
         seconds = time.perf_counter() - start
     report = json.loads(done.stdout)
     return {
+        "model": Path(model).name,
         "threat": threat,
         "flags": flags,
         "ratio": ratio,
@@ -85,6 +86,7 @@ def main() -> None:
     """Run all ratios with all seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("flags", nargs="*")
+    parser.add_argument("--model", default="shipped:cnn8")
     parser.add_argument("--threat", default="paper")
     parser.add_argument("--ratios", default="0.5,0.8")
     parser.add_argument("--seeds", default="0,1,2")
@@ -94,11 +96,11 @@ def main() -> None:
     rows = []
     for ratio in map(float, arguments.ratios.split(",")):
         for seed in map(int, arguments.seeds.split(",")):
-            rows.append(measure(arguments.threat, ratio, seed, arguments.keep, arguments.flags))
+            rows.append(measure(arguments.model, arguments.threat, ratio, seed, arguments.keep, arguments.flags))
             print(json.dumps({key: rows[-1][key] for key in ("ratio", "seed", "seconds")}), file=sys.stderr)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(show(rows))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

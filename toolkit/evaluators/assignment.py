@@ -119,7 +119,7 @@ def find_assignment(
         seed: of the bootstrap.
     """
     search = _Search(quantizer, fp32, folder, clock, seed)
-    with task("which layers are integer", len(quantizer.layers)) as bar:
+    with task("which layers are integer", 3 * len(search.layers)) as bar:
         fastest = search.fastest(seconds, bar.advance)
         sensitivity = measure_sensitivity(quantizer, search.layers, judge, seconds=SENSITIVITY_S, advance=bar.advance)
         order = [one.layer for one in ranked(sensitivity)]

@@ -146,9 +146,7 @@ def explain(quantizer: Writer, deployed: Path, split: Split, judge: Judge) -> Ex
     changeable = [name for name in quantizer.layers if name not in quantizer.kept]
     blames = []
     with tempfile.TemporaryDirectory(prefix="toolkit-explain-") as folder, task("explain", 3 * len(layers)) as bar:
-        sensitivity = measure_sensitivity(
-            quantizer, changeable, judge, seconds=SENSITIVITY_S, advance=bar.advance
-        )  # fmt: skip
+        sensitivity = measure_sensitivity(quantizer, changeable, judge, seconds=SENSITIVITY_S, advance=bar.advance)
         found = {one.layer: one for one in sensitivity}
         for layer in layers:
             path = Path(folder, "without.onnx")
