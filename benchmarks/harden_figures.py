@@ -1,13 +1,13 @@
 """What `toolkit harden` reaches on all of Fashion-MNIST with the shipped network, or another.
 
-    python benchmarks/harden_figures.py [--model MODEL] [--threat paper] [--ratios 0.5,0.8] [--seeds 0,1,2] [--json FILE]
-                                        [--keep FOLDER] [-- FLAGS...]
+    python benchmarks/harden_figures.py [--model MODEL] [--threat paper] [--ratios 0.5,0.8] [--seeds 0,1,2]
+                                        [--json FILE] [--keep FOLDER] [-- FLAGS...]
 
-MODEL is a cnn8, say one that was trained adversarially. FLAGS are handed to `toolkit harden`, say `--epochs 20`. Robust accuracy is the worst case of the attacks asked for
-(`fast` unless FLAGS say otherwise), over all surrogates. Every row is one run of the command line, its bundle in a
-temporary folder or, with `--keep`, in FOLDER; all figures are those of the deployed int8 graph on the 10,000 test
-images. Beside them stand the float figures of the paper (Thorsteinsson et al. 2024, table 3: pruned 0.8 from the
-standard network, adversarially fine-tuned, not quantised).
+MODEL is a cnn8, say one that was trained adversarially. FLAGS are handed to `toolkit harden`, say `--epochs 20`. Robust
+accuracy is the worst case of the attacks asked for (`fast` unless FLAGS say otherwise), over all surrogates. Every row
+is one run of the command line, its bundle in a temporary folder or, with `--keep`, in FOLDER; all figures are those of
+the deployed int8 graph on the 10,000 test images. Beside them stand the float figures of the paper (Thorsteinsson et
+al. 2024, table 3: pruned 0.8 from the standard network, adversarially fine-tuned, not quantised).
 """
 
 from __future__ import annotations
