@@ -202,8 +202,8 @@ class QuantizeConfig(StageConfig):
     keep_float: tuple[str, ...] = ()
     """Layers that are not quantised, by their nodes' names in the float twin; `*` stands for anything."""
     keep_float_here: tuple[str, ...] = ()
-    """More of them, which `auto` found to be faster so on the machine where it measured: model.onnx has them in float,
-    files for other runtimes have not. No flag sets it."""
+    """More of them, which are float for speed alone, as `auto` found on the machine where it measured: model.onnx has
+    them in float, files for other runtimes have not. No flag sets it, and `auto` begins without."""
     activation_bits: int = 8
     """8, or 16, which ONNX Runtime stores and then computes in float."""
     weight_bits: int = 8
@@ -212,11 +212,6 @@ class QuantizeConfig(StageConfig):
     """Other runtimes for which a file of its own is written beside model.onnx: `tensorrt`, `cuda`."""
     calibrate_adversarial: Share = 0.0
     """Share of the calibration images that is attacked first, by the run's PGD on the float network."""
-
-    @property
-    def left_float(self) -> tuple[str, ...]:
-        """All layers that model.onnx has in float, whatever for."""
-        return (*self.keep_float, *self.keep_float_here)
 
     @property
     def int8_bits(self) -> int:

@@ -13,7 +13,7 @@ from toolkit.attacks.threat import PgdPlan, resolve_plan
 from toolkit.config import ThreatConfig, override_threat
 from toolkit.data.sources import DataSource
 from toolkit.errors import ToolkitError
-from toolkit.evaluators.surrogate import UnconvertibleGraph, build_twin, twin_model
+from toolkit.evaluators.surrogate import build_twin, twin_model
 from toolkit.progress import notice
 
 
@@ -68,19 +68,25 @@ def attack_on_float(
         seed: of random starts.
 
     Returns:
-        None, with a notice why: no radius is known, or the graph cannot be made differentiable.
+        None, with a notice why: no radius is known, the data have classes that the file has not, or there is no way to
+        make it differentiable.
     """
     if plan is None:
         notice(
-            "clean accuracy alone is looked at, for neither file nor data set name a threat model; for robust accuracy "
-            "state one, e.g. --eps 8/255"
+            "clean accuracy alone is looked at, for neither file nor data set names a threat model; for robust "
+            "accuracy state one, e.g. --eps 8/255"
         )
         return None
-    if network is None:
-        try:
-            twin = twin_model(build_twin(path, input_shape=source.train.shape), source.train.class_names)
-        except UnconvertibleGraph as error:
-            notice(f"clean accuracy alone is looked at: {error.problem} ({error.found})")
-            return None
-        network = replace(twin, spec=replace(twin.spec, normalization=normalization))
-    return PlannedAttack(network, plan, seed=seed, precision="float32")
+    wanted = len(source.train.class_names)
+    try:
+        if network is None:
+            twin = build_twin(path, input_shape=source.train.shape)
+            if twin.classes < wanted:
+                notice(f"clean accuracy alone is looked at: {path} knows {twin.classes} classes, the data {wanted}")
+                return None
+            model = twin_model(twin)
+            network = replace(model, spec=replace(model.spec, normalization=normalization))
+        return PlannedAttack(network, plan, seed=seed, precision="float32")
+    except ToolkitError as error:
+        notice(f"clean accuracy alone is looked at: {error.problem} ({error.found})")
+        return None

@@ -180,7 +180,12 @@ def resolved_threat(config: ThreatConfig, plan: PgdPlan) -> ThreatConfig:
 
 
 def resolved_quantize(config: QuantizeConfig, provider: Provider = "cpu") -> QuantizeConfig:
-    """`config` with seven bits for weights where the integer kernels of this machine saturate, unless it says."""
+    """`config` with seven bits for weights where the integer kernels of this machine saturate, unless it says.
+
+    Where layers are to be searched, it is without those that an earlier search left float for the speed of its machine.
+    """
+    if config.searches:
+        config = config.model_copy(update={"keep_float_here": ()})
     if config.reduce_range is not None:
         return config
     needed = config.activation_bits == 8 and provider == "cpu" and saturates_here()

@@ -35,6 +35,7 @@ from toolkit.evaluators.debugger import Explanation, explain
 from toolkit.evaluators.judge import Judge
 from toolkit.evaluators.latency import LatencyRow, benchmark
 from toolkit.evaluators.portability import JudgedImages, Portability, measure_portability, writer_of
+from toolkit.evaluators.timing import BUSY
 from toolkit.exporters.admission import refuse_bits
 from toolkit.exporters.engine import QuantizedModel, Writer
 from toolkit.exporters.engines import make_writer
@@ -57,6 +58,7 @@ from toolkit.prepare import (
     tell_reduced,
     warn_of_other_images,
 )
+from toolkit.progress import notice
 from toolkit.pruning import PruningResult, prune
 from toolkit.targets import TargetMaker, TargetResult, make_beside
 from toolkit.training.distributed import follows, joined
@@ -161,6 +163,8 @@ def prune_file(config: ModelRunConfig, how: PruneConfig, output: Path, *, force:
     prepared = prepare(config)
     run = HardenConfig(**dict(config), prune=how, quantize=QuantizeConfig(int8=True))
     found = search_rounding(run, prepared.model, prepared.splits)
+    if found and found.foreign_load > BUSY:
+        notice(f"--round-to auto: other processes took {found.foreign_load:.0%} of the CPU time; another may be faster")
     result = prune(prepared.model, with_rounding(how, found))
     _save(result.model, output)
     return result

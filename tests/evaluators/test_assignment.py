@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.evaluators import assignment
-from toolkit.evaluators.assignment import Assignment, find_assignment
+from toolkit.evaluators.assignment import Assignment, fewest, find_assignment
 from toolkit.evaluators.judge import Drop, Judge
 from toolkit.evaluators.latency import Stopclock
 from toolkit.evaluators.timing import FloatArray
@@ -55,7 +57,7 @@ class Clock:
 class Losses:
     """What is lost by layers that are integer, which adds up."""
 
-    images = 100
+    images, beside = 100, 40
 
     def __init__(self, lost: Mapping[str, float]) -> None:
         self._lost = lost
@@ -65,6 +67,9 @@ class Losses:
 
     def exceeds(self, path: Path, allowed: float) -> bool:
         return self.noise(path) > allowed
+
+    def disturbance(self, path: Path) -> float:
+        return 2 * self.noise(path)
 
     def noise(self, path: Path) -> float:
         return sum(lost for name, lost in self._lost.items() if name not in path.read_text().split())
@@ -168,7 +173,31 @@ def test_a_deep_network_is_judged_a_dozen_times_at_most(tmp_path: Path) -> None:
         seconds=0.0,
     )
     assert set(found.for_accuracy) == {name for name, value in lost.items() if value == 0.01}
-    assert len(judged) <= 12 and found.foreign_load == 0.2
+    assert len(judged) <= 12 and found.foreign_load == 0.2 and found.beside == 40
+
+
+@given(most=st.integers(0, 300), wanted=st.integers(0, 400))
+def test_the_fewest_that_suffice_are_found_in_twice_the_logarithm(most: int, wanted: int) -> None:
+    asked = list[int]()
+
+    def exceeds(count: int) -> bool:
+        asked.append(count)
+        return count < wanted
+
+    assert fewest(exceeds, most) == min(wanted, most)
+    assert len(asked) == len(set(asked)) <= 2 + 2 * math.log2(most + 1) and most not in asked
+
+
+def test_layers_that_accuracy_asks_for_as_well_are_not_float_for_speed_alone(tmp_path: Path) -> None:
+    """a and b are faster in float; were they integers, a would cost more than is allowed."""
+
+    def cost(kept: frozenset[str]) -> float:
+        return 8.0 - ("a" in kept) - ("b" in kept) + ("c" in kept)
+
+    found, _ = search(tmp_path, Writer(*"abc"), cost, {"a": 0.02, "b": 0.001, "c": 0.001})
+    assert found.keep_float == ("a", "b") and found.for_accuracy == ("a",)
+    harmless, _ = search(tmp_path, Writer(*"abc"), cost, {"a": 0.002, "b": 0.001, "c": 0.001})
+    assert harmless.keep_float == ("a", "b") and harmless.for_accuracy == ()
 
 
 def test_layers_that_are_guilty_together_are_found(tmp_path: Path) -> None:
@@ -266,5 +295,9 @@ def test_what_was_found_is_kept_for_its_float_twin_alone(tmp_path: Path) -> None
     assert Assignment.read(path, tmp_path / "fp32", "so") == found
     assert Assignment.read(path, tmp_path / "fp32", "otherwise") is None
     assert Assignment.read(path, other, "so") is None
+    older = json.loads(path.read_text())
+    del older["found"]["sensitivity"]
+    path.write_text(json.dumps(older))
+    assert Assignment.read(path, tmp_path / "fp32", "so") is None, "of a version that did not know it"
     path.write_text("{cut sh")
     assert Assignment.read(path, tmp_path / "fp32", "so") is None

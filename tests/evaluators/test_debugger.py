@@ -16,6 +16,7 @@ from toolkit.config import ExportConfig, QuantizeConfig
 from toolkit.data.images import ArrayImages
 from toolkit.evaluators.debugger import Explanation, LayerBlame, TensorNoise, decibel, explain
 from toolkit.evaluators.judge import Judge
+from toolkit.evaluators.sensitivity import LayerSensitivity
 from toolkit.exporters import calibration
 from toolkit.exporters.onnx import export_onnx, load_onnx
 from toolkit.exporters.quantize import Quantizer
@@ -139,6 +140,20 @@ def test_what_is_clipped_is_told(tmp_path: Path) -> None:
 def test_advice_fits_what_was_found(relief: float, gone: float, own: float, clipped: float, advice: str) -> None:
     blame = LayerBlame("a", relief, TensorNoise("t", own, own, clipped), gone)
     assert advice in blame.advice and bool(advice) == bool(blame.advice)
+
+
+def test_where_accuracy_is_lost_the_attack_says_which_layer_to_leave_float() -> None:
+    layer = LayerSensitivity("a", relief=0.5, logits=0.0)
+    blames = [LayerBlame("a", 0.0, None, 0.0, layer, costly) for costly in (True, False)]
+    assert [blame.advice for blame in blames] == ["--keep-float a", ""] and blames[0].guilt == 0.5
+    harmless = LayerSensitivity("a", relief=0.05, logits=0.0)
+    assert LayerBlame("a", 0.0, None, 0.0, harmless, True).advice == ""
+
+
+def test_a_single_layer_is_not_to_be_left_float(tmp_path: Path) -> None:
+    found = explained(tmp_path, network(), keep_float=("node_conv2d", "node_linear"))
+    assert [blame.layer for blame in found.layers] == ["node_conv2d_1"] and found.layers[0].advice == ""
+    assert (found.images, found.tensor_images, found.beside) == (200, 200, 0)
 
 
 def test_decibels() -> None:

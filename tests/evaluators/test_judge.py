@@ -96,8 +96,9 @@ def test_a_judge_says_the_same_again(tmp_path: Path) -> None:
     assert judge.drop(path) == judge.drop(path)
 
 
-def test_noise_is_of_the_margins_beside_the_boundary(tmp_path: Path) -> None:
+def test_noise_is_of_the_margins_beside_the_boundary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thresholds that lie apart by 0.1: margins differ by 0.2 on all images, logits by 0.1; slopes differ far away."""
+    monkeypatch.setattr(judging, "BESIDE_AT_LEAST", 1)
     judge = Judge(a_threshold(tmp_path), NEAR_AND_FAR, an_attack())
     path = export_onnx(threshold(0.6), tmp_path / "other.onnx", ExportConfig()).path
     assert judge.noise(a_threshold(tmp_path)) == 0 and judge.noise(path) == pytest.approx(0.04, rel=1e-3)
@@ -106,7 +107,9 @@ def test_noise_is_of_the_margins_beside_the_boundary(tmp_path: Path) -> None:
     assert judge.noise(steep) == pytest.approx((2 * height) ** 2, rel=0.05)
     assert judge.disturbance(steep) > 10 * judge.noise(steep), "of clean images, most of them far away"
     clean = Judge(a_threshold(tmp_path), NEAR_AND_FAR, None)
-    assert clean.noise(steep) == clean.disturbance(steep) > 0
+    assert clean.noise(steep) == clean.disturbance(steep) > 0 and clean.beside == 0 < judge.beside
+    monkeypatch.setattr(judging, "BESIDE_AT_LEAST", 3)
+    assert judge.beside == 0 and judge.noise(steep) == judge.disturbance(steep), "two images tell nothing"
 
 
 def test_large_images_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,17 +70,19 @@ def test_the_layer_that_rounds_badly_is_found(tmp_path: Path, at: int, guilty: s
     assert all(drop is not None and drop.robust is not None and drop.worst <= 0.02 for drop in others)
 
 
-def test_time_is_spent_on_the_guilty_first(tmp_path: Path) -> None:
+def test_time_is_spent_on_the_guilty_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(lambda layers: spoil(layers, 2))
     assert all(one.drop is None for one in measured(tmp_path, model, seconds=0.0))
-    some = measured(tmp_path, model, seconds=1e-9)
-    assert [one.relief for one in some] == [one.relief for one in measured(tmp_path, model)]
+    clock = itertools.count()
+    monkeypatch.setattr("toolkit.evaluators.sensitivity.time.monotonic", lambda: float(next(clock)))
+    some = measured(tmp_path, model, seconds=1.5)  # begun at 0, the first is looked at at 1, and the second too late
+    assert [one.layer for one in some if one.drop] == ["node_conv2d_1"]
 
 
 def test_without_an_attack_clean_accuracy_is_told(tmp_path: Path) -> None:
     found = measured(tmp_path, model_of(lambda layers: spoil(layers, 2)), eps=None)
     assert all(one.drop is not None and one.drop.robust is None for one in found)
-    assert ranked(found)[0].layer == "node_conv2d_1"
+    assert ranked(found)[0].layer == "node_conv2d_1" and all(one.relief == one.logits for one in found)
 
 
 def test_what_the_user_keeps_float_is_no_question(tmp_path: Path) -> None:

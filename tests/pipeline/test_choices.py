@@ -15,6 +15,7 @@ from toolkit.evaluators.assignment import Assignment, find_assignment
 from toolkit.evaluators.judge import Drop
 from toolkit.evaluators.timing import Interval
 from toolkit.evaluators.widths import RoundingChoice, choose_rounding
+from toolkit.exporters.engine import Writer
 from toolkit.exporters.onnx import load_onnx
 from toolkit.exporters.precision import layer_precision
 
@@ -59,6 +60,32 @@ def test_layers_that_are_float_for_this_machine_s_speed_are_integers_for_other_r
         assert left == {"model.onnx": {speed, accuracy}, "model.trt.onnx": {accuracy}}
         settings = yaml.safe_load((folder / "config.yaml").read_text())["quantize"]
         assert (settings["keep_float"], settings["keep_float_here"]) == ([accuracy], [speed])
+
+
+def test_a_new_search_forgets_what_was_faster_on_another_machine(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tiny.run(*tiny.harden_arguments(epochs=0), "--threads", "1", "-q") == cli.DONE
+    path = here / "out" / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings["quantize"]["keep_float_here"] = ["node_linear"]
+    path.write_text(yaml.safe_dump(settings))
+    assert tiny.run("harden", "--config", str(path), "--output", "same", "-q") == cli.DONE
+    assert yaml.safe_load(Path("same/config.yaml").read_text())["quantize"]["keep_float_here"] == ["node_linear"]
+    searched: list[tuple[str, ...]] = []
+
+    def find(quantizer: Writer, *_: object, **__: object) -> Assignment:
+        searched.append(quantizer.kept)
+        return Assignment((), *(Interval(0.5, 0.4, 0.6),) * 2, Drop(0, 0), Drop(0, 0), 60, 1)
+
+    monkeypatch.setattr(graphs, "find_assignment", find)
+    again = ("harden", "--config", str(path), "--precision", "auto", "--output", "again", "-q")
+    assert tiny.run(*again) == cli.DONE and searched == [()]
+    assert yaml.safe_load(Path("again/config.yaml").read_text())["quantize"]["keep_float_here"] == []
+    settings["quantize"]["keep_float_here"] = ["node_of_another"]
+    path.write_text(yaml.safe_dump(settings))
+    assert tiny.run("harden", "--config", str(path), "--output", "other", "-q") == cli.BAD_INPUT
+    assert "keep_float_here, which config.yaml has from another network" in " ".join(capsys.readouterr().err.split())
 
 
 def test_where_integers_do_not_pay_the_float_graph_ships_if_that_is_allowed(

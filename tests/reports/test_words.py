@@ -12,11 +12,16 @@ from tests.tiny import World
 from toolkit.artifacts import Proportion
 from toolkit.bundle import read_report
 from toolkit.config import GateConfig
+from toolkit.evaluators.assignment import Assignment
+from toolkit.evaluators.cost import IntegerCoverage
+from toolkit.evaluators.judge import Drop
+from toolkit.evaluators.latency import LatencyRow
 from toolkit.evaluators.soundness import integer_above_float
+from toolkit.evaluators.timing import Interval
 from toolkit.paths import public_name
 from toolkit.reports.build import _gates, verdict
 from toolkit.reports.markdown import render_markdown
-from toolkit.reports.schema import AlarmRecord, Assigned, Gate, Report, Share, Threat
+from toolkit.reports.schema import AlarmRecord, Assigned, Gate, Report, RoundingRecord, Share, Threat
 from toolkit.reports.schema import Assignment as AssignmentRecord
 from toolkit.reports.summary import comparison, render_summary, text_table
 from toolkit.reports.words import percent, threat_text
@@ -25,6 +30,10 @@ from toolkit.reports.words import percent, threat_text
 @pytest.fixture
 def report(hardened: World) -> Report:
     return read_report(hardened.bundle)
+
+
+def section(text: str, title: str) -> str:
+    return text.split(f"## {title}\n")[1].split("\n## ")[0]
 
 
 def tables(text: str) -> list[list[str]]:
@@ -93,6 +102,56 @@ def test_the_price_of_the_graph_that_accuracy_forbade_is_told(report: Report) ->
 
     assert "`--max-drop 0.011` allows what all layers in integers lose here" in text("node_conv2d")
     assert "`--max-drop 0.011`" not in text()
+
+
+def test_the_sensitivity_of_every_layer_is_told(report: Report) -> None:
+    side = Assigned(ratio=0.8, ratio_low=0.7, ratio_high=0.9, accuracy_drop=0.001, robust_drop=0.0101)
+    facts = {"max_drop": 0.005, "images": 60, "tried": 1, "shipped": side, "all_integer": side, "pays": True}
+    rows = [
+        {"layer": "harmless", "relief": -0.02, "accuracy_drop": None, "robust_drop": None},
+        {"layer": report.quantization.layers[0].layer, "relief": 0.61, "accuracy_drop": 0.001, "robust_drop": 0.0123},
+    ]
+
+    def text(**more: Any) -> str:
+        found = AssignmentRecord.model_validate(
+            {"keep_float": [], "for_accuracy": [], **facts, "sensitivity": rows, **more}
+        )
+        quantization = report.quantization.model_copy(update={"assignment": found})
+        return render_markdown(report.model_copy(update={"quantization": quantization}))
+
+    lines = text(margin_images=40).splitlines()
+    told = [line for line in lines if "harmless" in line or "+1.23" in line]
+    assert [cell.strip() for cell in told[0].split("|")[2:6]] == ["61%", "+0.10", "+1.23", "integers"]
+    assert [cell.strip() for cell in told[1].split("|")[2:6]] == ["-2%", "not measured", "not measured", "float"]
+    assert "of the margins of 40 attacked images" in text(margin_images=40) and "of the clean logits" in text()
+    doubted, trusted = (section(text(foreign_load=load), "Which layers are integer") for load in (0.3, 0.02))
+    assert "other processes took 30% of the CPU time" in doubted and "TRUSTED" not in trusted
+
+
+def test_widths_that_were_timed_on_a_busy_machine_are_doubted(report: Report) -> None:
+    row = RoundingRecord(
+        round_to=8, macs=1, ratio=1, ratio_low=1, ratio_high=1, float_ratio=1, per_mac=1, graph="float", admitted=True,
+        chosen=True,
+    )  # fmt: skip
+
+    def text(load: float) -> str:
+        model = report.model.model_copy(update={"roundings": [row], "roundings_foreign_load": load})
+        return section(render_markdown(report.model_copy(update={"model": model})), "Widths")
+
+    assert "other processes took 50% of the CPU time" in text(0.5) and "TRUSTED" not in text(0.01)
+
+
+def test_a_verdict_doubts_a_choice_that_was_made_on_a_busy_machine() -> None:
+    interval = Interval(0.5, 0.4, 0.6)
+
+    def said(load: float, int8: bool) -> str:
+        found = Assignment((), interval, interval, Drop(0, 0), Drop(0, 0), 60, 1, foreign_load=load)
+        row = LatencyRow("deployed", "cpu", 1, 1, 1, 1, 1, 1, 1, 6, "fp32", 0.5, 0.4, 0.6, foreign_load=0.0)
+        return verdict(int8, IntegerCoverage("cpu", 1, 1, (), 1.0, {}, ()), (row,), found)
+
+    assert "int8 pays here (which layers are integer was chosen while other processes used the CPU" in said(0.3, True)
+    assert "as far as can be told while other processes use the CPU" in said(0.3, False)
+    assert not any("other processes" in said(0.01, int8) for int8 in (True, False))
 
 
 def test_the_summary_ends_with_places_and_commands(report: Report) -> None:

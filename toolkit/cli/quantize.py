@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from toolkit.stages import QuantizedFile
     from toolkit.targets import TargetResult
 
-QUANTIZE_FLAGS = (*flags.QUANTIZE, *flags.MODEL, *flags.DATA, *flags.THREAT, *flags.MACHINE)
+THREAT = tuple(flag for flag in flags.THREAT if flag.name != "--restarts")
+"""The threat model, under which accuracy is judged by one PGD and what goes on from there."""
+QUANTIZE_FLAGS = (*flags.QUANTIZE, *flags.MODEL, *flags.DATA, *THREAT, *flags.MACHINE)
 
 
 @app.command()
@@ -42,13 +44,16 @@ def quantize(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Quantise an ONNX file to int8, and prove that integers run."""
+    """Quantise an ONNX file to int8, and prove that integers run.
+
+    With --explain and with --calibrate auto, accuracy is judged under attack as well. The threat model says how.
+    """
     start(quiet, verbose)
     values = flags.nested(settings)
     how = build(QuantizeConfig, values.pop("quantize", {}), flags.tails(flags.QUANTIZE))
     data = build(DataConfig, values.pop("data", {}), flags.tails(flags.DATA))
     model = build(ModelConfig, {"path": file, **values.pop("model", {})}, flags.tails(flags.MODEL))
-    threat = build(ThreatConfig, values.pop("threat", {}), flags.tails(flags.THREAT))
+    threat = build(ThreatConfig, values.pop("threat", {}), flags.tails(THREAT))
     machine = build(MachineConfig, values, flags.names_by_path(flags.MACHINE))
     from toolkit import stages
 
@@ -136,25 +141,35 @@ def _print_targets(made: Sequence[TargetResult]) -> None:
 
 
 def _print_explanation(found: Explanation) -> None:
-    lost = found.drop
+    lost, attacked = found.drop, found.drop.robust is not None
     robust = "" if lost.robust is None else f", {100 * lost.robust:+.2f} of robust accuracy"
+    margins = f", and of the margins of {found.beside} attacked images beside the boundary," if found.beside else ""
     print(
         f"\nerror of the logits: {found.logit_error:.2e} of their variance; "
         f"{100 * lost.clean:+.2f} points of accuracy lost{robust} ({found.images} validation images).\n"
-        "Of every layer: error of the logits, and of the margins of attacked images beside the boundary, that is gone "
-        "with\nit alone in float; points lost with it alone in integers; noise of what it reads (signal to noise, dB: "
-        "so far,\nits own rounding):\n"
+        f"Of every layer: error of the logits{margins} that is gone with it alone in\nfloat; points lost with it alone "
+        f"in integers; noise of what it reads ({found.tensor_images} images; signal to noise, dB: so far,\n"
+        "its own rounding):\n"
     )
+    columns = {"layer": True, "logits": True, "margins": bool(found.beside), "accuracy": True, "robust": attacked}
+    columns |= dict.fromkeys(("so far", "own", "clipped", "try"), True)
     rows = []
     for blame in found.layers:
         noise, known = blame.source, blame.sensitivity
-        numbers = (f"{noise.snr:.1f}", f"{noise.own_snr:.1f}", f"{noise.clipped:.2%}") if noise else ("", "", "")
-        margins = f"{known.relief:.0%}" if known and lost.robust is not None else ""
-        drops = (known.drop.clean, known.drop.robust) if known and known.drop else (None, None)
-        points = ("" if value is None else f"{100 * value:+.2f}" for value in drops)
-        rows.append((blame.layer, f"{blame.relief:.0%}", margins, *points, *numbers, blame.advice))
-    header = ("layer", "logits", "margins", "accuracy", "robust", "so far", "own", "clipped", "try")
-    table(header, rows)
+        drop = known.drop if known else None
+        cells = {
+            "layer": blame.layer,
+            "logits": f"{blame.relief:.0%}",
+            "margins": f"{known.relief:.0%}" if known else "",
+            "accuracy": f"{100 * drop.clean:+.2f}" if drop else "",
+            "robust": f"{100 * drop.robust:+.2f}" if drop and drop.robust is not None else "",
+            "so far": f"{noise.snr:.1f}" if noise else "",
+            "own": f"{noise.own_snr:.1f}" if noise else "",
+            "clipped": f"{noise.clipped:.2%}" if noise else "",
+            "try": blame.advice,
+        }
+        rows.append(tuple(cells[name] for name, shown in columns.items() if shown))
+    table(tuple(name for name, shown in columns.items() if shown), rows)
     if not any(blame.advice for blame in found.layers):
         print("no layer's part in the error is worth a remedy")
 

@@ -4,8 +4,8 @@ Times of single layers do not add up: fusions and changes of layout between inte
 first layer of few channels is faster in float. So every candidate is written and timed as the file that would ship,
 side by side with the others in every round. The search begins with all layers in integers and leaves one more layer
 float, or one fewer, as long as that is faster beyond doubt. Then accuracy is looked after: where the integer graph
-loses more than is allowed, so many layers become float, those first whose rounding disturbs the margins of attacked
-images most, as it needs.
+loses more than is allowed, as many layers become float as it needs, beginning with those whose rounding disturbs the
+margins of attacked images most.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from toolkit.evaluators.judge import Drop, Judge
@@ -28,8 +28,8 @@ Kept = frozenset[str]
 """Names of the layers that an assignment leaves float."""
 SCREENING_ROUNDS, DECIDING_ROUNDS = 5, 12
 """Rounds in which all neighbours of an assignment are timed, and those in which the best of them is confirmed."""
-SHORTLIST = 8
-"""Layers that are compared again after each one that is to become float."""
+SHORTLIST, RANKED = 8, 16
+"""Layers that are compared again after each one that is to become float, and how many of these are chosen so."""
 SENSITIVITY_S = 60.0
 """Seconds for the accuracy that single layers lose, about: a table for users, which the search itself does not need."""
 SEARCH_S = 300.0
@@ -55,11 +55,13 @@ class Assignment:
     drop_all_integer: Drop
     images: int
     tried: int
-    """Assignments that were written and timed."""
+    """Assignments that were written, and timed or judged."""
     for_accuracy: tuple[str, ...] = ()
-    """Of `keep_float` those that accuracy asked for, in the order in which they were chosen."""
+    """Of `keep_float` those that accuracy asks for, whether or not they are faster so as well."""
     sensitivity: tuple[LayerSensitivity, ...] = ()
     """Of every layer that could be integer."""
+    beside: int = 0
+    """Attacked images on whose margins `sensitivity` looks; 0: on clean logits."""
     foreign_load: float = 0.0
     """Share of the CPU time that other processes took while graphs were timed."""
 
@@ -83,12 +85,25 @@ class Assignment:
         if (kept["fp32"], kept.get("conditions")) != (_digest(fp32), conditions):
             return None
         found = kept["found"]
+        if set(found) != {field.name for field in fields(cls)}:  # of another version
+            return None
         intervals = {name: Interval(**found[name]) for name in ("ratio", "all_integer")}
         drops = {name: Drop(**found[name]) for name in ("drop", "drop_all_integer")}
         layers = {name: tuple(found[name]) for name in ("keep_float", "for_accuracy")}
         rows = [{**row, "drop": Drop(**row["drop"]) if row["drop"] else None} for row in found["sensitivity"]]
         sensitivity = {"sensitivity": tuple(LayerSensitivity(**row) for row in rows)}
         return cls(**{**found, **intervals, **drops, **layers, **sensitivity})
+
+
+def fewest(exceeds: Callable[[int], bool], most: int) -> int:
+    """The least number up to `most` that does not exceed, by doubling and then by halving; `most` is not asked."""
+    too_few, enough = -1, 0
+    while enough < most and exceeds(enough):
+        too_few, enough = enough, min(most, 2 * enough or 1)
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (middle, enough) if exceeds(middle) else (too_few, middle)
+    return enough
 
 
 def _digest(path: Path) -> str:
@@ -126,6 +141,7 @@ def find_assignment(
         chosen, added = search.accurate(fastest, order, judge, max_drop, bar.advance)
         if added:
             chosen = search.lighter(chosen, (1 - FIRST_SHARE) * seconds, bar.advance)
+        needed = search.needed(chosen, added, order, judge, max_drop)
     everything: Kept = frozenset()
     speeds = search.ratios(dict.fromkeys((everything, chosen)), DECIDING_ROUNDS, to=None)
     return Assignment(
@@ -136,8 +152,9 @@ def find_assignment(
         drop_all_integer=judge.drop(search.file(everything)),
         images=judge.images,
         tried=search.written,
-        for_accuracy=added,
+        for_accuracy=needed,
         sensitivity=sensitivity,
+        beside=judge.beside,
         foreign_load=clock.foreign_load,
     )
 
@@ -243,8 +260,6 @@ class _Search:
     ) -> tuple[Kept, tuple[str, ...]]:
         """With as many more layers float as accuracy needs, the first of an order; at least one stays integer.
 
-        How many, is found by doubling and then by halving, so that a deep network is judged a dozen times at most.
-
         Args:
             kept: the layers that are float anyway.
             order: of all layers, about, those that are to become float first.
@@ -259,27 +274,36 @@ class _Search:
         further: list[str] = []  # in a better order, as far as it is needed
 
         def exceeds(count: int) -> bool:
-            while len(further) < count:
-                self._add_next(kept, left, further, judge)
+            self._rank(kept, left, further, count, judge)
             advance()
             return judge.exceeds(self.file(kept | set(further[:count])), max_drop)
 
-        most = len(left) - 1
-        too_few, enough = -1, 0
-        while enough < most and exceeds(enough):
-            too_few, enough = enough, min(most, 2 * enough or 1)
-        while enough - too_few > 1:
-            middle = (too_few + enough) // 2
-            too_few, enough = (middle, enough) if exceeds(middle) else (too_few, middle)
-        while len(further) < enough:
-            self._add_next(kept, left, further, judge)
-        return kept | set(further[:enough]), tuple(further[:enough])
+        count = fewest(exceeds, len(left) - 1)
+        self._rank(kept, left, further, count, judge)
+        return kept | set(further[:count]), tuple(further[:count])
 
-    def _add_next(self, kept: Kept, left: Sequence[str], further: list[str], judge: Judge) -> None:
-        """Of the next few of an order that one which, with those before it, leaves the least error."""
-        near = [name for name in left if name not in further][:SHORTLIST]
-        noise = {name: judge.noise(self._trial(kept | {*further, name})) for name in near}
-        further.append(min(near, key=lambda name: noise[name]))
+    def needed(
+        self, kept: Kept, added: tuple[str, ...], order: Sequence[str], judge: Judge, max_drop: float
+    ) -> tuple[str, ...]:
+        """Which of the layers that are float accuracy asks for, with those that are faster so as well.
+
+        Files for other runtimes, where other layers are faster, leave these float and no more.
+        """
+        speed = [name for name in order if name in kept and name not in added]
+
+        def exceeds(count: int) -> bool:
+            return judge.exceeds(self.file(frozenset((*added, *speed[:count]))), max_drop)
+
+        return (*added, *speed[: fewest(exceeds, len(speed))])
+
+    def _rank(self, kept: Kept, left: Sequence[str], further: list[str], count: int, judge: Judge) -> None:
+        """Add to `further`, up to that many: of the next few of an order always the one that leaves the least error."""
+        while len(further) < count:
+            near = [name for name in left if name not in further][:SHORTLIST]
+            if len(further) < RANKED:
+                noise = {name: judge.noise(self._trial(kept | {*further, name})) for name in near}
+                near.sort(key=lambda name: noise[name])
+            further.append(near[0])
 
     def _trial(self, kept: Kept) -> Path:
         """A graph that is looked at once."""

@@ -35,7 +35,8 @@ CLIPPED = 0.001
 COARSE_DB = 25.0
 """A tensor's own rounding is coarse below this; 8 bits over values spread evenly come to 50 dB."""
 GUILTY, NOTICEABLE = 0.1, 1e-3
-"""Share of the logits' error, and share of their variance, from which a layer's part in it is worth a remedy."""
+"""Share of the error of logits or margins, and share of the logits' variance, from which a layer's part in it is worth
+a remedy."""
 COSTLY = 0.005
 """Accuracy lost, clean or robust, from which a layer that the attack makes use of is worth leaving float."""
 SENSITIVITY_S = 120.0
@@ -79,9 +80,9 @@ class LayerBlame:
     gone: float
     """Error that is gone with it, as a share of the variance of the logits."""
     sensitivity: LayerSensitivity | None = None
-    """Under attack, and of accuracy; None: it cannot be changed alone."""
+    """Under attack, and of accuracy; None: of a layer that is not among those that can be changed."""
     costly: bool = False
-    """Whether the whole graph loses so much accuracy that a layer may be worth leaving float."""
+    """Whether the whole graph loses so much accuracy that this layer may be worth leaving float."""
 
     @property
     def guilt(self) -> float:
@@ -109,6 +110,11 @@ class Explanation:
     drop: Drop
     """Accuracy lost against the float graph."""
     images: int
+    """Of the judge."""
+    beside: int
+    """Of these, attacked ones on whose margins `sensitivity` looks; 0: on clean logits."""
+    tensor_images: int
+    """For the noise of tensors."""
     layers: tuple[LayerBlame, ...]
     """The guilty first."""
     tensors: tuple[TensorNoise, ...]
@@ -121,8 +127,8 @@ class Explanation:
             row["source"] = blame.source and _plain(asdict(blame.source))
             del row["costly"]
         tensors = [_plain(asdict(noise)) for noise in self.tensors]
-        found = {"logit_error": self.logit_error, "drop": asdict(self.drop), "images": self.images}
-        return {**found, "layers": layers, "tensors": tensors}
+        found = {name: getattr(self, name) for name in ("logit_error", "images", "beside", "tensor_images")}
+        return {**found, "drop": asdict(self.drop), "layers": layers, "tensors": tensors}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,22 +150,19 @@ def explain(quantizer: Writer, deployed: Path, split: Split, judge: Judge) -> Ex
     total, drop = judge.disturbance(deployed), judge.drop(deployed)
     layers = [name for name in quantizer.layers if name in sources]
     changeable = [name for name in quantizer.layers if name not in quantizer.kept]
+    with task("explain", len(changeable)) as bar:
+        measured = measure_sensitivity(quantizer, changeable, judge, seconds=SENSITIVITY_S, advance=bar.advance)
+    sensitivity = {one.layer: one for one in measured}
+    costly = drop.worst > COSTLY and len(changeable) > 1
     blames = []
-    with tempfile.TemporaryDirectory(prefix="toolkit-explain-") as folder, task("explain", 3 * len(layers)) as bar:
-        sensitivity = measure_sensitivity(quantizer, changeable, judge, seconds=SENSITIVITY_S, advance=bar.advance)
-        found = {one.layer: one for one in sensitivity}
-        for layer in layers:
-            path = Path(folder, "without.onnx")
-            relief = 0.0
-            if len(quantizer.layers) > 1 and total > 0:
-                quantizer.write(path, keep_float={layer})
-                relief = 1 - judge.disturbance(path) / total
-            gone = relief * total / judge.spread**2
-            source = known.get(sources[layer])
-            blames.append(LayerBlame(layer, relief, source, gone, found.get(layer), drop.worst > COSTLY))
-            bar.advance()
+    for layer in layers:
+        one = sensitivity.get(layer)
+        relief = one.logits if one and len(changeable) > 1 else 0.0
+        gone = relief * total / judge.spread**2
+        blames.append(LayerBlame(layer, relief, known.get(sources[layer]), gone, one, costly))
     ordered = sorted(blames, key=lambda blame: -blame.guilt)
-    return Explanation(total / judge.spread**2, drop, judge.images, tuple(ordered), tensors)
+    error = total / judge.spread**2
+    return Explanation(error, drop, judge.images, judge.beside, len(split), tuple(ordered), tensors)
 
 
 def tensor_noise(fp32: ModelProto, deployed: ModelProto, split: Split) -> tuple[TensorNoise, ...]:

@@ -32,6 +32,8 @@ graph without a twin: PGD), of its clean margin."""
 STEPS, QUERIES = 20, 200
 """Of Auto-PGD and of the search by queries, per image. Of 1.2 points that the whole evidence says a cnn8 for CIFAR-10
 loses in the worst case these see 0.7, and in up to twice the time 0.8 to 0.95."""
+BESIDE_AT_LEAST = 30
+"""Images beside the boundary from which on the error of their margins is told; of fewer it is chance."""
 FLOAT_ROUNDS = 2
 """Of Auto-PGD on the float network; an integer graph inherits what they came to, and has one more of its own."""
 STREAM = 4000
@@ -127,12 +129,12 @@ class _Pursuit:
         for number in range(FLOAT_ROUNDS):
             self._climb(surrogate, [self._float], number)
         self._query([self._float], BESIDE)
+        self._margins = margin(twin.predict(self._float.points), near.labels)
 
     def noise(self, predictor: Predictor) -> float:
         """Mean squared difference of the margins from the float twin's, where that was brought nearest the boundary."""
-        points, labels = self._float.points, self.near.labels
-        ours, theirs = (margin(one.predict(points), labels) for one in (predictor, self._float.predictor))
-        return float((ours - theirs).square().mean())
+        found = margin(predictor.predict(self._float.points), self.near.labels)
+        return float((found - self._margins).square().mean())
 
     def standing(self, path: Path, predictor: Predictor) -> tuple[Tensor, Tensor]:
         """On which of the images the graph still stands, and on which the float twin, bool [m] each."""
@@ -236,6 +238,12 @@ class Judge:
         self._pursuit = _Pursuit(attack, near, twin, provider) if attack and near else None
 
     @property
+    def beside(self) -> int:
+        """Attacked images that the float twin withstands, beside its boundary; 0: there are fewer than 30."""
+        count = 0 if self._pursuit is None else len(self._pursuit.near.rows)
+        return count if count >= BESIDE_AT_LEAST else 0
+
+    @property
     def spread(self) -> float:
         """Standard deviation of the float twin's clean logits."""
         return float(self._logits.std())
@@ -260,9 +268,9 @@ class Judge:
     def noise(self, path: Path) -> float:
         """Mean squared error of what decides: the margins of attacked images beside the float twin's boundary.
 
-        What an attack finds there grows with it. Where there are no such images, the clean logits'.
+        What an attack finds there grows with it. Where there are hardly such images (`beside` is 0), the clean logits'.
         """
-        if self._pursuit is None:
+        if self._pursuit is None or not self.beside:
             return self.disturbance(path)
         return self._pursuit.noise(self._predictor(path))
 

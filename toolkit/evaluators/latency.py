@@ -31,6 +31,8 @@ ISOLATION = "one session alive at a time, thread pool spinning"
 FP16 = "fp16"
 CELL_S = 5.0
 """Time for all calls of one file at one batch, on average; once it is spent no round follows, after `MIN_ROUNDS`."""
+TELLING_S = 2.0
+"""Seconds of timing over which the load by other processes is told; in less, a daemon's moment looks like load."""
 MIN_ROUNDS = 6
 """The least and the largest of 6 ratios enclose their median with 97 % confidence; of 5, with 94 %."""
 
@@ -193,12 +195,15 @@ class Stopclock:
         self._config, self._threads, self._seed = config, usable_threads(config.threads), seed
         shape = images.shape[1:]
         self._feeds = {batch: _fill(images, batch, shape) for batch in dict.fromkeys(config.batches)}
-        self._seconds = self._foreign = 0.0
+        self._seconds = self._foreign = self._largest = 0.0
 
     @property
     def foreign_load(self) -> float:
-        """Share of the CPU time that other processes took while it was timing; above `BUSY` it is not to be trusted."""
-        return self._foreign / self._seconds if self._seconds else 0.0
+        """Share of the CPU time that other processes took while it was timing; above `BUSY` it is not to be trusted.
+
+        Over all of that time, or, where it is more, over one call that took long enough to tell.
+        """
+        return max(self._largest, self._foreign / self._seconds) if self._seconds else 0.0
 
     def rounds(self, files: Mapping[str, Path], count: int) -> dict[str, FloatArray]:
         """Seconds per call, geometric mean over the batch sizes of the median in each block, [rounds].
@@ -211,6 +216,8 @@ class Stopclock:
             samples = _measure(files, config, self._threads, self._feeds, self._seed)
         seconds = time.perf_counter() - start
         self._seconds, self._foreign = self._seconds + seconds, self._foreign + load() * seconds
+        if seconds >= TELLING_S:
+            self._largest = max(self._largest, load())
         blocks = {key: np.array([np.median(block) for block in found]) for key, found in samples.items()}
         made = min(map(len, blocks.values()))
         return {

@@ -25,7 +25,9 @@ class LayerSensitivity:
 
     layer: str
     relief: float
-    """Share of the margins' error that is gone with this layer alone in float; may be negative."""
+    """Share of the error, `Judge.noise`, that is gone with this layer alone in float; may be negative."""
+    logits: float
+    """The same of the clean logits' error, `Judge.disturbance`."""
     drop: Drop | None = None
     """Accuracy and robust accuracy lost with this layer alone in integers; None: not measured, for want of time."""
 
@@ -45,7 +47,7 @@ def measure_sensitivity(
         layers: of the network, in the order of the graph, those that may be integer.
         judge: of accuracy.
         seconds: for accuracy lost, about, those layers first whose error is largest; None: as long as it takes.
-        advance: told of every layer.
+        advance: told of every layer's first graph.
 
     Returns:
         The layers in the order of the graph, all with their relief.
@@ -57,19 +59,27 @@ def measure_sensitivity(
             quantizer.write(path, keep_float=keep_float)
             return path
 
-        total = judge.noise(write(()))
+        def errors(keep_float: Collection[str]) -> tuple[float, float]:
+            file = write(keep_float)
+            return judge.noise(file), judge.disturbance(file)
+
+        total = errors(())
         found = {}
         for layer in layers:
-            gone = total - judge.noise(write({layer})) if len(layers) > 1 else total
-            found[layer] = LayerSensitivity(layer, gone / total if total > 0 else 0.0)
+            left = errors({layer}) if len(layers) > 1 else (0.0, 0.0)
+            relief, logits = (_gone(before, after) for before, after in zip(total, left, strict=True))
+            found[layer] = LayerSensitivity(layer, relief, logits)
             advance()
         end = None if seconds is None else time.monotonic() + seconds
         for one in ranked(found.values()):
             if end is not None and time.monotonic() >= end:
                 break
             found[one.layer] = replace(one, drop=judge.drop(write(set(layers) - {one.layer})))
-            advance()
     return tuple(found.values())
+
+
+def _gone(before: float, after: float) -> float:
+    return 1 - after / before if before > 0 else 0.0
 
 
 def ranked(layers: Collection[LayerSensitivity]) -> list[LayerSensitivity]:

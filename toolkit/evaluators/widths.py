@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from toolkit.artifacts import OnnxModel, Split, TorchModel
@@ -78,7 +78,7 @@ class RoundingChoice:
             kept = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        if kept["key"] != key:
+        if kept["key"] != key or set(kept["found"]) != {field.name for field in fields(cls)}:
             return None
         intervals = ("time", "float_time", "per_mac")
         tried = (

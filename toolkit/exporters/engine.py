@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from onnx import ModelProto
 
 from toolkit.artifacts import OnnxModel
-from toolkit.config import CalibrationName
+from toolkit.config import CalibrationName, QuantizeConfig
 from toolkit.errors import ToolkitError
 from toolkit.exporters.calibration import CalibrationReader
 from toolkit.exporters.input_range import input_range
@@ -83,20 +83,25 @@ class Writer(Protocol):
         """Write it as other machines or runtimes want it, to be compared."""
 
 
-def float_layers(model: ModelProto, patterns: Collection[str], path: Path) -> tuple[str, ...]:
-    """The layers that patterns leave float.
+def float_layers(model: ModelProto, config: QuantizeConfig, path: Path) -> tuple[str, ...]:
+    """The layers that a configuration leaves float, in the order of the graph.
 
     Raises:
         ToolkitError: a pattern fits no layer, or none would be left to quantise.
     """
-    kept = named_layers(model, patterns)
+    kept = {
+        *named_layers(model, config.keep_float),
+        *named_layers(model, config.keep_float_here, "keep_float_here, which config.yaml has from another network"),
+    }
+    layers = named_layers(model, ["*"]) if kept else ()
     if len(kept) == sum(node.op_type in COMPUTE for node in model.graph.node):
         raise ToolkitError(
             "no layer is left to quantise",
-            found=f"{path}: --keep-float names all of {len(kept)} layers, or there is none",
+            found=f"{path}: --keep-float (in config.yaml with keep_float_here) names all of {len(kept)} layers, or "
+            "there is none",
             fix="name fewer layers, or ship the float graph (`toolkit harden --allow-float` without --int8)",
         )
-    return kept
+    return tuple(name for name in layers if name in kept)
 
 
 def save_integer_graph(

@@ -56,12 +56,13 @@ def float_weights(fp32: Path, deployed: Path) -> tuple[str, ...]:
     )
 
 
-def named_layers(model: ModelProto, patterns: Iterable[str]) -> tuple[str, ...]:
+def named_layers(model: ModelProto, patterns: Iterable[str], setting: str = "") -> tuple[str, ...]:
     """The layers of a graph that patterns name, in the order of the graph.
 
     Args:
         model: a float graph.
         patterns: names of nodes; `*` stands for anything.
+        setting: where they stand, for the error.
 
     Raises:
         ToolkitError: a pattern that fits no layer.
@@ -71,7 +72,7 @@ def named_layers(model: ModelProto, patterns: Iterable[str]) -> tuple[str, ...]:
     for pattern in patterns:
         fitting = fnmatch.filter(layers, pattern)
         if not fitting:
-            raise unknown_name("layer to leave float", pattern, layers)
+            raise unknown_name(f"layer to leave float{setting and f' ({setting})'}", pattern, layers)
         chosen.update(fitting)
     return tuple(name for name in layers if name in chosen)
 

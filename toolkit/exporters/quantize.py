@@ -96,7 +96,7 @@ class Quantizer:
         fixed = fixed_batch(self._source, model.path, calibration)
         self._margin = float(np.max(np.atleast_1d(input_margin)))
         self._plain = preprocess(self._source)
-        self._kept = float_layers(self._plain, config.left_float, model.path)
+        self._kept = float_layers(self._plain, config, model.path)
         self._four_bit = four_bit_layers(self._plain) if config.weight_bits == 4 else ()
         tensors = quantised_tensors(self._plain)
         self._reader = CalibrationReader(

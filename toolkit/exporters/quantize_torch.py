@@ -70,7 +70,7 @@ class TorchQuantizer:
         refuse_bad_weights(self._source, twin.path)
         self._margin = float(np.max(np.atleast_1d(input_margin)))
         self._plain = plain = preprocess(self._source)
-        self._kept = float_layers(plain, config.left_float, twin.path)
+        self._kept = float_layers(plain, config, twin.path)
         self._reader = CalibrationReader(
             calibration,
             INPUT,

@@ -297,6 +297,7 @@ def _assignment(config: HardenConfig, found: Assignment | None) -> schema.Assign
         images=found.images,
         tried=found.tried,
         foreign_load=found.foreign_load,
+        margin_images=found.beside,
         sensitivity=[
             schema.Sensitivity(
                 layer=one.layer,

@@ -36,7 +36,7 @@ def render_markdown(report: Report) -> str:
         _integers(report),
         targets_section(report.targets),
         _methods(report.quantization),
-        _assignment(report.quantization.assignment, report.robust_accuracy),
+        _assignment(report.quantization, report.robust_accuracy),
         _calibrations(report.quantization.calibration_comparison),
         portability_section(report.quantization.elsewhere),
         _parity(report),
@@ -182,7 +182,7 @@ def _doubt(load: float | None) -> str:
     """Of times that were taken while others used the CPU."""
     if load is None or load <= BUSY:
         return ""
-    return f"> **NOT TO BE TRUSTED**: other processes took {load:.0%} of the CPU time meanwhile.\n\n"
+    return f"> **TIMES ARE NOT TO BE TRUSTED**: other processes took {load:.0%} of the CPU time meanwhile.\n\n"
 
 
 def _integers(report: Report) -> str:
@@ -252,7 +252,8 @@ def _methods(found: Quantization) -> str:
     )
 
 
-def _assignment(found: Assignment | None, robust: RobustAccuracy) -> str:
+def _assignment(quantization: Quantization, robust: RobustAccuracy) -> str:
+    found = quantization.assignment
     if found is None:
         return ""
     rows = [
@@ -272,18 +273,18 @@ def _assignment(found: Assignment | None, robust: RobustAccuracy) -> str:
         if names
     ]
     return (
-        f"## Which layers are integer\n\n{_doubt(found.foreign_load)}{found.tried} graphs were written and timed or "
+        f"## Which layers are integer\n\n{_doubt(found.foreign_load)}{found.tried} choices were written, and timed or "
         f"judged on this machine; {'; '.join(kept) or 'none is faster with a layer left float'}. "
         f"Time: geometric mean over the batch sizes; accuracy: {found.images} validation images, allowed to lose "
         f"{100 * found.max_drop:g} points, robust accuracy in the worst case over PGD on the float network and short "
         "attacks from there on, made for each graph.\n\n"
         f"{table(header, rows)}\n\n{_price_of_accuracy(found)}{_worst_case_lost(found.max_drop, robust)}"
-        f"{_sensitivity(found)}"
+        f"{_sensitivity(found, {row.layer for row in quantization.layers if row.integer})}"
     )
 
 
-def _sensitivity(found: Assignment) -> str:
-    """The layers, the most sensitive first."""
+def _sensitivity(found: Assignment, integer: set[str]) -> str:
+    """The layers, the most sensitive first; `integer`: those that run in integers."""
     if not found.sensitivity:
         return ""
     rows = [
@@ -294,15 +295,16 @@ def _sensitivity(found: Assignment) -> str:
                 "not measured" if lost is None else f"{100 * lost:+.2f}"
                 for lost in (row.accuracy_drop, row.robust_drop)
             ),
-            "float" if row.layer in found.keep_float else "int8",
+            "integers" if row.layer in integer else "float",
         )
         for row in sorted(found.sensitivity, key=lambda row: -row.relief)
     ]
-    header = ("layer", "error gone", "points of accuracy lost", "of robust accuracy", "shipped as")
+    header = ("layer", "error gone", "points of accuracy lost", "of robust accuracy", "runs in")
+    error = f"the margins of {found.margin_images} attacked images beside the boundary"
     return (
-        "\n\n### What the rounding of each layer costs\n\nError: mean square, of the margins of attacked images beside "
-        "the boundary, gone with this layer alone in float. Accuracy: lost with this layer alone in integers, as "
-        f"above; as far as the time went.\n\n{table(header, rows)}"
+        "\n\n### What the rounding of each layer costs\n\nError: mean square, of "
+        f"{error if found.margin_images else 'the clean logits'}, gone with this layer alone in float. Accuracy: "
+        f"lost with this layer alone in integers, as above; as far as the time went.\n\n{table(header, rows)}"
     )
 
 

@@ -433,8 +433,8 @@ class Sensitivity(Part):
 
     layer: str
     relief: float
-    """Share of the mean squared error of the margins (label against runner-up, attacked images beside the boundary)
-    that is gone with this layer alone in float; may be negative."""
+    """Share of the mean squared error (of the margins, label against runner-up, of attacked images beside the boundary;
+    where `margin_images` is 0, of clean logits) that is gone with this layer alone in float; may be negative."""
     accuracy_drop: float | None
     """Clean accuracy lost on validation images with it alone in integers; null: not measured, for want of time."""
     robust_drop: float | None
@@ -447,16 +447,18 @@ class Assignment(Part):
     keep_float: list[str]
     """Names, in model.fp32.onnx, of the layers that the search left float."""
     for_accuracy: list[str]
-    """Of these, those that accuracy asked for; the others are faster in float."""
+    """Of these, those that accuracy asks for; the others are float because that is faster, and for that alone."""
     max_drop: float
     images: int
     """Validation images on which accuracy was compared."""
     tried: int
-    """Graphs that were written for it, and timed or judged."""
+    """Choices that were written, and timed or judged."""
     foreign_load: float = 0.0
     """Share of the CPU time that other processes took while graphs were timed."""
     sensitivity: list[Sensitivity] = []
     """Of every layer that could be integer, in the order of the graph."""
+    margin_images: int = 0
+    """Attacked validation images beside the float twin's boundary on whose margins `sensitivity` looks."""
     shipped: Assigned
     all_integer: Assigned
     pays: bool
