@@ -1,11 +1,12 @@
 """What `toolkit search` finds against a grid, and how its trials scale over Ray workers.
 
-    python benchmarks/search.py [--json FILE] grid [--minutes 30] [--epochs 3] [--n 3000] [--keep FOLDER]
-                                                   [--grid BUNDLE...] [-- FLAGS...]
+    python benchmarks/search.py [--json FILE] grid [--minutes 30] [--epochs 3] [--n 3000] [--bundles 2] [--space SPACE]
+                                                   [--keep FOLDER] [--grid BUNDLE...] [-- FLAGS...]
     python benchmarks/search.py [--json FILE] scaling [--trials 12] [--epochs 1] [--rounds 3]
 
 `grid`: a search on Fashion-MNIST within the time given, all of it counted, against one run of `harden` for each point
-of the published figure: pruned 0.1 ... 0.9 and float, and not pruned and int8, fine-tuned as long as the trials.
+of the published figure: pruned 0.1 ... 0.9 and float, and not pruned and int8, fine-tuned for as many epochs as the
+trials, unless SPACE (as `toolkit search --space` takes it) says otherwise of these.
 Bundles of a grid made elsewhere are taken with `--grid`. The graphs of both are timed side by side; robust accuracy is
 that of their reports, the same attacks on the same images. Of every point of the grid it is said which bundles of the
 search are better in latency or in robust accuracy without being worse in the other, and which bundles beat them all.
@@ -164,7 +165,8 @@ def against_grid(arguments: argparse.Namespace) -> dict[str, Any]:
         trials_s = 60 * arguments.minutes * (1 - FINAL_SHARE)
         command = [sys.executable, "-m", "toolkit", "search", MODEL, "--data", "fashion-mnist", "--json"]
         command += ["--epochs", str(arguments.epochs), "--trials", "1000", "--budget", f"{trials_s:.0f}"]
-        command += ["--bundles", "2", "--batch", "1"]
+        command += ["--bundles", str(arguments.bundles), "--batch", "1"]
+        command += ["--space", arguments.space] if arguments.space else []
         flags = ["--n", str(arguments.n), *arguments.flags]
         start = time.perf_counter()
         done = subprocess.run([*command, "--output", str(output), *flags], stdout=subprocess.PIPE, text=True)
@@ -237,6 +239,8 @@ def main() -> None:
     grid.add_argument("--minutes", type=float, default=30)
     grid.add_argument("--epochs", type=int, default=3)
     grid.add_argument("--n", type=int, default=3000)
+    grid.add_argument("--bundles", type=int, default=2, help="of the search")
+    grid.add_argument("--space", help="of the search; by default its own")
     grid.add_argument("--grid", type=Path, nargs="+")
     grid.add_argument("--keep", type=Path)
     grid.add_argument("flags", nargs="*", help="handed to search and harden alike, after --")

@@ -354,7 +354,7 @@ class SearchConfig(StageConfig):
     """What `toolkit search` varies, how far it looks, and what limits hold beside those of `gates`."""
 
     space: Annotated[Mapping[str, Options], BeforeValidator(parse_space), Field(min_length=1)] = {
-        "prune.ratio": RangeConfig(low=0.2, high=0.8, step=0.1),
+        "prune.ratio": RangeConfig(low=0.2, high=0.9, step=0.1),
         "prune.importance": ("l1", "l2", "geometric-median"),
         "precision": ("int8", "first-float", "ends-float", "float"),
         "quantize.calibrate": ("minmax", "percentile", "mse"),
