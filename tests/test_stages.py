@@ -156,7 +156,7 @@ def test_quantize_judges_under_attack_where_it_knows_one(capsys: pytest.CaptureF
         assert found["layers"] == sorted(found["layers"], key=lambda row: -row["sensitivity"]["relief"])
         assert tiny.run("quantize", given, *how, "-q") == cli.DONE
         page = capsys.readouterr().out
-        assert "of robust accuracy" in page and "margins" not in page, "too few images for that"
+        assert "of robust accuracy" in page and "margins" in page
     assert tiny.run("quantize", "float.onnx", *how, "--steps", "0") == cli.BAD_INPUT
     assert "--steps" in capsys.readouterr().err
 

@@ -57,7 +57,7 @@ class Clock:
 class Losses:
     """What is lost by layers that are integer, which adds up."""
 
-    images, beside = 100, 40
+    images, margin_images = 100, 40
 
     def __init__(self, lost: Mapping[str, float]) -> None:
         self._lost = lost
@@ -173,7 +173,7 @@ def test_a_deep_network_is_judged_a_dozen_times_at_most(tmp_path: Path) -> None:
         seconds=0.0,
     )
     assert set(found.for_accuracy) == {name for name, value in lost.items() if value == 0.01}
-    assert len(judged) <= 12 and found.foreign_load == 0.2 and found.beside == 40
+    assert len(judged) <= 12 and found.foreign_load == 0.2 and found.margin_images == 40
 
 
 @given(most=st.integers(0, 300), wanted=st.integers(0, 400))

@@ -153,7 +153,7 @@ def test_where_accuracy_is_lost_the_attack_says_which_layer_to_leave_float() -> 
 def test_a_single_layer_is_not_to_be_left_float(tmp_path: Path) -> None:
     found = explained(tmp_path, network(), keep_float=("node_conv2d", "node_linear"))
     assert [blame.layer for blame in found.layers] == ["node_conv2d_1"] and found.layers[0].advice == ""
-    assert (found.images, found.tensor_images, found.beside) == (200, 200, 0)
+    assert (found.images, found.tensor_images, found.margin_images) == (200, 200, 0)
 
 
 def test_decibels() -> None:

@@ -96,20 +96,27 @@ def test_a_judge_says_the_same_again(tmp_path: Path) -> None:
     assert judge.drop(path) == judge.drop(path)
 
 
-def test_noise_is_of_the_margins_beside_the_boundary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thresholds that lie apart by 0.1: margins differ by 0.2 on all images, logits by 0.1; slopes differ far away."""
-    monkeypatch.setattr(judging, "BESIDE_AT_LEAST", 1)
+def test_noise_is_of_the_margins_next_to_the_boundary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thresholds that lie apart by 0.1: margins differ by 0.2 on all images; slopes differ by what lies between."""
     judge = Judge(a_threshold(tmp_path), NEAR_AND_FAR, an_attack())
     path = export_onnx(threshold(0.6), tmp_path / "other.onnx", ExportConfig()).path
     assert judge.noise(a_threshold(tmp_path)) == 0 and judge.noise(path) == pytest.approx(0.04, rel=1e-3)
     steep = export_onnx(threshold(0.5, slope=2.0), tmp_path / "steep.onnx", ExportConfig()).path
-    height = 160 / 255 - 0.1 - 0.5  # of the one that stands, as PGD leaves it
-    assert judge.noise(steep) == pytest.approx((2 * height) ** 2, rel=0.05)
-    assert judge.disturbance(steep) > 10 * judge.noise(steep), "of clean images, most of them far away"
+    attacked = torch.tensor([160 / 255 - 0.1, 95 / 255 + 0.1, 250 / 255 - 0.1, 10 / 255 + 0.1])
+    heights = 2 * (attacked - 0.5).abs()  # of the margins; twice as steep, they are in error by as much
+    assert judge.margin_images == 4 and judge.noise(steep) == pytest.approx(float(heights.square().mean()), rel=0.01)
+    monkeypatch.setattr(judging, "EDGE", 2)
+    nearest = Judge(a_threshold(tmp_path), NEAR_AND_FAR, an_attack())
+    assert nearest.margin_images == 2
+    assert nearest.noise(steep) == pytest.approx(float(heights[:2].square().mean()), rel=0.01)
     clean = Judge(a_threshold(tmp_path), NEAR_AND_FAR, None)
-    assert clean.noise(steep) == clean.disturbance(steep) > 0 and clean.beside == 0 < judge.beside
-    monkeypatch.setattr(judging, "BESIDE_AT_LEAST", 3)
-    assert judge.beside == 0 and judge.noise(steep) == judge.disturbance(steep), "two images tell nothing"
+    assert clean.noise(steep) == clean.disturbance(steep) > 0 and clean.margin_images == 0
+
+
+def test_noise_is_told_where_nothing_withstands_the_attack(tmp_path: Path) -> None:
+    judge = Judge(a_threshold(tmp_path), flat_images([140, 110]), an_attack())
+    path = export_onnx(threshold(0.6), tmp_path / "other.onnx", ExportConfig()).path
+    assert judge.margin_images == 2 and judge.noise(path) == pytest.approx(0.04, rel=1e-3)
 
 
 def test_large_images_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:

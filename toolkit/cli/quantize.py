@@ -143,7 +143,7 @@ def _print_targets(made: Sequence[TargetResult]) -> None:
 def _print_explanation(found: Explanation) -> None:
     lost, attacked = found.drop, found.drop.robust is not None
     robust = "" if lost.robust is None else f", {100 * lost.robust:+.2f} of robust accuracy"
-    margins = f", and of the margins of {found.beside} attacked images beside the boundary," if found.beside else ""
+    margins = f", and of the margins of {found.margin_images} attacked images next to the boundary," if attacked else ""
     print(
         f"\nerror of the logits: {found.logit_error:.2e} of their variance; "
         f"{100 * lost.clean:+.2f} points of accuracy lost{robust} ({found.images} validation images).\n"
@@ -151,7 +151,7 @@ def _print_explanation(found: Explanation) -> None:
         f"in integers; noise of what it reads ({found.tensor_images} images; signal to noise, dB: so far,\n"
         "its own rounding):\n"
     )
-    columns = {"layer": True, "logits": True, "margins": bool(found.beside), "accuracy": True, "robust": attacked}
+    columns = {"layer": True, "logits": True, "margins": attacked, "accuracy": True, "robust": attacked}
     columns |= dict.fromkeys(("so far", "own", "clipped", "try"), True)
     rows = []
     for blame in found.layers:

@@ -60,7 +60,7 @@ class Assignment:
     """Of `keep_float` those that accuracy asks for, whether or not they are faster so as well."""
     sensitivity: tuple[LayerSensitivity, ...] = ()
     """Of every layer that could be integer."""
-    beside: int = 0
+    margin_images: int = 0
     """Attacked images on whose margins `sensitivity` looks; 0: on clean logits."""
     foreign_load: float = 0.0
     """Share of the CPU time that other processes took while graphs were timed."""
@@ -154,7 +154,7 @@ def find_assignment(
         tried=search.written,
         for_accuracy=needed,
         sensitivity=sensitivity,
-        beside=judge.beside,
+        margin_images=judge.margin_images,
         foreign_load=clock.foreign_load,
     )
 

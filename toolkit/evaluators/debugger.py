@@ -111,7 +111,7 @@ class Explanation:
     """Accuracy lost against the float graph."""
     images: int
     """Of the judge."""
-    beside: int
+    margin_images: int
     """Of these, attacked ones on whose margins `sensitivity` looks; 0: on clean logits."""
     tensor_images: int
     """For the noise of tensors."""
@@ -127,7 +127,7 @@ class Explanation:
             row["source"] = blame.source and _plain(asdict(blame.source))
             del row["costly"]
         tensors = [_plain(asdict(noise)) for noise in self.tensors]
-        found = {name: getattr(self, name) for name in ("logit_error", "images", "beside", "tensor_images")}
+        found = {name: getattr(self, name) for name in ("logit_error", "images", "margin_images", "tensor_images")}
         return {**found, "drop": asdict(self.drop), "layers": layers, "tensors": tensors}
 
 
@@ -162,7 +162,7 @@ def explain(quantizer: Writer, deployed: Path, split: Split, judge: Judge) -> Ex
         blames.append(LayerBlame(layer, relief, known.get(sources[layer]), gone, one, costly))
     ordered = sorted(blames, key=lambda blame: -blame.guilt)
     error = total / judge.spread**2
-    return Explanation(error, drop, judge.images, judge.beside, len(split), tuple(ordered), tensors)
+    return Explanation(error, drop, judge.images, judge.margin_images, len(split), tuple(ordered), tensors)
 
 
 def tensor_noise(fp32: ModelProto, deployed: ModelProto, split: Split) -> tuple[TensorNoise, ...]:

@@ -1,7 +1,7 @@
 """How sensitive a network is to the rounding of each layer.
 
 Clean images say little of it: their pixels are exact in 8 bits, so that a first layer rounds nothing which matters, and
-most of them lie far from any boundary. An attack works beside the boundary, where what decides is the error of the
+most of them lie far from any boundary. An attack works next to the boundary, where what decides is the error of the
 margin, label against runner-up (`Judge.noise`). Two questions are asked of each layer. How much of that error is gone
 with it alone in float: steady from few images, and what leaving it float is worth. And what the network loses with it
 alone in integers: the figures that users ask for, which need thousands of images to be told from none.

@@ -297,7 +297,7 @@ def _assignment(config: HardenConfig, found: Assignment | None) -> schema.Assign
         images=found.images,
         tried=found.tried,
         foreign_load=found.foreign_load,
-        margin_images=found.beside,
+        margin_images=found.margin_images,
         sensitivity=[
             schema.Sensitivity(
                 layer=one.layer,

@@ -300,7 +300,7 @@ def _sensitivity(found: Assignment, integer: set[str]) -> str:
         for row in sorted(found.sensitivity, key=lambda row: -row.relief)
     ]
     header = ("layer", "error gone", "points of accuracy lost", "of robust accuracy", "runs in")
-    error = f"the margins of {found.margin_images} attacked images beside the boundary"
+    error = f"the margins of {found.margin_images} attacked images next to the boundary"
     return (
         "\n\n### What the rounding of each layer costs\n\nError: mean square, of "
         f"{error if found.margin_images else 'the clean logits'}, gone with this layer alone in float. Accuracy: "

@@ -433,8 +433,8 @@ class Sensitivity(Part):
 
     layer: str
     relief: float
-    """Share of the mean squared error (of the margins, label against runner-up, of attacked images beside the boundary;
-    where `margin_images` is 0, of clean logits) that is gone with this layer alone in float; may be negative."""
+    """Share of the mean squared error that is gone with this layer alone in float; may be negative. Of the margins,
+    label against runner-up, of attacked images next to the boundary, or, where `margin_images` is 0, of clean logits."""
     accuracy_drop: float | None
     """Clean accuracy lost on validation images with it alone in integers; null: not measured, for want of time."""
     robust_drop: float | None
@@ -458,7 +458,7 @@ class Assignment(Part):
     sensitivity: list[Sensitivity] = []
     """Of every layer that could be integer, in the order of the graph."""
     margin_images: int = 0
-    """Attacked validation images beside the float twin's boundary on whose margins `sensitivity` looks."""
+    """Attacked validation images next to the float twin's boundary on whose margins `sensitivity` looks."""
     shipped: Assigned
     all_integer: Assigned
     pays: bool
