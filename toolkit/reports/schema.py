@@ -434,7 +434,7 @@ class Sensitivity(Part):
     layer: str
     relief: float
     """Share of the mean squared error that is gone with this layer alone in float; may be negative. Of the margins,
-    label against runner-up, of attacked images next to the boundary, or, where `margin_images` is 0, of clean logits."""
+    label against runner-up, of attacked images next to the boundary, or, where `margin_images` is 0, of logits."""
     accuracy_drop: float | None
     """Clean accuracy lost on validation images with it alone in integers; null: not measured, for want of time."""
     robust_drop: float | None
