@@ -134,10 +134,12 @@ def find_assignment(
         seed: of the bootstrap.
     """
     search = _Search(quantizer, fp32, folder, clock, seed)
-    with task("which layers are integer", 3 * len(search.layers)) as bar:
+    with task("fastest integer layers", len(search.layers)) as bar:
         fastest = search.fastest(seconds, bar.advance)
+    with task("sensitivity of layers", len(search.layers)) as bar:
         sensitivity = measure_sensitivity(quantizer, search.layers, judge, seconds=SENSITIVITY_S, advance=bar.advance)
-        order = [one.layer for one in ranked(sensitivity)]
+    order = [one.layer for one in ranked(sensitivity)]
+    with task("accuracy of integer layers", 2 * len(search.layers).bit_length()) as bar:
         chosen, added = search.accurate(fastest, order, judge, max_drop, bar.advance)
         if added:
             chosen = search.lighter(chosen, (1 - FIRST_SHARE) * seconds, bar.advance)
