@@ -154,4 +154,50 @@ def test_between_float_by_hand() -> None:
     assert between_float(model, {"A", "B"}) == ("pad", "relu", "add", "pool")
     assert between_float(model, {"B"}) == ()
     assert between_float(model, {"C"}) == ("add", "pool", "tail")
+    assert between_float(model, {"B", "C"}) == ("add", "pool", "tail"), "the relu is fused into A"
     assert [layer.name for layer in layer_precision(model)] == ["A", "B", "C"]
+
+
+def chain() -> TorchModel:
+    """A convolution, a ReLU, and linear layers behind a reshaping."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 16), nn.ReLU(), nn.Linear(16, 4)]
+    return wrap(nn.Sequential(*layers), (3, 8, 8), CIFAR)
+
+
+@pytest.mark.parametrize("kept", [("node_linear",), ("node_linear_1",), ("node_linear", "node_linear_1")])
+def test_a_relu_is_fused_into_the_integer_layer_before_it_whatever_follows(
+    kept: tuple[str, ...], tmp_path: Path
+) -> None:
+    """What is rounded are its results, all of them above 0: half the range, so half the step."""
+    twin = export_onnx(chain(), tmp_path / "float.onnx", ExportConfig())
+    path = quantize_int8(twin, tmp_path / "q.onnx", split(), QuantizeConfig(keep_float=kept)).model.path
+    graph = onnx.load(path).graph
+    zero_points = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    quantisers = [node for node in graph.node if node.op_type == "QuantizeLinear" and "image" not in node.input[0]]
+    assert quantisers and all(int(zero_points[node.input[2]].ravel()[0]) == 0 for node in quantisers)
+    assert operators(path)["Relu"] == len({"node_linear"} & set(kept)), "of the float layer alone"
+
+
+@pytest.mark.parametrize("kept", ["node_linear", "node_linear_1", "node_conv2d"])
+def test_a_layer_in_float_takes_error_away(kept: str, tmp_path: Path) -> None:
+    """ONNX Runtime would round a float layer between integers itself, with one scale for all, a reshaping or not."""
+    model = chain()
+    with torch.no_grad():  # so that one scale for all is seen
+        layers = model.network
+        assert isinstance(layers, nn.Sequential) and isinstance(layers[3], nn.Linear)
+        layers[3].weight *= torch.logspace(-2, 0, 16).view(-1, 1)
+        assert isinstance(layers[5], nn.Linear)
+        layers[5].weight /= torch.logspace(-2, 0, 16).view(1, -1)
+    twin = export_onnx(model, tmp_path / "float.onnx", ExportConfig())
+    images = split().take(np.arange(64, dtype=np.int64)).images
+    truth = OnnxPredictor(twin.path).predict(images)
+
+    def error(*names: str, optimized: bool = True) -> float:
+        config = QuantizeConfig(keep_float=names, equalize=False, reduce_range=True)
+        path = quantize_int8(twin, tmp_path / "q.onnx", split(), config).model.path
+        found = OnnxPredictor(path, optimized=optimized).predict(images)
+        return float((found - truth).square().mean())
+
+    assert error(kept) < 1.1 * error()
+    assert error(kept) == pytest.approx(error(kept, optimized=False), rel=0.1)

@@ -27,7 +27,7 @@ from toolkit.exporters.affine import norms_to_convolutions
 from toolkit.exporters.input_folding import fold_normalization, move_quantiser_to_pixels, read_shape_from_image
 from toolkit.exporters.input_range import LEVELS, InputGrid, covering_grid, pixel_map, symmetric_grid
 from toolkit.exporters.onnx import with_names
-from toolkit.exporters.precision import COMPUTE, between_float
+from toolkit.exporters.precision import COMPUTE, FUSED, between_float
 from toolkit.exporters.qdq import finish, keep_islands_float, keep_logits_float
 from toolkit.exporters.ranges import Interval
 from toolkit.exporters.rewrites import rewrite
@@ -323,7 +323,7 @@ def _tail(model: ModelProto) -> list[str]:
             reaches.update(node.input)
             continue
         source = producers.get(node.input[0]) if node.input else None
-        fuses = node.op_type in {"Relu", "Clip"} and source is not None and source.op_type in COMPUTE
+        fuses = node.op_type in FUSED and source is not None and source.op_type in COMPUTE
         if not fuses:
             tail.append(node.name)
     return tail

@@ -18,6 +18,10 @@ COMPUTE = ("Conv", "Gemm", "MatMul")
 """The layers: operators that multiply and accumulate."""
 
 
+FUSED = ("Relu", "Clip")
+"""Activations that are fused into the layer before them."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerPrecision:
     """One layer with weights (or a product of activations) and the precision it stands in."""
@@ -81,7 +85,8 @@ def between_float(model: ModelProto, kept: Collection[str]) -> tuple[str, ...]:
     """The nodes that are no layers and have no integer layer before them, or none behind them.
 
     The nearest layers count. With nothing but the image before it, a node follows those behind; with nothing but the
-    logits behind it, those before.
+    logits behind it, those before. A Relu or Clip right behind an integer layer is none of them: it is fused into it,
+    and what is rounded are the values behind, of half the range.
 
     Args:
         model: a float graph.
@@ -90,9 +95,10 @@ def between_float(model: ModelProto, kept: Collection[str]) -> tuple[str, ...]:
     if not kept:
         return ()
     before, behind = _nearest(model.graph.node), _nearest(reversed(model.graph.node), backwards=True)
+    integer = {node.output[0] for node in model.graph.node if node.op_type in COMPUTE and node.name not in kept}
     found = []
     for node in model.graph.node:
-        if node.op_type in COMPUTE:
+        if node.op_type in COMPUTE or (node.op_type in FUSED and node.input[0] in integer):
             continue
         sides = [nearest[node.output[0]] for nearest in (before, behind)]
         if any(side and side <= set(kept) for side in sides):

@@ -9,6 +9,9 @@ from onnx import ModelProto, helper
 from toolkit.exporters.precision import COMPUTE
 from toolkit.exporters.rewrites import remove_unused_initializers, strip_metadata
 
+PASSED = ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool")
+"""Operators behind which ONNX Runtime moves the dequantiser before them."""
+
 
 def keep_logits_float(model: ModelProto) -> None:
     """Take the output quantiser off every Gemm and MatMul that no other layer follows, in place."""
@@ -37,7 +40,10 @@ def keep_islands_float(model: ModelProto, kept: Collection[str]) -> None:
     ONNX Runtime quantises the weights of such a layer itself, with one scale for all (its WeightBiasQuantization, found
     in 1.31). A LeakyRelu of slope 1 behind the layer keeps it from that, and is fused into the layer's float kernel.
     """
-    dequantised = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    dequantised = set[str]()
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" or (node.op_type in PASSED and node.input[0] in dequantised):
+            dequantised.add(node.output[0])
     for index in range(len(model.graph.node) - 1, -1, -1):
         node = model.graph.node[index]
         if node.name in kept and node.input[0] in dequantised:
