@@ -289,8 +289,9 @@ class HardenConfig(ModelRunConfig):
     benchmark: BenchmarkConfig = BenchmarkConfig()
     gates: GateConfig = GateConfig()
     allow_float: bool = False
-    """Ship a float model.onnx where `--int8` is not given, or where `--precision auto` finds that integers do not pay;
-    with `--precision int8`, as a bundle's config.yaml has it, nothing is timed to decide that."""
+    """Ship a float model.onnx where `--int8` is not given, or where `--precision auto` finds that integers do not pay,
+    or lose more than `max_drop` with a single layer; with `--precision int8`, as a bundle's config.yaml has it, nothing
+    is timed to decide that."""
 
 
 class AttackRunConfig(ModelRunConfig):

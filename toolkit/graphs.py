@@ -101,7 +101,9 @@ def write_graphs(
         if config.quantize.int8:
             made = _quantize(config, prepared, model, fp32, workspace, learnt)
             write_metadata(deployed_path, metadata)
-        ships = made is not None and not (made.assignment and not made.assignment.pays and config.allow_float)
+        found = made.assignment if made else None
+        better = config.allow_float and found is not None and not (found.pays and found.holds)  # the float graph
+        ships = made is not None and not better
         if not ships:
             deployed_path.write_bytes(fp32.path.read_bytes())
         parity_deployed = measure_parity(model, OnnxPredictor(deployed_path, provider=provider), evaluation)

@@ -110,6 +110,18 @@ def test_where_integers_do_not_pay_the_float_graph_ships_if_that_is_allowed(
     assert report_of(here / "out")["quantization"]["engine"] == "onnxruntime" and len(searched) == 2
 
 
+def test_where_integers_lose_too_much_the_float_graph_ships_if_that_is_allowed(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = Interval(0.5, 0.4, 0.6)
+    lossy = Assignment((), fast, fast, Drop(0, 0.02), Drop(0, 0.03), 60, 1, max_drop=0.01)
+    monkeypatch.setattr(graphs, "find_assignment", lambda *_, **__: lossy)
+    command = tiny.harden_arguments(epochs=0, precision="auto")
+    assert tiny.run(*command, "--allow-float", "--threads", "1", "-q") == cli.DONE
+    found = report_of(here / "out")["quantization"]
+    assert found["engine"] == "none" and "int8 loses more accuracy than --max-drop allows" in found["verdict"]
+
+
 def test_a_resumed_run_searches_no_second_time(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     searched: list[int] = []
 

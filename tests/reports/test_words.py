@@ -149,6 +149,11 @@ def test_a_verdict_doubts_a_choice_that_was_made_on_a_busy_machine() -> None:
         row = LatencyRow("deployed", "cpu", 1, 1, 1, 1, 1, 1, 1, 6, "fp32", 0.5, 0.4, 0.6, foreign_load=0.0)
         return verdict(int8, IntegerCoverage("cpu", 1, 1, (), 1.0, {}, ()), (row,), found)
 
+    lossy = Assignment((), interval, interval, Drop(0, 0.02), Drop(0, 0), 60, 1, max_drop=0.01)
+    row = LatencyRow("deployed", "cpu", 1, 1, 1, 1, 1, 1, 1, 6, "fp32", 0.5, 0.4, 0.6, foreign_load=0.0)
+    coverage = IntegerCoverage("cpu", 1, 1, (), 1.0, {}, ())
+    assert "int8 pays here; whatever the layers, it loses more" in verdict(True, coverage, (row,), lossy)
+    assert verdict(False, coverage, (row,), lossy).startswith("float: whatever the layers, int8 loses more accuracy")
     assert "int8 pays here (which layers are integer was chosen while other processes used the CPU" in said(0.3, True)
     assert "as far as can be told while other processes use the CPU" in said(0.3, False)
     assert not any("other processes" in said(0.01, int8) for int8 in (True, False))

@@ -47,7 +47,8 @@ HARDEN_FLAGS = (
     flags.Flag(
         "--allow-float",
         "allow_float",
-        "Ship a float model.onnx where --int8 is not given, or where --precision auto finds that int8 does not pay.",
+        "Ship a float model.onnx where --int8 is not given, or where --precision auto finds that int8 does not pay or "
+        "loses too much.",
         bool,
     ),
     *flags.MACHINE,

@@ -65,10 +65,18 @@ class Assignment:
     foreign_load: float = 0.0
     """Share of the CPU time that other processes took while graphs were timed."""
 
+    max_drop: float = 1.0
+    """The largest loss that was allowed."""
+
     @property
     def pays(self) -> bool:
         """Whether the integer graph is faster than the float twin beyond doubt."""
         return self.ratio.high < 1
+
+    @property
+    def holds(self) -> bool:
+        """Whether it loses no more than was allowed: at least one layer is integer, and may be one too many."""
+        return self.drop.worst <= self.max_drop
 
     def write(self, path: Path, fp32: Path, conditions: str) -> None:
         """Keep it in a JSON file, for this float twin and these conditions alone."""
@@ -158,6 +166,7 @@ def find_assignment(
         sensitivity=sensitivity,
         margin_images=judge.margin_images,
         foreign_load=clock.foreign_load,
+        max_drop=max_drop,
     )
 
 

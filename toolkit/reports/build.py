@@ -352,6 +352,11 @@ def verdict(
     It holds no measured time, so that equal runs say the same.
     """
     if not int8:
+        if assignment is not None and assignment.pays and not assignment.holds:
+            return (
+                "float: whatever the layers, int8 loses more accuracy than --max-drop allows, and --allow-float allowed "
+                "to ship what does not."
+            )
         if assignment is not None:
             busy = ", as far as can be told while other processes use the CPU" if assignment.foreign_load > BUSY else ""
             return f"float: int8 does not pay on this machine{busy}, and --allow-float allowed to ship what is faster."
@@ -378,6 +383,8 @@ def verdict(
         pays += (
             " (which layers are integer was chosen while other processes used the CPU: another choice may be faster)"
         )
+    if assignment is not None and not assignment.holds:
+        pays += "; whatever the layers, it loses more accuracy than --max-drop allows (--allow-float ships float then)"
     why = ""
     if activation_bits == 16 and coverage.share == 0:
         why = " (ONNX Runtime has no kernel that multiplies 16-bit activations: layers compute in float in between)"
