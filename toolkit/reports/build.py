@@ -354,8 +354,8 @@ def verdict(
     if not int8:
         if assignment is not None and assignment.pays and not assignment.holds:
             return (
-                "float: whatever the layers, int8 loses more accuracy than --max-drop allows, and --allow-float allowed "
-                "to ship what does not."
+                "float: whatever the layers, int8 loses more accuracy than --max-drop allows, and --allow-float "
+                "allowed to ship what does not."
             )
         if assignment is not None:
             busy = ", as far as can be told while other processes use the CPU" if assignment.foreign_load > BUSY else ""
