@@ -309,7 +309,7 @@ class Judge:
         return Drop(lost[0], lost[1] if self._attacked else None)
 
     def _find_near(self, progress: Tensor) -> _Near | None:
-        """The images on which the float twin stands, nearly; None: PGD brought none of them so near."""
+        """The images that the float twin withstands, beside its boundary; None: PGD brought none of them so near."""
         rows = (self._float[1] & (progress >= NEAR)).nonzero()[:, 0]
         if not len(rows):
             return None
