@@ -274,6 +274,24 @@ def test_once_accuracy_made_layers_float_others_may_be_faster_so_too(tmp_path: P
     assert found.drop.worst <= 0.01
 
 
+def test_a_faster_choice_that_loses_more_is_not_taken(tmp_path: Path) -> None:
+    """As above, but with c in float as well errors no longer cancel."""
+
+    def cost(kept: frozenset[str]) -> float:
+        return 6.0 + ("a" in kept) + 2.0 * ("b" in kept) - (1.0 if {"b", "c"} <= kept else -1.0 * ("c" in kept))
+
+    class Cancelling(Losses):
+        def noise(self, path: Path) -> float:
+            return super().noise(path) + 0.02 * ("c" in path.read_text().split())
+
+    (tmp_path / "fp32").write_text("")
+    judge, clock = cast("Judge", Cancelling({"b": 0.5})), cast("Stopclock", Clock(cost))
+    found = find_assignment(
+        cast("Quantizer", Writer("a", "b", "c")), tmp_path / "fp32", tmp_path, judge, clock, max_drop=0.01
+    )
+    assert found.keep_float == ("b",) and found.holds
+
+
 def test_files_that_lost_are_removed_where_room_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def left(room: int) -> int:
         folder = tmp_path / str(room)
