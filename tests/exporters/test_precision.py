@@ -155,6 +155,7 @@ def test_between_float_by_hand() -> None:
     assert between_float(model, {"B"}) == ()
     assert between_float(model, {"C"}) == ("add", "pool", "tail")
     assert between_float(model, {"B", "C"}) == ("add", "pool", "tail"), "the relu is fused into A"
+    assert between_float(model, {"B", "C"}, {"B"}) == ("relu", "add", "pool", "tail")
     assert [layer.name for layer in layer_precision(model)] == ["A", "B", "C"]
 
 

@@ -79,7 +79,7 @@ def build_integers(
         margin: pixels by which images may leave [0, 1]; the input quantiser represents them unclipped.
         weights: by a layer's name; others are rounded here, and all where they are to have seven bits.
         variant: what differs from the graph that ships.
-        islands: of the layers `kept`, those that ONNX Runtime is to leave float; None: all.
+        islands: of the layers `kept`, those to be left float by ONNX Runtime; others get int4 weights; None: all.
     """
     prepared = ModelProto()
     prepared.CopyFrom(plain)
@@ -103,7 +103,7 @@ def build_integers(
     unknown = {mapping.tensor}.union(quantised_tensors(prepared)).difference(ranges, {mapping.tensor})
     left_float = {
         *kept,
-        *between_float(prepared, kept),
+        *between_float(prepared, kept, () if islands is None else {*kept} - {*islands}),
         *(node.name for node in pixel_map(prepared).nodes),
         *(node.name for node in prepared.graph.node if unknown.intersection((*node.input, *node.output))),
         *_left_float(prepared),

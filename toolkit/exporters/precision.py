@@ -81,16 +81,18 @@ def named_layers(model: ModelProto, patterns: Iterable[str], setting: str = "") 
     return tuple(name for name in layers if name in chosen)
 
 
-def between_float(model: ModelProto, kept: Collection[str]) -> tuple[str, ...]:
+def between_float(model: ModelProto, kept: Collection[str], four_bit: Collection[str] = ()) -> tuple[str, ...]:
     """The nodes that are no layers and have no integer layer before them, or none behind them.
 
     The nearest layers count. With nothing but the image before it, a node follows those behind; with nothing but the
     logits behind it, those before. A Relu or Clip right behind an integer layer is none of them: it is fused into it,
-    and what is rounded are the values behind, of half the range.
+    and what is rounded are the values behind, of half the range. Before layers of int4 weights it stays float: behind a
+    dequantiser, ONNX Runtime would not multiply int4.
 
     Args:
         model: a float graph.
         kept: names of the layers that stay float.
+        four_bit: of these, those that get int4 weights.
     """
     if not kept:
         return ()
@@ -98,7 +100,8 @@ def between_float(model: ModelProto, kept: Collection[str]) -> tuple[str, ...]:
     integer = {node.output[0] for node in model.graph.node if node.op_type in COMPUTE and node.name not in kept}
     found = []
     for node in model.graph.node:
-        if node.op_type in COMPUTE or (node.op_type in FUSED and node.input[0] in integer):
+        fused = node.op_type in FUSED and node.input[0] in integer and not behind[node.output[0]] & set(four_bit)
+        if node.op_type in COMPUTE or fused:
             continue
         sides = [nearest[node.output[0]] for nearest in (before, behind)]
         if any(side and side <= set(kept) for side in sides):
