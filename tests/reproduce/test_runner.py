@@ -22,8 +22,8 @@ from toolkit.reproduce.document import documents
 from toolkit.reproduce.recipes import Measure, Recipe
 from toolkit.reproduce.render import render
 from toolkit.reproduce.runner import Runner
-from toolkit.reproduce.steps import Step
-from toolkit.reproduce.work import MODEL, Bench
+from toolkit.reproduce.steps import MODEL, Step
+from toolkit.reproduce.work import Bench
 from toolkit.training import loop
 
 TUNED = Recipe("standard", 0.8, "adversarial")
@@ -35,9 +35,8 @@ def fill(runner: Runner, recipe: Recipe, measure: Measure = "pgd-paper") -> dict
     assert panel.world is not None
     planner = panel.planners[0]
     step = planner.measure(recipe, measure)
-    for needed in step.walk():
-        if runner.store.result(needed) is None:
-            assert runner._do(needed, planner, panel.world), runner.failed
+    for needed in runner.store.missing(step):
+        assert runner._do(needed, planner, panel.world), runner.failed
     found = runner.store.result(step)
     assert found is not None
     return found
@@ -221,6 +220,28 @@ def test_a_killed_training_resumes_to_the_same_network(tmp_path: Path, monkeypat
     spent = json.loads(next((tmp_path / "cut").glob(f"*/{MODEL}")).with_name("result.json").read_text())["spent"]
     assert (spent["count"], spent["lost"]) == (2, 0)
     assert not list((tmp_path / "cut").glob("*/training.partial"))
+
+
+@pytest.mark.usefixtures("small_world")
+def test_results_without_networks_stand_and_networks_are_made_again_for_new_cells(tmp_path: Path) -> None:
+    tuned = Recipe("standard", 0.5, "standard")
+    first = fill(Runner(small.settings(tmp_path)), tuned)
+    kept = {path.parent.name: path.read_text() for path in tmp_path.glob("*/result.json")}
+    for path in tmp_path.glob(f"*/{MODEL}"):
+        path.unlink()
+    runner = Runner(small.settings(tmp_path))
+    planner = next(iter(runner.panels[0].planners.values()))
+    assert runner.store.missing(planner.measure(tuned, "pgd-paper")) == []
+    needed = runner.store.missing(planner.measure(tuned, "pgd-pixel"))
+    assert [step.kind for step in needed] == ["train", "prune", "train", "measure"]
+    fill(runner, tuned, "pgd-pixel")
+    assert runner.store.missing(planner.measure(tuned, "pgd-pixel")) == []
+    assert fill(runner, tuned) == first  # not measured again
+    spent = [json.loads(path.read_text())["spent"]["count"] for path in tmp_path.glob("*/result.json")]
+    assert spent == [1] * 5
+    now = {path.parent.name: path.read_text() for path in tmp_path.glob("*/result.json")}
+    changed = {name for name, text in now.items() if kept.get(name) != text}
+    assert changed == {step.digest[:20] for step in needed}
 
 
 @pytest.mark.usefixtures("small_world")

@@ -205,7 +205,7 @@ def _time(runner: Runner, panel: Panel, cell: Cell) -> dict[str, Any]:
 
 
 def _embedding(runner: Runner, panel: Panel) -> dict[str, Any]:
-    from toolkit.reproduce.embedding import POINTS
+    from toolkit.reproduce.steps import POINTS
     from toolkit.reproduce.targets import EMBEDDED_CLASS
 
     planner = next(iter(panel.planners.values()), None)
@@ -214,7 +214,7 @@ def _embedding(runner: Runner, panel: Panel) -> dict[str, Any]:
         return {**facts, "missing": runner.reason(panel, None)}
     step = planner.embed(panel.recipes, EMBEDDED_CLASS)
     result = runner.store.result(step)
-    if result is None:
+    if result is None or runner.store.missing(step):
         return {**facts, "missing": runner.reason(panel, step)}
     kept = {name: result[name] for name in ("images", "robust", "layers")}
     return {**facts, "seed": planner.seed, **kept, "file": str(runner.store.folder(step) / POINTS)}

@@ -20,10 +20,9 @@ from toolkit.errors import ToolkitError
 from toolkit.evaluators.fake_quantised import LAYERS
 from toolkit.progress import task
 from toolkit.reproduce.recipes import plan_of
-from toolkit.reproduce.steps import Step
+from toolkit.reproduce.steps import POINTS, Step
 from toolkit.reproduce.work import Bench
 
-POINTS = "points.npz"
 SHOWN_LAYERS = (6, 7, 8)
 """Of the paper's network of eight layers; of others the last three."""
 INPUT = "input"

@@ -20,8 +20,8 @@ from toolkit.evaluators.saturation_emulation import twin_of_session
 from toolkit.evaluators.scoring import Judges, SurrogateName, TargetName, primary_of
 from toolkit.evaluators.surrogate import twin_model
 from toolkit.exporters.session import OnnxPredictor
-from toolkit.reproduce.steps import Step
-from toolkit.reproduce.work import INTEGER_GRAPH, Bench, read_plan
+from toolkit.reproduce.steps import INTEGER_GRAPH, Step
+from toolkit.reproduce.work import Bench, read_plan
 
 JOURNAL = "journal.sqlite"
 Surrogates = dict[SurrogateName, TorchModel]

@@ -175,8 +175,8 @@ class Runner:
         """The steps that would be done, in their order, with estimates."""
         estimator, planned, done = Estimator(), [], set[Step]()
         for place, world in self._in_order(estimator, done):
-            for step in place.step.walk():
-                if step not in done and self.store.result(step) is None:
+            for step in self.store.missing(place.step):
+                if step not in done:
                     planned.append(PlannedStep(step.label, estimator.seconds(step, place.planner, world)))
                     done.add(step)
         return planned
@@ -188,17 +188,16 @@ class Runner:
         """
         waiting = [(place, panel.world) for panel in self.panels for place in panel.places() if panel.world]
         waiting = [(place, world) for place, world in waiting if lacking(place.step) is None]
-        needs = {place: tuple(place.step.walk()) for place, _ in waiting}
-        known = {step for steps in needs.values() for step in steps if self.store.result(step) is not None}
+        needs = {place: self.store.missing(place.step) for place, _ in waiting}
 
         def cost(item: tuple[Place, World]) -> tuple[int, int, float]:
             place, world = item
-            steps = [step for step in needs[place] if step not in known and step not in done]
+            steps = [step for step in needs[place] if step not in done]
             seconds = sum(estimator.seconds(step, place.planner, world) for step in steps)
             return place.tier, place.rank, seconds
 
         while waiting:
-            waiting = [item for item in waiting if item[0].step not in known and item[0].step not in done]
+            waiting = [item for item in waiting if needs[item[0]] and item[0].step not in done]
             if not waiting:
                 return
             best = min(waiting, key=cost)
@@ -229,10 +228,7 @@ class Runner:
         with _alarm(budget) as expired:
             try:
                 for place, world in self._in_order(Estimator(), done):
-                    for step in place.step.walk():
-                        if self.store.result(step) is not None:
-                            done.add(step)
-                            continue
+                    for step in self.store.missing(place.step):
                         if limit is not None and runs >= limit:
                             return f"--max-runs {limit} is reached"
                         if deadline is not None and time.monotonic() >= deadline:

@@ -14,6 +14,17 @@ Kind = Literal["train", "prune", "integer", "qat", "measure", "embed"]
 TRAININGS: tuple[Kind, ...] = ("train", "qat")
 """What learns weights."""
 
+MODEL, FLOAT_GRAPH, INTEGER_GRAPH, POINTS = "model.pt", "model.fp32.onnx", "model.onnx", "points.npz"
+FILES: Mapping[Kind, tuple[str, ...]] = {
+    "train": (MODEL,),
+    "qat": (MODEL,),
+    "prune": (MODEL,),
+    "integer": (INTEGER_GRAPH,),
+    "measure": (),
+    "embed": (POINTS,),
+}
+"""What others read of a step besides its result."""
+
 
 @dataclass(frozen=True, eq=False)
 class Step:

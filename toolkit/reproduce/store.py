@@ -17,7 +17,7 @@ from toolkit.locks import alone
 from toolkit.paths import cache_folder
 from toolkit.reproduce.energy import joules
 from toolkit.reproduce.protocol import Protocol
-from toolkit.reproduce.steps import Step
+from toolkit.reproduce.steps import FILES, Step
 
 FORMAT = 1
 MARKER, LOCK = "reproduce.json", "lock"
@@ -115,6 +115,28 @@ class Store:
             ) from error
         return found
 
+    def missing(self, step: Step) -> list[Step]:
+        """What is to be done, in this order, for the step to be done and its files to be there.
+
+        Results may be kept without networks and graphs, which are large: what was made of those stands, and they are
+        made again only where something new is to be made of them.
+        """
+        found: dict[Step, None] = {}
+
+        def visit(needed: Step) -> None:
+            if needed in found or self._complete(needed):
+                return
+            for parent in needed.parents:
+                visit(parent)
+            found[needed] = None
+
+        visit(step)
+        return list(found)
+
+    def _complete(self, step: Step) -> bool:
+        folder = self.folder(step)
+        return (folder / RESULT).is_file() and all((folder / name).is_file() for name in FILES[step.kind])
+
     def finish(self, step: Step, result: dict[str, Any], sittings: Sittings) -> None:
         """Keep what came of the step; from now on it is done."""
         folder = self.folder(step)
@@ -122,6 +144,7 @@ class Store:
         _write(folder / STEP, {**facts, "parents": [parent.digest for parent in step.parents]})
         machine = {"cpu": cpu_model(), "gpus": list(gpu_names()), "torch": version("torch")}
         _write(folder / RESULT, {**result, "spent": vars(sittings), "machine": machine})
+        (folder / SITTINGS).unlink(missing_ok=True)  # if it is ever done again, that time counts from nothing
 
     @contextmanager
     def sitting(self, step: Step) -> Iterator[Sittings]:

@@ -21,13 +21,13 @@ from toolkit.models.loading import assemble, read_model_file
 from toolkit.models.registry import build_network
 from toolkit.pruning import prune
 from toolkit.reproduce.recipes import plan_of
-from toolkit.reproduce.steps import Step
+from toolkit.reproduce.steps import FLOAT_GRAPH, INTEGER_GRAPH, MODEL, Step
 from toolkit.reproduce.store import Store
 from toolkit.reproduce.world import World
 from toolkit.training.loop import train
 from toolkit.training.qat import LearntRanges, Rounding, simulate
 
-MODEL, TRAINING, FLOAT_GRAPH, INTEGER_GRAPH = "model.pt", "training.partial", "model.fp32.onnx", "model.onnx"
+TRAINING = "training.partial"
 
 
 @dataclass(frozen=True)
