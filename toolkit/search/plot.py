@@ -10,6 +10,8 @@ from toolkit.artifacts import Proportion
 from toolkit.search.front import Limits, Point
 
 INK, PALE, STAR = "#1f4e79", "#b8b8b8", "#c0392b"
+TICKS = (1, 1.5, 2, 3, 4, 5, 7)
+"""Of every power of ten, so that labels do not touch."""
 
 
 def plot_front(
@@ -33,6 +35,7 @@ def plot_front(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -42,14 +45,15 @@ def plot_front(
     for panel in panels:
         panel.set_xlabel(f"milliseconds per call, batch {batch}")
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=TICKS))
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.xaxis.set_major_formatter("{x:.3g}")
-        panel.xaxis.set_minor_formatter("{x:.3g}")
-        panel.tick_params(axis="x", which="minor", labelsize=7)
-        panel.grid(True, which="both", color="#ececec", linewidth=0.6)
+        panel.grid(True, color="#ececec", linewidth=0.6)
         panel.set_axisbelow(True)
         if limits.max_latency is not None:
             panel.axvline(limits.max_latency, color=STAR, linestyle="--", linewidth=1)
-    panels[0].legend(loc="best", fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
