@@ -303,7 +303,7 @@ class Judge:
 
     def _difference(self, clean: Tensor, robust: Tensor, theirs_clean: Tensor, theirs_robust: Tensor) -> Drop:
         lost = [
-            float(theirs.float().mean() - ours.float().mean())
+            int(theirs.sum() - ours.sum()) / len(ours)  # counts: a loss of just what is allowed is not above it
             for theirs, ours in ((theirs_clean, clean), (theirs_robust, robust))
         ]
         return Drop(lost[0], lost[1] if self._attacked else None)

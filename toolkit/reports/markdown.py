@@ -318,7 +318,8 @@ def _price_of_accuracy(found: Assignment) -> str:
 
 def _worst_case_lost(allowed: float, robust: RobustAccuracy) -> str:
     """What the search can only estimate, on fewer images and by shorter attacks."""
-    lost, images = robust.fp32.value - robust.deployed.value, robust.deployed.total
+    images = robust.deployed.total
+    lost = (robust.fp32.correct - robust.deployed.correct) / images  # of shares, just as much as allowed would be more
     text = (
         f"In the worst case, on {images} evaluation images, the deployed graph {'loses' if lost >= 0 else 'gains'} "
         f"{100 * abs(lost):.2f} points of robust accuracy against the float twin."
