@@ -17,9 +17,10 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
 from tests.toys import halves, small_network, wrap
-from toolkit.artifacts import TorchModel
+from toolkit.artifacts import Int64Array, TorchModel, UInt8Array
 from toolkit.attacks.threat import PgdPlan, ThreatModel
 from toolkit.config import TrainConfig
+from toolkit.data.images import ArrayImages
 from toolkit.errors import ToolkitError
 from toolkit.training import distributed
 from toolkit.training.distributed import ALONE, SharedBatchNorm, World, joined, share_statistics
@@ -225,6 +226,38 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(objective: str) -> N
         return train(model, TRAIN, VALIDATION, config, PLAN, seed=3).model.network.state_dict()
 
     close(trained(3), trained(1))
+
+
+def test_a_process_reads_its_own_images_alone_and_changes_them_as_one_process_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = CONFIG.model_copy(update={"objective": "standard", "augment": True})
+    read: list[int] = []
+    pixels = ArrayImages.pixels
+
+    def watched(self: ArrayImages, indices: Int64Array) -> UInt8Array:
+        read.extend(indices.tolist())
+        return pixels(self, indices)
+
+    def batch(world: World) -> tuple[Tensor, Tensor]:
+        read.clear()
+        model = wrap(small_network(), classes=2, shape=(1, 8, 8))
+        training = Run(model, TRAIN, VALIDATION, config, None, 3, None, None, world, None)
+        read.clear()
+        parts = list(training._batch(0, 1))
+        return torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
+
+    monkeypatch.setattr(ArrayImages, "pixels", watched)
+    whole = batch(ALONE)
+    assert len(read) == config.batch_size
+    everything = list(read)
+    shares, rows = [], []
+    for rank in range(3):
+        shares.append(batch(World(rank, 3)))
+        rows.append(list(read))
+    assert [row for share in rows for row in share] == everything and max(map(len, rows)) == 11
+    for position in range(2):
+        assert torch.equal(torch.cat([share[position] for share in shares]), whole[position])
 
 
 def test_more_parts_than_images_are_refused() -> None:

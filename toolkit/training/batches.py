@@ -29,14 +29,22 @@ def fitting_batch(config: TrainConfig, images: int) -> int:
     return images
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random horizontal flips and shifts by up to an eighth of the side (zero padding), one draw per image."""
+def augment(images: Tensor, generator: torch.Generator, *, share: slice | None = None, of: int = 0) -> Tensor:
+    """Random horizontal flips and shifts by up to an eighth of the side (zero padding), one draw per image.
+
+    Args:
+        images: [N, C, H, W].
+        generator: what is drawn with.
+        share: the images are these of a batch, and draws are made for the whole of it; None: they are the batch.
+        of: images of that batch.
+    """
     count, _, height, width = images.shape
+    drawn, share = (of, share) if share is not None else (count, slice(count))
     reach = max(1, height // 8)
     padded = functional.pad(images, (reach, reach, reach, reach))
-    top = torch.randint(0, 2 * reach + 1, (count, 1), generator=generator)
-    left = torch.randint(0, 2 * reach + 1, (count, 1), generator=generator)
-    flip = torch.rand((count, 1), generator=generator) < 0.5
+    top = torch.randint(0, 2 * reach + 1, (drawn, 1), generator=generator)[share]
+    left = torch.randint(0, 2 * reach + 1, (drawn, 1), generator=generator)[share]
+    flip = torch.rand((drawn, 1), generator=generator)[share] < 0.5
     rows = top + torch.arange(height)
     columns = left + torch.where(flip, torch.arange(width - 1, -1, -1), torch.arange(width))
     picked = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]

@@ -211,17 +211,20 @@ class Run:
             self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train_split))
             self.order_epoch = epoch
         positions = self.order[position * self.batch_size : (position + 1) * self.batch_size]
-        batch = self.train_split.take(positions)
+        mine = slice(self.parts[0].start, self.parts[-1].stop)
+        batch = self.train_split.take(positions[mine])  # files of the other processes' images are not read
         # every step has its own seeds, so that a resumed run needs no generator's state
         step_seed = derive_seed(self.seed, epoch, position)
         generator = torch.Generator().manual_seed(step_seed)
         torch.manual_seed(step_seed)
-        images = augment(batch.images, generator) if self.config.augment else batch.images
+        count = len(positions)
+        images = augment(batch.images, generator, share=mine, of=count) if self.config.augment else batch.images
         drawn = generator.get_state()
         for rows in self.parts:
             generator.set_state(drawn)  # every part draws for the whole batch, so that how it is parted changes nothing
-            part = images[rows].to(self.device), batch.labels[rows].to(self.device), positions[rows]
-            yield _Batch(self, *part, generator, rows, len(images))
+            here = slice(rows.start - mine.start, rows.stop - mine.start)
+            part = images[here].to(self.device), batch.labels[here].to(self.device), positions[rows]
+            yield _Batch(self, *part, generator, rows, count)
 
     def _watch(self) -> None:
         """At intervals, see whether single-step training has collapsed; if so, go back and train by PGD."""
