@@ -36,6 +36,8 @@ from toolkit.models.loading import assemble, read_model_file, resolve_path
 from toolkit.pruning import prune
 
 EPOCHS, BATCH, STEPS, RATE = 3, 64, 20, 0.1
+EPOCH = -(-60_000 // BATCH)
+"""Batches of an epoch: the last one is smaller."""
 WARM_UP = 10
 """Batches."""
 
@@ -128,6 +130,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
+    if not 1 <= arguments.batches <= EPOCH:
+        parser.error(f"--batches: 1 to {EPOCH}, the batches of an epoch")
     threads = usable_threads(arguments.threads)
     paper = {"pruned": PaperLoop(arguments.prune, threads), "not pruned": PaperLoop(0.0, threads)}
     rows: list[dict[str, Any]] = []

@@ -136,6 +136,14 @@ class Split:
         """SHA-256 over the sorted image hashes: names the set of images, whatever their order."""
         return hashlib.sha256(np.sort(self.hashes).astype("<u8").tobytes()).hexdigest()
 
+    @property
+    def labelled_digest(self) -> str:
+        """The same of the images with their labels: names what is learnt from them, or how they judge."""
+        hashes, labels = self.hashes, self.labels
+        order = np.lexsort((labels, hashes))
+        parts = [values[order].astype("<u8").tobytes() for values in (hashes, labels)]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
     def take(self, indices: Int64Array) -> Batch:
         """The images at positions `indices` of this split."""
         chosen = self.indices[indices]

@@ -224,8 +224,8 @@ SMALLEST_FREE = 1 << 20
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what goes wrong with the disk at `path` into a `ToolkitError`; other errors pass."""
+def disk_errors(path: Path, flag: str = "--output") -> Iterator[None]:
+    """Turn what goes wrong with the disk at `path`, which `flag` names, into a `ToolkitError`; other errors pass."""
     try:
         yield
     except ToolkitError:
@@ -234,13 +234,13 @@ def disk_errors(path: Path) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else None
         if number in UNWRITABLE and _concerns(error, path):
             raise ToolkitError(
-                "the output cannot be written", found=f"{path}: {error}", fix="name a writable folder with --output"
+                "the output cannot be written", found=f"{path}: {error}", fix=f"name a writable folder with {flag}"
             ) from error
         if number in FULL or TORCH_WRITER in str(error) or _free_bytes(path) < SMALLEST_FREE:
             raise ToolkitError(
                 "the disk is full",
                 found=f"{path}: {_first_line(error)}",
-                fix="free some space, or name another disk with --output",
+                fix=f"free some space, or name another disk with {flag}",
             ) from error
         raise
 

@@ -119,7 +119,7 @@ class Lineup:
         """Names an evaluation of these graphs, so that it is continued by nothing else."""
         facts: dict[str, Any] = {
             "version": __version__,
-            "split": split.digest,
+            "split": split.labelled_digest,
             "order": hashlib.sha256(split.hashes.tobytes()).hexdigest(),
             "labels": hashlib.sha256(split.labels.tobytes()).hexdigest(),
             "conditions": repr(conditions),

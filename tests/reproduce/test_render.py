@@ -91,7 +91,7 @@ def test_what_the_paper_does_not_have_is_a_table_of_its_own() -> None:
 
 def test_other_images_are_said_not_to_be_the_papers() -> None:
     text = render(document(cells=[cell(800, theirs=None)], comparable=False))
-    assert "Not the paper's data set" in text and row(text, "pruned")[3] == "not in the paper"
+    assert "Not the paper's data set" in text and row(text, "pruned")[3] == "not comparable"
 
 
 def test_time_is_told_as_a_share_of_full_training_and_energy_where_it_is_known() -> None:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from toolkit.errors import ToolkitError
-from toolkit.reproduce import store as module
-from toolkit.reproduce.energy import Reading, joules
+from toolkit.reproduce import energy
+from toolkit.reproduce.energy import Meter, Reading, joules
 from toolkit.reproduce.protocol import PROTOCOLS
 from toolkit.reproduce.steps import Step
 from toolkit.reproduce.store import Sittings, Store
@@ -76,7 +77,7 @@ def test_time_adds_up_over_sittings_and_lost_ones_are_counted(tmp_path: Path, mo
     store = Store(tmp_path, PAPER)
     clock = iter([0.0, 5.0, 100.0, 107.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    monkeypatch.setattr(module, "joules", lambda: None)
+    monkeypatch.setattr(energy, "joules", lambda _root: None)
     with pytest.raises(KeyboardInterrupt), store.sitting(STEP):
         raise KeyboardInterrupt
     path = store.folder(STEP) / "sittings.json"
@@ -91,26 +92,45 @@ def test_time_adds_up_over_sittings_and_lost_ones_are_counted(tmp_path: Path, mo
 def test_energy_adds_up_where_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path, PAPER)
     readings = iter(Reading({"intel-rapl:0": value}, {"intel-rapl:0": 10_000_000}) for value in (1_000_000, 4_000_000))
-    monkeypatch.setattr(module, "joules", lambda: next(readings))
+    monkeypatch.setattr(energy, "joules", lambda _root: next(readings))
     with store.sitting(STEP) as found:
         pass
     assert found.joules == pytest.approx(3.0) and found == Sittings(found.seconds, found.cpu_seconds, found.joules, 1)
 
 
+NAMES = {"intel-rapl:1": "package-1", "intel-rapl:2": "psys"}
+
+
 def counters(root: Path, values: dict[str, int]) -> None:
     for name, value in values.items():
-        (root / name).mkdir(exist_ok=True)
-        (root / name / "energy_uj").write_text(f"{value}\n")
-        (root / name / "max_energy_range_uj").write_text("1000000\n")
+        kind = "core" if name.count(":") > 1 else NAMES.get(name, "package-0")
+        for file, content in {"name": kind, "max_energy_range_uj": 1_000_000, "energy_uj": value}.items():
+            partial = root / f"{file}.partial"
+            partial.write_text(f"{content}\n")
+            (root / name).mkdir(exist_ok=True)
+            partial.replace(root / name / file)  # whole at any time: a meter may be reading
 
 
 def test_counters_of_all_packages_are_added_and_go_round(tmp_path: Path) -> None:
-    counters(tmp_path, {"intel-rapl:0": 100, "intel-rapl:1": 900_000, "intel-rapl:0:0": 5})
+    counters(tmp_path, {"intel-rapl:0": 100, "intel-rapl:1": 900_000, "intel-rapl:2": 7, "intel-rapl:0:0": 5})
     before = joules(tmp_path)
     counters(tmp_path, {"intel-rapl:0": 300, "intel-rapl:1": 50})
     after = joules(tmp_path)
     assert before is not None and after is not None and set(after.counters) == {"intel-rapl:0", "intel-rapl:1"}
     assert after.since(before) == pytest.approx((200 + 100_050) * 1e-6)
+
+
+def test_a_meter_sees_counters_go_round_more_than_once(tmp_path: Path) -> None:
+    """Of one that holds a joule, read whenever it has counted 0.6: three joules in all."""
+    counters(tmp_path, {"intel-rapl:0": 0})
+    meter = Meter(tmp_path, every=0.01)
+    for number in range(1, 6):
+        counters(tmp_path, {"intel-rapl:0": number * 600_000 % 1_000_000})
+        reads = meter.reads
+        while meter.reads < reads + 2:  # one may have been under way
+            time.sleep(0.005)
+    assert meter.stop() == pytest.approx(3.0)
+    assert Meter(tmp_path / "nothing").stop() is None
 
 
 def test_a_machine_without_counters_tells_nothing(tmp_path: Path) -> None:

@@ -249,6 +249,23 @@ def test_begun_anew_with_force() -> None:
     assert len(front_of()["trials"]) == 1
 
 
+@pytest.mark.usefixtures("again")
+def test_two_studies_share_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each has its own front, settings and bundles; beginning one anew would take the other's with it."""
+    first = front_of()
+    command = arguments("--study", "the/other", trials=1, epochs=0)
+    assert tiny.run(*command, "-q") == cli.DONE
+    output = Path("search-out")
+    second = json.loads((output / "the_other-front.json").read_text())
+    assert front_of() == first and len(second["trials"]) == 1
+    assert "![front](the_other-front.png)" in (output / "the_other-front.md").read_text()
+    assert {path.name for path in output.glob("*search.yaml")} == {"search.yaml", "the_other-search.yaml"}
+    capsys.readouterr()
+    assert tiny.run(*command, "--force", "-q") == cli.BAD_INPUT
+    assert "--force would remove other studies" in capsys.readouterr().err
+    assert all((output / one["bundle"]).is_dir() for found in (first, second) for one in found["bundles"])
+
+
 @pytest.mark.usefixtures("here")
 def test_every_group_and_every_seed() -> None:
     space = "prune.ratio=0.25:0.5:0.25; precision=int8"

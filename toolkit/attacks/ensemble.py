@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -188,8 +188,13 @@ def compose(names: str, classes: int, norm: str | None = "linf") -> tuple[Pass, 
         ToolkitError: an unknown name, or an attack that does not exist in this norm.
     """
     passes = [how for name in names.split(",") for how in _named(name.strip(), norm)]
-    fitting = [replace(how, ranks=tuple(rank for rank in how.ranks if rank < classes)) for how in passes]
-    return tuple(new for how, new in zip(passes, fitting, strict=True) if new.ranks or not how.ranks)
+    return fitting(passes, classes)
+
+
+def fitting(passes: Iterable[Pass], classes: int) -> tuple[Pass, ...]:
+    """Without the targets that so few classes do not have, and without attacks that are left without any."""
+    fewer = [(how, tuple(rank for rank in how.ranks if rank < classes)) for how in passes]
+    return tuple(replace(how, ranks=ranks) for how, ranks in fewer if ranks or not how.ranks)
 
 
 def _named(name: str, norm: str | None) -> tuple[Pass, ...]:
@@ -201,11 +206,11 @@ def _named(name: str, norm: str | None) -> tuple[Pass, ...]:
     if recipe is None:
         raise unknown_name("attack", name, (*COMPOSITIONS, *GRADIENT_ATTACKS, SQUARE))
     if norm is not None and norm not in recipe.norms:
-        fitting = [other for other, found in GRADIENT_ATTACKS.items() if norm in found.norms]
+        others = [other for other, found in GRADIENT_ATTACKS.items() if norm in found.norms]
         raise ToolkitError(
             f"the attack {name} does not exist in the norm {norm}",
             found=f"--attacks {name} with --norm {norm}",
-            fix=f"choose from {', '.join((*fitting, SQUARE))}, or another --norm ({', '.join(recipe.norms)})",
+            fix=f"choose from {', '.join((*others, SQUARE))}, or another --norm ({', '.join(recipe.norms)})",
         )
     steps = recipe.steps or 1
     if recipe.targeted:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from toolkit.artifacts import Predictor, Split, derive_seed
-from toolkit.attacks.apgd import apgd
+from toolkit.artifacts import Predictor, Split, derive_seed, evaluation_batch
+from toolkit.attacks.ensemble import CLOSE, FAST, SQUARE, Pass, fitting
 from toolkit.attacks.losses import margin
 from toolkit.attacks.planned import PlannedAttack
 from toolkit.attacks.square import square
@@ -26,17 +27,20 @@ IMAGES = 5000
 """Validation images on which graphs are compared, at most: they must tell half a point of robust accuracy from none."""
 MEMORY = 2**30
 """Bytes that these images, clean and attacked, may take."""
-NEAR, BESIDE = 0.4, 0.85
-"""How near the boundary PGD must have brought an image for Auto-PGD to go on with it, and Auto-PGD for queries (of a
-graph without a twin: PGD), of its clean margin."""
-STEPS, QUERIES = 20, 200
-"""Of Auto-PGD and of the search by queries, per image. Of 1.2 points that the whole evidence says a cnn8 for CIFAR-10
-loses in the worst case these see 0.7, and in up to twice the time 0.8 to 0.95. From 0.7 of the way on, they saw 0.5 of
-1.2 that an EfficientNet-style network loses, and longer ones no more; from 0.4 on, longer ones saw 0.9."""
+NEAR = 0.4
+"""How near the boundary PGD must have brought an image for others to go on with it, of its clean margin."""
+CLIMB = Pass("apgd-margin", 20, near=NEAR, exact=True, onward=True)
+SEARCH = Pass(SQUARE, 200, near=0.85, onward=True)
+"""Short attacks. Of 1.2 points that the whole evidence says a cnn8 for CIFAR-10 loses in the worst case these see 0.7,
+and in up to twice the time 0.8 to 0.95. From 0.7 of the way on, they saw 0.5 of 1.2 that an EfficientNet-style network
+loses, and longer ones no more; from 0.4 on, longer ones saw 0.9."""
+LONG = tuple(how for how in FAST if how.near >= CLOSE)
+"""Those of the evidence beside the boundary, made where the short ones leave a graph within what is allowed."""
 EDGE = 1000
 """Attacked images whose margins tell how noisy a graph is: the mean square over 75 was up to 30 % chance."""
 FLOAT_ROUNDS = 2
-"""Of Auto-PGD on the float network; an integer graph inherits what they came to, and has one more of its own."""
+"""Of the short Auto-PGD on the float network; an integer graph inherits what they came to, and has one more of its
+own."""
 STREAM = 4000
 """Seeds of these attacks are apart from others."""
 
@@ -103,11 +107,12 @@ class _Stand:
             lowest,
             near.attacked.clone(),
         )
-        made.judge(near.attacked, torch.arange(len(near.rows)))
+        made.judge(near.attacked)
         return made
 
-    def judge(self, attacked: Tensor, rows: Tensor) -> None:
-        """Take attacked images of these rows into account."""
+    def judge(self, attacked: Tensor, rows: Tensor | None = None) -> None:
+        """Take attacked images of these rows into account; None: of all."""
+        rows = torch.arange(len(self.labels)) if rows is None else rows
         logits = self.predictor.predict(attacked)
         self.stands[rows] &= right(logits, self.labels[rows])
         found = margin(logits, self.labels[rows])
@@ -117,6 +122,12 @@ class _Stand:
     def left(self, progress: float) -> Tensor:
         """The rows on which it stands, though it was brought so near the boundary."""
         return (self.stands & (1 - self.height / self.clean >= progress)).nonzero()[:, 0]
+
+    def join(self, other: _Stand) -> None:
+        """Take into account what the same graph was shown elsewhere."""
+        self.stands &= other.stands
+        higher = other.height > self.height
+        self.height[higher], self.points[higher] = other.height[higher], other.points[higher]
 
     def copy(self) -> _Stand:
         changing = {name: getattr(self, name).clone() for name in ("stands", "height", "points")}
@@ -131,72 +142,87 @@ class _Pursuit:
         near: the images.
         twin: the float twin.
         provider: what runs the graphs.
+        classes: of the network.
     """
 
-    def __init__(self, attack: PlannedAttack, near: _Near, twin: Predictor, provider: Provider) -> None:
+    def __init__(self, attack: PlannedAttack, near: _Near, twin: Predictor, provider: Provider, classes: int) -> None:
         self.near, self._attack, self._provider = near, attack, provider
+        channels, height, width = near.images.shape[1:]
+        self._shape = (channels, height, width)
+        self._long = fitting(LONG, classes)
+        self._exact = attack.surrogate.exact()  # beside the boundary gradients in bfloat16 mislead
         self._float = _Stand.begin(twin, near)
-        surrogate = attack.surrogate.exact()  # beside the boundary gradients in bfloat16 mislead
         for number in range(FLOAT_ROUNDS):
-            self._climb(surrogate, [self._float], number)
-        self._query([self._float], BESIDE)
+            self._make(CLIMB, self._exact, [self._float], number)
+        self._make(SEARCH, None, [self._float], FLOAT_ROUNDS)
 
-    def standing(self, path: Path, predictor: Predictor) -> tuple[Tensor, Tensor]:
-        """On which of the images the graph still stands, and on which the float twin, bool [m] each."""
+    @cached_property
+    def _float_long(self) -> _Stand:
+        """The float twin after the long attacks as well."""
+        stand = self._float.copy()
+        self._make_long(self._exact, [stand])
+        return stand
+
+    def standing(self, path: Path, predictor: Predictor) -> Iterator[tuple[Tensor, Tensor]]:
+        """On which of the images the graph still stands, and on which the float twin, bool [m] each.
+
+        Twice: after short attacks, and after long ones.
+        """
         ours, theirs = _Stand.begin(predictor, self.near), self._float.copy()
-        ours.judge(theirs.points, torch.arange(len(self.near.rows)))
+        ours.judge(theirs.points)
         surrogate = self._twin(path)
         if surrogate is not None:
-            self._climb(surrogate, [ours, theirs], FLOAT_ROUNDS)
-        self._query([ours, theirs], NEAR if surrogate is None else BESIDE)
-        return ours.stands, theirs.stands
+            self._make(CLIMB, surrogate, [ours, theirs], FLOAT_ROUNDS)
+        # of a graph without a twin PGD alone has come near
+        search = SEARCH if surrogate is not None else replace(SEARCH, near=NEAR)
+        self._make(search, None, [ours, theirs], FLOAT_ROUNDS + 1)
+        yield ours.stands, theirs.stands
+        theirs.join(self._float_long)
+        ours.judge(theirs.points)
+        self._make_long(surrogate, [ours, theirs])
+        yield ours.stands, theirs.stands
 
     def _twin(self, path: Path) -> Surrogate | None:
         """What attacks on a graph are made on; None: it cannot be made differentiable."""
-        channels, height, width = self.near.images.shape[1:]
-        shape = (channels, height, width)
         try:
-            twin = twin_of_session(path, input_shape=shape, provider=self._provider)
+            twin = twin_of_session(path, input_shape=self._shape, provider=self._provider)
         except UnconvertibleGraph:
             return None
-        return Surrogate(twin.module, self._attack.surrogate.normalization, input_shape=shape)
+        return Surrogate(twin.module, self._attack.surrogate.normalization, input_shape=self._shape)
 
-    def _climb(self, surrogate: Surrogate, judges: Sequence[_Stand], number: int) -> None:
-        """Auto-PGD from the nearest points on, on what stands on the first of the judges."""
-        rows = judges[0].left(NEAR)
-        if not len(rows):
-            return
-        apgd(
-            surrogate,
-            self.near.images[rows],
-            self.near.labels[rows],
-            self._attack.plan.threat,
-            steps=STEPS,
-            generator=self._generator(number),
-            loss="margin",
-            start=judges[0].points[rows],
-            settle=partial(_settle, judges, rows),
-        )
+    def _make_long(self, surrogate: Surrogate | None, judges: Sequence[_Stand]) -> None:
+        for number, how in enumerate(self._long):
+            if how.by_queries or surrogate is not None:
+                self._make(how, surrogate, judges, FLOAT_ROUNDS + 2 + number)
 
-    def _query(self, judges: Sequence[_Stand], progress: float) -> None:
-        """Square from the nearest points on, on what stands so near the boundary of the first of the judges."""
-        rows = judges[0].left(progress)
-        if not len(rows):
-            return
-        square(
-            judges[0].predictor,
-            self.near.images[rows],
-            self.near.labels[rows],
-            self._attack.plan.threat,
-            self._attack.surrogate.normalization,
-            queries=QUERIES,
-            generator=self._generator(FLOAT_ROUNDS + 1),
-            start=judges[0].points[rows],
-            settle=partial(_settle, judges, rows),
-        )
-
-    def _generator(self, number: int) -> torch.Generator:
-        return torch.Generator().manual_seed(derive_seed(self._attack.seed, STREAM, number))
+    def _make(self, how: Pass, surrogate: Surrogate | None, judges: Sequence[_Stand], number: int) -> None:
+        """An attack on what stands so near the boundary of the first of the judges."""
+        first = judges[0]
+        rows = first.left(how.near)
+        size = max(1, evaluation_batch(self._shape) // how.copies)
+        for chunk, chosen in enumerate(torch.split(rows, size)):
+            images, labels, settle = (
+                self.near.images[chosen],
+                self.near.labels[chosen],
+                partial(_settle, judges, chosen),
+            )
+            start = first.points[chosen] if how.onward else None
+            plan = self._attack.plan
+            generator = torch.Generator().manual_seed(derive_seed(self._attack.seed, STREAM, number, chunk))
+            if surrogate is not None and not how.by_queries:
+                how.run(surrogate, images, labels, plan.threat, generator, settle, start)
+                continue
+            square(
+                first.predictor,
+                images,
+                labels,
+                plan.threat,
+                self._attack.surrogate.normalization,
+                queries=how.steps,
+                generator=generator,
+                start=start,
+                settle=settle,
+            )
 
 
 def _settle(judges: Sequence[_Stand], rows: Tensor, attacked: Tensor, positions: Tensor) -> Tensor:
@@ -216,10 +242,11 @@ def images_of(split: Split) -> int:
 class Judge:
     """Clean and attacked validation images, and how the float twin answers them.
 
-    Attacks are the run's PGD, made on the float network, and from where that came near the boundary a short Auto-PGD on
-    each graph's own form (the float network, the integer graph's twin) and a short search by queries: whoever attacks
-    an integer graph makes use of how its activations are rounded, which PGD on the float network does not see. Every
-    point that is found for an integer graph is judged by the float twin too.
+    Attacks are the run's PGD, made on the float network, and from where that came near the boundary Auto-PGD on each
+    graph's own form (the float network, the integer graph's twin) and searches by queries: whoever attacks an integer
+    graph makes use of how its activations are rounded, which PGD on the float network does not see. Short ones tell
+    most graphs that lose too much; the long ones of the evidence are made where they do not. Every point that is found
+    for an integer graph is judged by the float twin too.
 
     Args:
         fp32: the float twin.
@@ -245,7 +272,8 @@ class Judge:
             progress = 1 - margins / _below_zero(margin(self._logits, self._labels))
             self._edge = self._find_edge(margins, progress)
             near = self._find_near(progress)
-            self._pursuit = _Pursuit(attack, near, twin, provider) if near else None
+            classes = self._logits.shape[1]
+            self._pursuit = _Pursuit(attack, near, twin, provider, classes) if near else None
 
     @property
     def margin_images(self) -> int:
@@ -257,18 +285,23 @@ class Judge:
         """Standard deviation of the float twin's clean logits."""
         return float(self._logits.std())
 
-    def drop(self, path: Path) -> Drop:
-        """What the graph in a file loses against the float twin."""
-        predictor = self._predictor(path)
-        return self._worst_case(path, predictor, self._flags(predictor))
+    def drop(self, path: Path, *, short: bool = False) -> Drop:
+        """What the graph in a file loses against the float twin.
+
+        Args:
+            path: the file.
+            short: without the long attacks.
+        """
+        *_, last = islice(self._drops(path), 2 if short else None)
+        return last
 
     def exceeds(self, path: Path, allowed: float) -> bool:
-        """Whether the graph loses more than is allowed; what PGD alone shows is looked at first."""
-        predictor = self._predictor(path)
-        flags = self._flags(predictor)
-        if self._difference(*flags, *self._float).worst > allowed:
-            return True
-        return self._worst_case(path, predictor, flags).worst > allowed
+        """Whether the graph loses more than is allowed.
+
+        What cheap attacks show is looked at first, and may turn a graph down: that they leave a smaller loss than a
+        graph's own rounding makes is the rule, and dearer ones have only been seen to find more.
+        """
+        return any(drop.worst > allowed for drop in self._drops(path))
 
     def disturbance(self, path: Path) -> float:
         """Mean squared difference of the clean logits from the float twin's."""
@@ -292,14 +325,19 @@ class Judge:
         clean = right(_answers(predictor, self._clean), self._labels)
         return clean, clean & right(_answers(predictor, self._attacked), self._labels) if self._attacked else clean
 
-    def _worst_case(self, path: Path, predictor: Predictor, flags: tuple[Tensor, Tensor]) -> Drop:
-        (clean, ours), (theirs_clean, theirs) = flags, self._float
-        if self._pursuit is not None:
-            rows = self._pursuit.near.rows
+    def _drops(self, path: Path) -> Iterator[Drop]:
+        """Under PGD alone, after short attacks, and after long ones."""
+        predictor = self._predictor(path)
+        (clean, ours), (theirs_clean, theirs) = self._flags(predictor), self._float
+        yield self._difference(clean, ours, theirs_clean, theirs)
+        if self._pursuit is None:
+            return
+        rows = self._pursuit.near.rows
+        for standing in self._pursuit.standing(path, predictor):
             ours, theirs = ours.clone(), theirs.clone()
-            for left, standing in zip((ours, theirs), self._pursuit.standing(path, predictor), strict=True):
-                left[rows] &= standing
-        return self._difference(clean, ours, theirs_clean, theirs)
+            for left, stands in zip((ours, theirs), standing, strict=True):
+                left[rows] &= stands
+            yield self._difference(clean, ours, theirs_clean, theirs)
 
     def _difference(self, clean: Tensor, robust: Tensor, theirs_clean: Tensor, theirs_robust: Tensor) -> Drop:
         lost = [

@@ -74,7 +74,7 @@ def measure_sensitivity(
         for one in ranked(found.values()):
             if end is not None and time.monotonic() >= end:
                 break
-            found[one.layer] = replace(one, drop=judge.drop(write(set(layers) - {one.layer})))
+            found[one.layer] = replace(one, drop=judge.drop(write(set(layers) - {one.layer}), short=True))
     return tuple(found.values())
 
 

@@ -28,8 +28,6 @@ OWN = "surrogate"
 CLIPPED = "clipped"
 OWN_FORM: Mapping[TargetName, SurrogateName] = {"torch": "float", "fp32": "float", "deployed": "twin"}
 """The surrogate that computes what the graph computes."""
-SIGNIFICANT = 0.05
-"""Probability, in McNemar's test, below which chance does not explain that one surrogate is weaker than another."""
 COLUMNS: tuple[TargetName, ...] = ("torch", "fp32", "deployed", "deployed_unoptimised")
 
 
@@ -65,8 +63,8 @@ class Matrix:
     columns: tuple[ColumnTest, ...]
     clipped_share: float | None
     best: Mapping[TargetName, tuple[SurrogateName, ...]]
-    """By compared graph: the surrogate whose attack fools it most, and after it the graph's own form unless that is
-    significantly weaker; empty if no row was finished."""
+    """By compared graph: the surrogate whose attack fools it most, and after it the graph's own form; empty if no row
+    was finished."""
     not_run: tuple[str, ...]
 
 
@@ -189,9 +187,10 @@ def _matrix(rows: Mapping[SurrogateName, _Row], run: Evaluation, not_run: tuple[
 
 
 def _best(graph: TargetName, left: Mapping[SurrogateName, Tensor]) -> tuple[SurrogateName, ...]:
-    """The surrogate under whose attack fewest images are left of a graph, and its own form if chance may part them."""
+    """The surrogate under whose attack fewest images are left of a graph, and its own form.
+
+    Beside the boundary another form misleads, however it fares in the matrix: what is compared is attacked alike.
+    """
     strongest = min(left, key=lambda name: int(left[name].sum()))
     own = OWN_FORM.get(graph, strongest)
-    if own == strongest or own not in left or mcnemar(left[own], left[strongest]).p_value < SIGNIFICANT:
-        return (strongest,)
-    return strongest, own
+    return (strongest,) if own == strongest or own not in left else (strongest, own)

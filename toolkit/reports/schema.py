@@ -407,8 +407,8 @@ class CalibrationMethod(Part):
     accuracy_drop: float
     """Clean accuracy lost on validation images; negative: gained."""
     robust_drop: float | None
-    """The same in the worst case over the run's PGD, made on the float network, and short attacks that go on from
-    there on each graph's own form."""
+    """The same in the worst case over the run's PGD, made on the float network, and attacks that go on from there
+    on each graph's own form: short ones, and where these find no more than is allowed, long ones."""
     logit_error: float
     """Mean squared difference of the clean logits."""
     images: int
@@ -424,8 +424,8 @@ class Assigned(Part):
     accuracy_drop: float
     """Clean accuracy lost on validation images; negative: gained."""
     robust_drop: float | None
-    """The same in the worst case over the run's PGD, made on the float network, and short attacks that go on from
-    there on each graph's own form."""
+    """The same in the worst case over the run's PGD, made on the float network, and attacks that go on from there
+    on each graph's own form: short ones, and where these find no more than is allowed, long ones."""
 
 
 class Sensitivity(Part):

@@ -191,8 +191,8 @@ def _agreement(measured: Mapping[str, Any], cell: PaperCell | None) -> dict[str,
 def _time(runner: Runner, panel: Panel, cell: Cell) -> dict[str, Any]:
     """What the last training of a network took, by seed; what it starts from not counted."""
     runs, missing = [], {}
-    for seed, planner in panel.planners.items():
-        step = planner.network_of(cell.recipe)
+    for seed in panel.planners:
+        step = panel.trained(cell, seed)
         result = runner.store.result(step)
         if result is None:
             missing[str(seed)] = runner.reason(panel, step)
@@ -216,7 +216,7 @@ def _embedding(runner: Runner, panel: Panel) -> dict[str, Any]:
     result = runner.store.result(step)
     if result is None or runner.store.missing(step):
         return {**facts, "missing": runner.reason(panel, step)}
-    kept = {name: result[name] for name in ("images", "robust", "layers")}
+    kept = {name: result.get(name) for name in ("images", "robust", "layers", "machine")}
     return {**facts, "seed": planner.seed, **kept, "file": str(runner.store.folder(step) / POINTS)}
 
 

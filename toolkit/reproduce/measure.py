@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit.artifacts import OnnxModel, Predictor, Proportion, TorchModel
+from toolkit.artifacts import Batch, OnnxModel, Predictor, Proportion, Split, TorchModel
 from toolkit.attacks.deepfool import deepfool
 from toolkit.attacks.ensemble import compose
 from toolkit.attacks.surrogate import Surrogate
+from toolkit.attacks.threat import PgdPlan, ThreatModel
 from toolkit.evaluators.accuracy import measure_accuracy
 from toolkit.evaluators.evaluation import Conditions
 from toolkit.evaluators.journal import Journal
@@ -20,6 +22,7 @@ from toolkit.evaluators.saturation_emulation import twin_of_session
 from toolkit.evaluators.scoring import Judges, SurrogateName, TargetName, primary_of
 from toolkit.evaluators.surrogate import twin_model
 from toolkit.exporters.session import OnnxPredictor
+from toolkit.progress import task
 from toolkit.reproduce.steps import INTEGER_GRAPH, Step
 from toolkit.reproduce.work import Bench, read_plan
 
@@ -41,9 +44,29 @@ def do_measuring(step: Step, bench: Bench) -> dict[str, Any]:
     assert plan is not None  # every measure has one
     split = bench.splits.evaluation.first(settings["evaluation"][0])
     surrogates, targets = _lineup(step, bench)
+    journal = Journal(bench.file(step, JOURNAL), step.digest, resume=True)
+    try:
+        found = _attacked(step, bench, surrogates, targets, plan, split, journal)
+    except BaseException:
+        journal.close()
+        raise
+    journal.close(discard=True)
+    return found
+
+
+def _attacked(
+    step: Step,
+    bench: Bench,
+    surrogates: Surrogates,
+    targets: Mapping[TargetName, Predictor],
+    plan: PgdPlan,
+    split: Split,
+    journal: Journal,
+) -> dict[str, Any]:
+    settings = step.settings
     if settings["measure"].startswith("deepfool"):
         target = targets[primary_of(targets)]
-        robust = _deepfool(step, bench, surrogates[OWN[settings["form"]]], target)
+        robust = _deepfool(bench, surrogates[OWN[settings["form"]]], target, plan, split, journal)
         return _shares(clean=measure_accuracy(target, split), robust=robust)
     ensemble = settings["measure"].startswith("autoattack")
     classes = len(bench.world.source.train.class_names)
@@ -53,13 +76,7 @@ def do_measuring(step: Step, bench: Bench) -> dict[str, Any]:
         settings["seed"],
         passes=compose("ensemble", classes, plan.threat.norm) if ensemble else (),
     )
-    journal = Journal(bench.file(step, JOURNAL), step.digest, resume=True)
-    try:
-        found = evaluate_robustness(surrogates, targets, split, conditions, journal=journal)
-    except BaseException:
-        journal.close()
-        raise
-    journal.close(discard=True)
+    found = evaluate_robustness(surrogates, targets, split, conditions, journal=journal)
     return _result(found, primary_of(targets), OWN[settings["form"]], worst_counts=ensemble)
 
 
@@ -99,31 +116,48 @@ def _result(found: Robustness, target: TargetName, own: SurrogateName, *, worst_
     }
 
 
-def _deepfool(step: Step, bench: Bench, model: TorchModel, target: Predictor) -> Proportion:
+def _deepfool(
+    bench: Bench, model: TorchModel, target: Predictor, plan: PgdPlan, split: Split, journal: Journal
+) -> Proportion:
     """Share of images that the target classifies rightly, clean and at every point in the ball that DeepFool tries."""
-    plan = read_plan(step.settings["plan"])
-    assert plan is not None  # as above
     normalization = bench.world.source.normalization_hint
     judges = Judges({"torch": target}, plan.threat, normalization, files=False)
     surrogate = Surrogate(model.module, normalization, "float32", input_shape=model.spec.input_shape)
     standing: list[Tensor] = []
     position = 0
-    for batch in bench.splits.evaluation.first(step.settings["evaluation"][0]).batches():
-        indices = np.arange(position, position + len(batch), dtype=np.int64)
-        clean = judges.score(batch.images, batch.images, batch.labels, indices=indices, every=False)["torch"].clone()
-
-        def settle(attacked: Tensor, rows: Tensor, *, batch: Any = batch, flags: Tensor = clean) -> Tensor:
-            rows = rows.cpu()
-            right = judges.score(attacked, batch.images[rows], batch.labels[rows], indices=rows.numpy(), every=False)[
-                "torch"
-            ]
-            flags[rows[~right]] = False
-            return ~right
-
-        deepfool(surrogate, batch.images, batch.labels, plan.threat, settle=settle)
-        standing.append(clean)
-        position += len(batch)
+    with task("DeepFool", len(split)) as bar:
+        for batch in split.batches():
+            key = f"deepfool/{position}"
+            known = journal.get(key)
+            if known is None:
+                flags = _stands(surrogate, judges, batch, position, plan.threat)
+                journal.put(key, {"standing": flags.numpy()})
+            else:
+                flags = torch.from_numpy(known["standing"])
+            standing.append(flags)
+            position += len(batch)
+            bar.advance(len(batch))
     return Proportion.of(torch.cat(standing))
+
+
+def _stands(surrogate: Surrogate, judges: Judges, batch: Batch, position: int, threat: ThreatModel) -> Tensor:
+    """Which images of a batch, the first of which is at `position` of all, DeepFool leaves right."""
+    indices = np.arange(position, position + len(batch), dtype=np.int64)
+
+    def right(images: Tensor, rows: Tensor) -> Tensor:
+        clean, labels = batch.images[rows], batch.labels[rows]
+        return judges.score(images, clean, labels, indices=indices[rows.numpy()], every=False)["torch"]
+
+    flags = right(batch.images, torch.arange(len(batch))).clone()
+
+    def settle(attacked: Tensor, positions: Tensor) -> Tensor:
+        rows = positions.cpu()
+        kept = right(attacked, rows)
+        flags[rows[~kept]] = False
+        return ~kept
+
+    deepfool(surrogate, batch.images, batch.labels, threat, settle=settle)
+    return flags
 
 
 def _shares(**found: Proportion) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-NOT_IN_PAPER = "not in the paper"
+NOT_IN_PAPER, NOT_COMPARABLE = "not in the paper", "not comparable"
 QUANTITIES, WHOSE = ("test", "robust"), ("ours", "paper", "difference")
 ENERGY = "not measured: the machine does not tell"
 MASKED = (
@@ -44,7 +44,9 @@ def _machine(document: Mapping[str, Any]) -> str:
     """On which machines the runs were made; those of before this was kept are of unknown ones."""
     parts = [part for panel in document["panels"] for part in (*panel["cells"], *panel.get("times", ()))]
     parts += [point for panel in document["panels"] for curve in panel["curves"] for point in curve["points"]]
-    known = {json.dumps(run.get("machine")): run.get("machine") for part in parts for run in part["runs"]}
+    runs = [run for part in parts for run in part["runs"]]
+    runs += [found for panel in document["panels"] if "machine" in (found := panel.get("embedding", {}))]
+    known = {json.dumps(run.get("machine")): run.get("machine") for run in runs}
     words = [
         f"{', '.join((found['cpu'], *found['gpus']))}, torch {found['torch']}" if found else "a machine not noted down"
         for found in known.values()
@@ -59,7 +61,7 @@ def _panel(kind: str, panel: Mapping[str, Any]) -> list[str]:
         parts.append("Not the paper's data set, images or network: its numbers do not stand beside these.")
     paper_cells = [cell for cell in panel["cells"] if cell["in_paper"]]
     if paper_cells:
-        parts.append(_comparison(paper_cells))
+        parts.append(_comparison(paper_cells, NOT_IN_PAPER if panel["comparable"] else NOT_COMPARABLE))
     others = [cell for cell in panel["cells"] if not cell["in_paper"]]
     if others:
         parts.append(f"### What the paper does not have\n\n{_columns_text(others, panel)}")
@@ -75,16 +77,21 @@ def _panel(kind: str, panel: Mapping[str, Any]) -> list[str]:
     return [part for part in parts if part]
 
 
-def _comparison(cells: Sequence[Mapping[str, Any]]) -> str:
+def _comparison(cells: Sequence[Mapping[str, Any]], otherwise: str) -> str:
+    """Ours beside the paper's, or beside why there are none."""
     header = ("network", "fine-tuning", *(f"{name}, {whose}" for name in QUANTITIES for whose in WHOSE))
     return _table(
-        header, [(cell["row"], cell["column"], *_pair(cell, "test"), *_pair(cell, "robust")) for cell in cells]
+        header,
+        [
+            (cell["row"], cell["column"], *(part for name in QUANTITIES for part in _pair(cell, name, otherwise)))
+            for cell in cells
+        ],
     )
 
 
-def _pair(cell: Mapping[str, Any], name: str) -> tuple[str, str, str]:
+def _pair(cell: Mapping[str, Any], name: str, otherwise: str) -> tuple[str, str, str]:
     """Ours, the paper's, and the difference."""
-    theirs = _figure(cell["paper"][name]) if cell["paper"] else NOT_IN_PAPER
+    theirs = _figure(cell["paper"][name]) if cell["paper"] else otherwise
     if not cell["runs"]:
         return (f"not run: {_why(cell)}" if name == QUANTITIES[0] else "not run"), theirs, ""
     ours = cell["means"][name]["text"]
@@ -163,8 +170,8 @@ def _times(rows: Sequence[Mapping[str, Any]]) -> str:
         )
     note = (
         "Without what the training starts from. Processor time leaves out what other processes took of the machine, "
-        "but not what they took of its caches; energy is that of the whole machine meanwhile. The paper's numbers are "
-        "not at hand."
+        "but not what they took of its caches; energy is that of all processor packages meanwhile. The paper's numbers "
+        "are not at hand."
     )
     return f"{note}\n\n{_table(header, body)}"
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from toolkit.bundle import disk_errors
 from toolkit.config import DataConfig, ReproduceConfig
 from toolkit.errors import ToolkitError
 from toolkit.prepare import set_threads
@@ -93,11 +94,16 @@ class Panel:
         """The step that fills a cell."""
         return self.planners[seed].measure(cell.recipe, cell.measure)
 
+    def trained(self, cell: Cell, seed: int) -> Step:
+        """The step that makes a cell's network."""
+        return self.planners[seed].network_of(cell.recipe)
+
     def places(self) -> list[Place]:
         """Everything that is to be filled."""
         found = []
         for rank, (seed, planner) in enumerate(self.planners.items()):
-            found += [Place(self.step(cell, seed), planner, cell.tier, rank) for cell in self.cells]
+            of_cells = self.trained if self.target.kind == "time" else self.step
+            found += [Place(of_cells(cell, seed), planner, cell.tier, rank) for cell in self.cells]
             recipes = [recipe for curve in self.curves for recipe in curve.points.values()]
             found += [Place(planner.measure(recipe, "pgd-paper"), planner, 1, rank) for recipe in recipes]
             if self.recipes and rank == 0:
@@ -252,13 +258,14 @@ class Runner:
         notice(step.label)
         bench = Bench(self.store, world, planner.splits)
         try:
-            with self.store.sitting(step) as sittings:
-                result = WORKERS[step.kind](step, bench)
+            with disk_errors(self.store.root, "--work"):
+                with self.store.sitting(step) as sittings:
+                    result = WORKERS[step.kind](step, bench)
+                self.store.finish(step, result, sittings)
         except ToolkitError as error:
             self.failed[step] = f"{error.problem}: {error.found}"
             notice(f"failed: {error.problem}: {error.found}; fix: {error.fix}")
             return False
-        self.store.finish(step, result, sittings)
         return True
 
     def impossible(self) -> list[str]:

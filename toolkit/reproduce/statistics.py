@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from toolkit.artifacts import Proportion
+from toolkit.artifacts import Z_95, Proportion
 from toolkit.reproduce.paper import Figure
 
 WITHIN = 2.0
@@ -34,9 +34,9 @@ class Mean:
 
     @property
     def sampling_error(self) -> float:
-        """The standard error that the finite number of test images alone causes, of one seed."""
-        share = self.shares[0]
-        return 100 * math.sqrt(share.value * (1 - share.value) / share.total)
+        """The standard error that the finite number of test images alone causes, by Wilson's interval's longer arm."""
+        pooled = Proportion(sum(share.correct for share in self.shares), sum(share.total for share in self.shares))
+        return 100 * max(pooled.high - pooled.value, pooled.value - pooled.low) / Z_95
 
     def __str__(self) -> str:
         if self.error is not None:
@@ -68,11 +68,12 @@ class Agreement:
 def compare(ours: Mean, theirs: Figure) -> Agreement:
     """The difference of the means and its combined standard error, root of the sum of squares.
 
-    Of one seed our part is the error that the finite number of test images causes; that leaves the spread of seeds
-    out, and is too small. Where the paper gives no error its part is left out too.
+    Of one seed, or several that agree to the last image, our part is the error that the finite number of test images
+    causes; that leaves the spread of seeds out, and is too small. Where the paper gives no error its part is left out
+    too.
     """
-    known = [ours.sampling_error if ours.error is None else ours.error]
-    parts = ["test images alone" if ours.error is None else f"our {len(ours.shares)} seeds"]
+    known = [ours.error or ours.sampling_error]
+    parts = [f"our {len(ours.shares)} seeds" if ours.error else "test images alone"]
     if theirs.error is not None:
         known.append(theirs.error)
         parts.append("the paper's")

@@ -15,13 +15,15 @@ from toolkit.errors import ToolkitError
 from toolkit.evaluators.environment import cpu_model, gpu_names
 from toolkit.locks import alone
 from toolkit.paths import cache_folder
-from toolkit.reproduce.energy import joules
+from toolkit.reproduce.energy import Meter
 from toolkit.reproduce.protocol import Protocol
 from toolkit.reproduce.steps import FILES, Step
 
 FORMAT = 1
 MARKER, LOCK = "reproduce.json", "lock"
 RESULT, STEP, SITTINGS = "result.json", "step.json", "sittings.json"
+TRAINING = "training.partial"
+"""Checkpoint of a training under way."""
 
 
 def default_folder(protocol: str) -> Path:
@@ -36,7 +38,7 @@ class Sittings:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     joules: float | None = 0.0
-    """Of the whole machine meanwhile; None: not measured."""
+    """Of all processor packages meanwhile; None: not measured."""
     count: int = 0
     lost: int = 0
     """Sittings that were killed, whose time nobody knows: the sums are then too small."""
@@ -144,7 +146,8 @@ class Store:
         _write(folder / STEP, {**facts, "parents": [parent.digest for parent in step.parents]})
         machine = {"cpu": cpu_model(), "gpus": list(gpu_names()), "torch": version("torch")}
         _write(folder / RESULT, {**result, "spent": vars(sittings), "machine": machine})
-        (folder / SITTINGS).unlink(missing_ok=True)  # if it is ever done again, that time counts from nothing
+        for name in (TRAINING, SITTINGS):  # if it is ever done again, that time counts from nothing
+            (folder / name).unlink(missing_ok=True)
 
     @contextmanager
     def sitting(self, step: Step) -> Iterator[Sittings]:
@@ -154,17 +157,14 @@ class Store:
         found = Sittings(**_read(path))
         under_way = Sittings(found.seconds, found.cpu_seconds, found.joules, found.count, found.lost + 1)
         _write(path, vars(under_way))  # what stands if nobody comes back from this sitting
-        start, cpu, energy = time.perf_counter(), time.process_time(), joules()
+        start, cpu, meter = time.perf_counter(), time.process_time(), Meter()
         try:
             yield found
         finally:
             found.seconds += time.perf_counter() - start
             found.cpu_seconds += time.process_time() - cpu
-            now = joules()
-            if energy is None or now is None or found.joules is None:
-                found.joules = None  # a sum with an unknown part is unknown
-            else:
-                found.joules += now.since(energy)
+            energy = meter.stop()
+            found.joules = None if energy is None or found.joules is None else found.joules + energy
             found.count += 1
             _write(path, vars(found))
 

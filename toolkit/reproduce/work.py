@@ -22,12 +22,10 @@ from toolkit.models.registry import build_network
 from toolkit.pruning import prune
 from toolkit.reproduce.recipes import plan_of
 from toolkit.reproduce.steps import FLOAT_GRAPH, INTEGER_GRAPH, MODEL, Step
-from toolkit.reproduce.store import Store
+from toolkit.reproduce.store import TRAINING, Store
 from toolkit.reproduce.world import World
 from toolkit.training.loop import train
 from toolkit.training.qat import LearntRanges, Rounding, simulate
-
-TRAINING = "training.partial"
 
 
 @dataclass(frozen=True)
@@ -124,13 +122,12 @@ def do_training(step: Step, bench: Bench) -> dict[str, Any]:
         seed=settings["seed"],
         label=step.label,
         checkpoint=bench.file(step, TRAINING),
-        resume=True,
+        resume="or anew",
         teacher=teacher,
         rounding=rounding,
         observer=recorder,
     )
     save_checkpoint(result.model, bench.file(step, MODEL))
-    bench.file(step, TRAINING).unlink(missing_ok=True)
     return {
         **({"ranges": recorder.state()} if recorder else {}),
         **({"learnt": result.learnt.ends} if result.learnt else {}),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Any
 
 from toolkit import bundle
 from toolkit.artifacts import Proportion
-from toolkit.config import GateConfig, HardenConfig, SearchConfig, SearchRunConfig, build
+from toolkit.config import GateConfig, HardenConfig, SearchRunConfig, build
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.latency import ISOLATION, LatencyRow, benchmark
 from toolkit.evaluators.timing import Interval
@@ -25,7 +24,7 @@ from toolkit.progress import notice
 from toolkit.reports.schema import Report, Share
 from toolkit.search.front import Limits, Point, finalists, recommend
 from toolkit.search.objective import Laboratory
-from toolkit.search.report import Candidate, SearchResult
+from toolkit.search.report import Candidate, SearchResult, own_name
 from toolkit.search.runner import measurements, points_of
 from toolkit.search.space import Space, digest
 from toolkit.search.storage import Tried
@@ -80,6 +79,7 @@ def full_evidence(
     candidates = tuple(replace(one, point=_timed_point(one.point, rows)) for one in done)
     return SearchResult(
         output,
+        config.search.study,
         candidates,
         tuple(tried),
         tuple(cheap),
@@ -115,10 +115,7 @@ def comparable(points: Sequence[Point]) -> list[Point]:
 
 
 def _folder(config: SearchRunConfig, output: Path, trial: int) -> Path:
-    study = config.search.study
-    name = re.sub(r"[^\w.-]", "_", study)  # it may hold anything, and several studies may share a folder
-    prefix = "" if study == SearchConfig().study else f"{name}-"
-    return output / BUNDLES / f"{prefix}trial-{trial:03d}"
+    return output / BUNDLES / own_name(config.search.study, f"trial-{trial:03d}")
 
 
 def _hash(identity: Mapping[str, Any]) -> str:

@@ -144,6 +144,11 @@ class Laboratory:
         parts = {"prune", "finetune", "seed", "threads", "threat", "data"}
         facts = {**config.model_dump(mode="json", include=parts), "weights": self.weights}
         facts["data"].pop("evaluation")  # judges alone
+        facts["images"] = [
+            split.labelled_digest for split in (self.prepared.splits.train, self.prepared.splits.validation)
+        ]
+        teacher = self._teacher(config)  # what lies at a path may change
+        facts["finetune"]["teacher"] = weights_digest(teacher) if teacher else None
         if config.finetune.qat:
             facts["weight_bits"] = config.quantize.int8_bits
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -179,7 +184,7 @@ class Laboratory:
         """The tuned network; once tuned it is read from disk, and whoever wants the same one meanwhile waits for it."""
         pruned = prune(self.prepared.model, config.prune).model
         splits = self.prepared.splits
-        teacher = load_teacher(config.finetune, self.prepared.model.spec, splits, config.model)
+        teacher = self._teacher(config)
         kept = self.tuned_file(config)
         kept.parent.mkdir(parents=True, exist_ok=True)
         with locked(kept.with_suffix(".lock"), "the same fine-tuning is under way there"):
@@ -192,10 +197,13 @@ class Laboratory:
                 seed=config.seed,
                 label="fine-tuning",
                 checkpoint=kept,
-                resume=True,
+                resume="or anew",
                 teacher=teacher,
                 rounding=rounding_of(config, self.prepared),
             )
+
+    def _teacher(self, config: HardenConfig) -> TorchModel | None:
+        return load_teacher(config.finetune, self.prepared.model.spec, self.prepared.splits, config.model)
 
     def _judge(self, config: HardenConfig, model: TorchModel, graphs: Graphs) -> tuple[Proportion, Proportion]:
         """Clean accuracy of the deployed graph, and what the attacks leave of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import __version__
+from toolkit.config import SearchConfig
 from toolkit.reports.summary import text_table
 from toolkit.search.front import Limits, Point, Recommendation, pareto
 from toolkit.search.space import Parameters
@@ -16,6 +18,14 @@ from toolkit.search.storage import Tried
 
 HEADER = ("trial", "clean", "attacked", "ms", "of the original's", "bytes", "")
 DATA, MARKDOWN, PICTURE = "front.json", "front.md", "front.png"
+
+
+def own_name(study: str, name: str) -> str:
+    """What a study's file or folder is called: several studies may share an output, and be called anything."""
+    prefix = re.sub(r"[^\w.-]", "_", study)
+    return name if study == SearchConfig().study else f"{prefix}-{name}"
+
+
 CHEAP = "validation images and quick attacks"
 
 
@@ -36,6 +46,7 @@ class SearchResult:
     """What a search came to."""
 
     output: Path
+    study: str
     candidates: tuple[Candidate, ...]
     tried: tuple[Tried, ...]
     cheap: tuple[Point, ...]
@@ -48,6 +59,10 @@ class SearchResult:
     """How it was measured."""
     foreign_load: float
     """Share of the CPU time that other processes took while the bundles were timed."""
+
+    def file(self, name: str) -> Path:
+        """Where one of its files lies."""
+        return self.output / own_name(self.study, name)
 
     @property
     def limits_kept(self) -> bool:
@@ -142,7 +157,7 @@ def render(found: SearchResult) -> str:
         *_warnings(found),
         f"{title}: trial {best.point.trial}: {settings_text(chosen.parameters)}",
         f"why:     {best.why}",
-        f"\nbundle:  {chosen.folder}\nfront:   {found.output / MARKDOWN}, {found.output / PICTURE}",
+        f"\nbundle:  {chosen.folder}\nfront:   {found.file(MARKDOWN)}, {found.file(PICTURE)}",
         f"next:    toolkit report {place}",
     ]
     return "\n".join(lines)
@@ -155,7 +170,7 @@ def _warnings(found: SearchResult) -> list[str]:
 
 
 def render_markdown(found: SearchResult) -> str:
-    """front.md."""
+    """The front as a document."""
     best = found.recommendation
     limits = [f"{name} {value}" for name, value in asdict(found.limits).items() if value is not None]
     title = "Recommended" if best.keeps else "Nearest"
@@ -166,7 +181,7 @@ def render_markdown(found: SearchResult) -> str:
     parts = [
         "# Search",
         f"Limits: {', '.join(limits) or 'none'}. {title}: trial {best.point.trial}; {best.why}.",
-        f"![front]({PICTURE})",
+        f"![front]({found.file(PICTURE).name})",
         "## Bundles",
         "Figures of the deployed graphs on evaluation images, with 95 % intervals; latency at batch "
         f"{found.batch}, all bundles and the original network's float graph in the same rounds ({found.timing}).",

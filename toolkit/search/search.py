@@ -29,7 +29,7 @@ from toolkit.search.finals import full_evidence
 from toolkit.search.front import Limits
 from toolkit.search.objective import Laboratory, Workbench, weights_digest
 from toolkit.search.plot import plot_front
-from toolkit.search.report import DATA, MARKDOWN, PICTURE, SearchResult, record, render_markdown
+from toolkit.search.report import DATA, MARKDOWN, PICTURE, SearchResult, own_name, record, render_markdown
 from toolkit.search.runner import Plan, run_trials
 from toolkit.search.space import Anatomy, Space
 from toolkit.search.storage import IDENTITY, Study, same_network
@@ -72,6 +72,7 @@ def search(config: SearchRunConfig, output: Path, *, force: bool = False) -> Sea
     identity = _identity(ready)
     with bundle.disk_errors(output):
         if force:
+            _keep_others(config, output)
             if config.search.storage is not None:
                 forget(
                     url, config.search.study, lambda known: same_network(known.user_attrs.get(IDENTITY, {}), identity)
@@ -79,7 +80,8 @@ def search(config: SearchRunConfig, output: Path, *, force: bool = False) -> Sea
             _clear(output)
         with _open_study(ready, url, identity) as study, failures(url):
             kept = config.search.model_copy(update={"storage": config.search.storage and without_password(url)})
-            write_settings(config.model_copy(update={"search": kept}), output / SETTINGS, home=output)
+            written = output / own_name(config.search.study, SETTINGS)
+            write_settings(config.model_copy(update={"search": kept}), written, home=output)
             with _executor(ready) as executor:
                 plan = Plan(config.search.trials, config.seeds, Limits.of(config), config.search.budget)
                 run_trials(study, ready.space, executor, plan)
@@ -113,6 +115,22 @@ def _keep_inputs(config: SearchRunConfig, output: Path) -> None:
                 found=f"{path} in {output}",
                 fix="copy it to another place first, or name another folder with --output",
             )
+
+
+def _keep_others(config: SearchRunConfig, output: Path) -> None:
+    """Refuse to remove with the folder what other studies left in it.
+
+    Raises:
+        ToolkitError: another study's settings lie in `output`.
+    """
+    ours = own_name(config.search.study, SETTINGS)
+    others = sorted(path.name for path in output.glob(f"*{SETTINGS}") if path.name != ours)
+    if others:
+        raise ToolkitError(
+            "--force would remove other studies with this one",
+            found=f"{', '.join(others)} in {output}",
+            fix="name another folder with --output, or remove that folder if nothing in it is wanted any more",
+        )
 
 
 def prepare_search(config: SearchRunConfig, output: Path) -> Search:
@@ -183,12 +201,10 @@ def _executor(ready: Search) -> Iterator[Executor]:
 def write_front(found: SearchResult) -> None:
     """Write the front as data, as Markdown and as a picture."""
     best = found.recommendation
-    (found.output / DATA).write_text(json.dumps(record(found), indent=2) + "\n", encoding="utf-8")
-    (found.output / MARKDOWN).write_text(render_markdown(found), encoding="utf-8")
+    found.file(DATA).write_text(json.dumps(record(found), indent=2) + "\n", encoding="utf-8")
+    found.file(MARKDOWN).write_text(render_markdown(found), encoding="utf-8")
     points = [one.point for one in found.candidates]
-    plot_front(
-        found.output / PICTURE, found.cheap, points, found.limits, recommended=best.point.trial, batch=found.batch
-    )
+    plot_front(found.file(PICTURE), found.cheap, points, found.limits, recommended=best.point.trial, batch=found.batch)
 
 
 def _identity(ready: Search) -> dict[str, Any]:
@@ -211,7 +227,9 @@ def _identity(ready: Search) -> dict[str, Any]:
         "seeds": list(config.seeds),
         "weights": ready.laboratory.weights,
         "teacher": weights_digest(teacher) if teacher else None,
-        "images of the data set": prepared.splits.train.digest,
+        "images of the data set": [
+            split.labelled_digest for split in (prepared.splits.train, prepared.splits.validation)
+        ],
     }
 
 
@@ -221,7 +239,7 @@ def _check_output(output: Path) -> None:
     Raises:
         ToolkitError: `output` is no search's folder.
     """
-    begun = any((output / name).is_file() for name in (SETTINGS, STORAGE))  # the storage comes first
+    begun = (output / STORAGE).is_file() or any(output.glob(f"*{SETTINGS}"))  # the storage comes first
     if output.is_file() or (output.is_dir() and any(output.iterdir()) and not begun):
         raise ToolkitError(
             "the output is no folder of a search",

@@ -46,6 +46,7 @@ DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
 }
 IDENTITY, OWNER, DIGEST, ATTEMPT, RESULT, REASON = "identity", "owner", "digest", "attempt", "result", "reason"
 SKIPPED = "skipped"
+"""Why a trial ended that neither has a result nor died."""
 DIED = f"its process died, {ATTEMPTS} times"
 
 
@@ -170,8 +171,9 @@ class Study:
 
     def release(self, number: int) -> None:
         """Give a trial back, to be made by whoever asks next."""
-        self._held.pop(number, None)
-        trial = self._trial(number)
+        held, trial = self._held.pop(number, None), self._trial(number)
+        if held is not None:
+            held.set_user_attr(SKIPPED, "given back")  # or its last attempt would pass for a death
         if self._finish(number, None):
             self._enqueue_again(trial, int(trial.user_attrs.get(ATTEMPT, 1)))
 

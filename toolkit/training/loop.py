@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any, Literal
 
 from toolkit.artifacts import Split, TorchModel
 from toolkit.attacks.threat import PgdPlan
 from toolkit.config import TrainConfig
-from toolkit.progress import task
+from toolkit.errors import ToolkitError
+from toolkit.progress import notice, task
 from toolkit.training.distributed import ALONE, World
 from toolkit.training.interrupt import deferred_interrupt
 from toolkit.training.qat import Rounding
@@ -32,7 +34,7 @@ def train(
     seed: int,
     label: str = "training",
     checkpoint: Path | None = None,
-    resume: bool = False,
+    resume: bool | Literal["or anew"] = False,
     teacher: TorchModel | None = None,
     rounding: Rounding | None = None,
     world: World = ALONE,
@@ -46,7 +48,8 @@ def train(
         config: objective, epochs, rate and so on.
         plan: threat model of training and of the validation attack; the standard objective needs none.
         seed: fixes order, attack starts and dropout.
-        checkpoint: file that is kept up to date and removed by nobody; with `resume` the run goes on from it.
+        checkpoint: file that is kept up to date and removed by nobody; with `resume` the run goes on from it. One of
+            another run, or a damaged one, is refused, or with "or anew" given up.
         teacher: whose soft labels the objective `distill` learns; with the same classes and shape of images.
         rounding: to what the last part of the training rounds weights and activations (`training.qat`); None: nothing.
         world: the processes that train together; all call this with the same arguments, the first one writes.
@@ -61,7 +64,7 @@ def train(
     run = Run(model, train_split, validation, config, plan, seed, teacher, rounding, world, observer)
     if resume:
         kept = checkpoint if world.leads and checkpoint is not None and checkpoint.is_file() else None
-        state = world.lead(load_state(kept, run.fingerprint) if kept else None)
+        state = world.lead(_known(kept, run.fingerprint, strict=resume is True) if kept else None)
         if state is not None:
             run.restore(state)
     steps = run.steps_per_epoch * config.epochs
@@ -82,3 +85,13 @@ def train(
                 raise KeyboardInterrupt
             bar.advance(1, run.note)
     return run.result()
+
+
+def _known(checkpoint: Path, fingerprint: str, *, strict: bool) -> dict[str, Any] | None:
+    try:
+        return load_state(checkpoint, fingerprint)
+    except ToolkitError as error:
+        if strict:
+            raise
+        notice(f"{error.problem}: it begins anew ({error.found})")
+        return None

@@ -155,8 +155,8 @@ class Run:
             "teacher": self.teacher and self.teacher.digest,
             "plan": self.plan and [self.plan.record(), self.plan.steps, self.plan.step_size],
             "seed": self.seed,
-            "train": self.train_split.digest,
-            "validation": self.validation.digest,
+            "train": self.train_split.labelled_digest,
+            "validation": self.validation.labelled_digest,
             "spec": spec_to_dict(self.original.spec),
             "rounding": self.rounding and self.rounding.record(),
         }
@@ -234,6 +234,7 @@ class Run:
         pair = (self.attack, TrainingAttack.multi_step(self.plan.threat, guard.STEPS))
         images = self.validation.first(guard.IMAGES)
         _, fgsm, pgd = measure(self.module, images, self.adversary, pair, derive_seed(self.seed, self.step))
+        fgsm, pgd = self.world.lead((fgsm, pgd))  # or a network that differs in one process alone would part them
         if self.guard.check(self.step, self.step / self.steps, fgsm, pgd, self._weights()):
             self._set_weights(self.guard.good)
             self._fall_back()
