@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from tests.toys import GREY, RGB, halves, small_network, wrap
 from toolkit.artifacts import Normalized, Proportion, Splits
+from toolkit.data.images import ArrayImages
 
 
 @given(st.integers(1, 100_000), st.floats(0, 1))
@@ -51,6 +53,10 @@ def test_a_digest_names_the_set_whatever_its_order() -> None:
     turned = type(split)(split.images, split.indices[::-1].copy())
     assert split.digest == turned.digest != split.first(9).digest
     assert len(split.first(99)) == 10
+    assert split.labelled_digest == turned.labelled_digest != split.first(9).labelled_digest
+    images = ArrayImages("b", ("left", "right"), split.images.pixels(split.indices), 1 - split.labels)
+    other = replace(split, images=images)
+    assert split.digest == other.digest and split.labelled_digest != other.labelled_digest
 
 
 def test_the_record_counts_every_part() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -15,9 +17,11 @@ import torch
 from tests import tiny
 from tests.reproduce import small
 from toolkit import cli
+from toolkit.attacks.deepfool import deepfool
 from toolkit.attacks.threat import PgdPlan
 from toolkit.errors import ToolkitError
 from toolkit.reproduce import command, paper, runner, targets, workers, world
+from toolkit.reproduce import measure as measuring
 from toolkit.reproduce.document import documents
 from toolkit.reproduce.recipes import Measure, Recipe
 from toolkit.reproduce.render import render
@@ -181,6 +185,7 @@ def test_a_table_is_filled_over_several_sittings_and_shared_with_others(tmp_path
     done = {json.loads(path.read_text())["label"] for path in tmp_path.glob("*/step.json")}
     left = {step.text for step in Runner(small.settings(tmp_path, "table6", data={"source": "fashion-mnist"})).plan()}
     assert left and not left & done, "what tables share is not run again"
+    assert not any("PGD" in text for text in left), "times need no attacks"
 
 
 class Cut:
@@ -352,6 +357,43 @@ def test_real_integers_and_simulated_ones_under_every_attack(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("small_world")
+def test_deepfool_that_was_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fill(Runner(small.settings(tmp_path / "whole", attack_images=8)), TUNED, "deepfool-paper")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for path in (tmp_path / "cut").glob("*/step.json"):
+        if json.loads(path.read_text())["settings"].get("measure") == "deepfool-paper":
+            path.with_name("result.json").unlink()
+    monkeypatch.setattr("toolkit.artifacts.evaluation_batch", lambda _shape: 3)
+    seen: list[int] = []
+
+    def cut(*arguments: Any, **options: Any) -> Any:
+        seen.append(len(arguments[1]))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return deepfool(*arguments, **options)
+
+    monkeypatch.setattr(measuring, "deepfool", cut)
+    with pytest.raises(KeyboardInterrupt):
+        fill(Runner(small.settings(tmp_path / "cut", attack_images=8)), TUNED, "deepfool-paper")
+    again = fill(Runner(small.settings(tmp_path / "cut", attack_images=8)), TUNED, "deepfool-paper")
+    assert seen == [3, 3, 2, 2], "the last batch alone is made again"
+    assert again["robust"] == whole["robust"]
+
+
+@pytest.mark.usefixtures("small_world")
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Runner(small.settings(tmp_path, "table2", data={"source": "fashion-mnist"}))
+
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("toolkit.reproduce.work.save_checkpoint", full)
+    found.run()
+    assert all(reason.startswith("the disk is full") for reason in found.failed.values()) and found.failed
+    assert list(tmp_path.glob("*/training.partial")), "what was trained is kept"
+
+
+@pytest.mark.usefixtures("small_world")
 def test_the_two_readings_of_eps_are_two_figures(tmp_path: Path) -> None:
     found = Runner(small.settings(tmp_path))
     theirs, sound = (fill(found, TUNED, measure) for measure in ("pgd-paper", "pgd-pixel"))
@@ -401,10 +443,18 @@ def test_layouts_are_of_the_class_and_of_clean_and_attacked_images(
 def test_the_class_must_exist(tmp_path: Path, small_world: None, monkeypatch: pytest.MonkeyPatch) -> None:
     del small_world
     monkeypatch.setattr(targets, "EMBEDDED_CLASS", "Rucksack")
-    monkeypatch.setattr(targets, "embedded", lambda _experiment: {"a": Recipe("standard")})
     found = Runner(small.settings(tmp_path, "figure2"))
+    assert found.plan() == [], "nothing is trained for it"
+    assert found.impossible() == ["the data set has no class Rucksack"]
+    assert documents(found)[0]["panels"][0]["embedding"]["missing"] == "the data set has no class Rucksack"
+
+
+@pytest.mark.usefixtures("small_world")
+def test_too_few_images_of_the_class_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "embedded", lambda _experiment: {"a": Recipe("standard")})
+    found = Runner(small.settings(tmp_path, "figure2", data={"source": "fashion-mnist", "evaluation": 20}))
     found.run()
-    assert any("has no class 'Rucksack'" in reason for reason in found.failed.values())
+    assert list(found.failed.values()) == ["too few images of the class Bag to lay out: 2 among 20 evaluation images"]
 
 
 def test_plans_survive_being_written(tmp_path: Path, small_world: None) -> None:

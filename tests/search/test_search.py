@@ -249,23 +249,6 @@ def test_begun_anew_with_force() -> None:
     assert len(front_of()["trials"]) == 1
 
 
-@pytest.mark.usefixtures("again")
-def test_two_studies_share_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each has its own front, settings and bundles; beginning one anew would take the other's with it."""
-    first = front_of()
-    command = arguments("--study", "the/other", trials=1, epochs=0)
-    assert tiny.run(*command, "-q") == cli.DONE
-    output = Path("search-out")
-    second = json.loads((output / "the_other-front.json").read_text())
-    assert front_of() == first and len(second["trials"]) == 1
-    assert "![front](the_other-front.png)" in (output / "the_other-front.md").read_text()
-    assert {path.name for path in output.glob("*search.yaml")} == {"search.yaml", "the_other-search.yaml"}
-    capsys.readouterr()
-    assert tiny.run(*command, "--force", "-q") == cli.BAD_INPUT
-    assert "--force would remove other studies" in capsys.readouterr().err
-    assert all((output / one["bundle"]).is_dir() for found in (first, second) for one in found["bundles"])
-
-
 @pytest.mark.usefixtures("here")
 def test_every_group_and_every_seed() -> None:
     space = "prune.ratio=0.25:0.5:0.25; precision=int8"
@@ -403,14 +386,22 @@ def test_without_ray_the_same_command_runs_in_one_process(
 
 
 @pytest.mark.usefixtures("again")
-def test_two_studies_in_one_folder_keep_their_bundles_apart() -> None:
-    first = {path.name for path in Path("search-out/bundles").iterdir()}
-    radius = bundle.read_report(Path("search-out/bundles") / min(first)).threat.eps
-    assert tiny.run(*arguments("--eps", "0.01", "--study", "../smaller", trials=1), "-q") == cli.DONE
-    (entry,) = front_of()["bundles"]
+def test_two_studies_in_one_folder_are_kept_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each has its own bundles, front and settings; beginning one anew would take the other's with it."""
+    output, front = Path("search-out"), front_of()
+    first = {path.name for path in (output / "bundles").iterdir()}
+    radius = bundle.read_report(output / "bundles" / min(first)).threat.eps
+    command = arguments("--eps", "0.01", "--study", "../smaller", trials=1)
+    assert tiny.run(*command, "-q") == cli.DONE
+    (entry,) = json.loads((output / ".._smaller-front.json").read_text())["bundles"]
     assert Path(entry["bundle"]).name == ".._smaller-trial-000"
-    assert bundle.read_report(Path("search-out") / entry["bundle"]).threat.eps == 0.01 != radius
-    assert first <= {path.name for path in Path("search-out/bundles").iterdir()}
+    assert bundle.read_report(output / entry["bundle"]).threat.eps == 0.01 != radius
+    assert "![front](.._smaller-front.png)" in (output / ".._smaller-front.md").read_text()
+    assert front_of() == front and (output / "search.yaml").is_file() and (output / ".._smaller-search.yaml").is_file()
+    capsys.readouterr()
+    assert tiny.run(*command, "--force", "-q") == cli.BAD_INPUT
+    assert "--force would remove other studies" in capsys.readouterr().err
+    assert first < {path.name for path in (output / "bundles").iterdir()}
 
 
 @pytest.mark.usefixtures("again")

@@ -3,9 +3,11 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,7 +26,8 @@ from tests.training.runs import (
     teacher,
     weights,
 )
-from toolkit.artifacts import TorchModel
+from toolkit.artifacts import Split, TorchModel
+from toolkit.data.images import ArrayImages
 from toolkit.errors import ToolkitError
 from toolkit.training import loop
 from toolkit.training.loop import train
@@ -85,6 +88,13 @@ def test_without_resume_an_old_checkpoint_is_not_read(model: TorchModel, tmp_pat
     run(model, STANDARD, checkpoint=tmp_path / "a.pt")
 
 
+def relabelled(split: Split) -> Split:
+    """With the labels the other way round."""
+    images = split.images
+    array = images.pixels(np.arange(len(images.labels)))
+    return replace(split, images=ArrayImages("relabelled", images.class_names, array, 1 - images.labels))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -94,6 +104,9 @@ def test_without_resume_an_old_checkpoint_is_not_read(model: TorchModel, tmp_pat
         ),
         lambda model: train(
             model, TRAIN, halves(64, seed=9), STANDARD, PLAN, seed=0, checkpoint=Path("a.pt"), resume=True
+        ),
+        lambda model: train(
+            model, relabelled(TRAIN), VALIDATION, STANDARD, PLAN, seed=0, checkpoint=Path("a.pt"), resume=True
         ),
         lambda model: run(model, CONFIG, checkpoint=Path("a.pt"), resume=True),
         lambda model: run(other_weights(model), STANDARD, checkpoint=Path("a.pt"), resume=True),
@@ -119,6 +132,21 @@ def test_a_damaged_checkpoint_cannot_be_resumed(model: TorchModel, tmp_path: Pat
     with pytest.raises(ToolkitError, match="training checkpoint is damaged") as caught:
         run(model, STANDARD, checkpoint=path, resume=True)
     assert str(path) in caught.value.found and "without --resume" in caught.value.fix
+
+
+@pytest.mark.parametrize("content", ["damaged", "of another run"])
+def test_a_checkpoint_that_does_not_fit_is_given_up_where_that_is_asked_for(
+    model: TorchModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    path = tmp_path / "a.pt"
+    if content == "damaged":
+        path.write_bytes(b"rubbish")
+    else:
+        run(other_weights(model), STANDARD, checkpoint=path)
+    found = run(model, STANDARD, checkpoint=path, resume="or anew")
+    assert "it begins anew" in capsys.readouterr().err
+    assert equal(weights(found.model), weights(run(model, STANDARD).model))
+    run(model, STANDARD, checkpoint=path, resume=True)
 
 
 def test_another_number_of_threads_is_warned_of(

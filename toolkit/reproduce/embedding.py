@@ -5,6 +5,7 @@ The only module that imports scikit-learn.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,8 @@ from toolkit.reproduce.work import Bench
 SHOWN_LAYERS = (6, 7, 8)
 """Of the paper's network of eight layers; of others the last three."""
 INPUT = "input"
-MAX_IMAGES = 500
-"""Of the class, so that a layout takes seconds."""
+MIN_IMAGES, MAX_IMAGES = 4, 500
+"""Of the class: so many have neighbours; with so many a layout takes seconds."""
 
 
 def do_embedding(step: Step, bench: Bench) -> dict[str, Any]:
@@ -52,16 +53,21 @@ def do_embedding(step: Step, bench: Bench) -> dict[str, Any]:
     return {"images": len(split), "robust": accuracy, "layers": sorted({name.split("|")[1] for name in layouts})}
 
 
+def position_of(class_name: str, class_names: Sequence[str]) -> int | None:
+    """Which of the classes is meant, however it is written; None: none of them."""
+    names = [name.lower() for name in class_names]
+    return names.index(class_name.lower()) if class_name.lower() in names else None
+
+
 def _of_class(bench: Bench, class_name: str, images: int) -> Split:
-    names = [name.lower() for name in bench.world.source.train.class_names]
-    if class_name.lower() not in names:
-        raise ToolkitError(
-            f"the data set has no class '{class_name}'",
-            found=", ".join(names),
-            fix="figure2 shows the class Bag of Fashion-MNIST: --data fashion-mnist",
-        )
     split = bench.splits.evaluation.first(images)
-    chosen = split.indices[split.labels == names.index(class_name.lower())]
+    chosen = split.indices[split.labels == position_of(class_name, bench.world.source.train.class_names)]
+    if len(chosen) < MIN_IMAGES:
+        raise ToolkitError(
+            f"too few images of the class {class_name} to lay out",
+            found=f"{len(chosen)} among {len(split)} evaluation images",
+            fix=f"raise --n until {MIN_IMAGES} are among them, or leave it away",
+        )
     return Split(split.images, chosen[:MAX_IMAGES])
 
 

@@ -193,7 +193,7 @@ class Runner:
         What one place needs makes others cheaper, so the order is found anew after each.
         """
         waiting = [(place, panel.world) for panel in self.panels for place in panel.places() if panel.world]
-        waiting = [(place, world) for place, world in waiting if lacking(place.step) is None]
+        waiting = [(place, world) for place, world in waiting if lacking(place.step, world.class_names) is None]
         needs = {place: self.store.missing(place.step) for place, _ in waiting}
 
         def cost(item: tuple[Place, World]) -> tuple[int, int, float]:
@@ -271,15 +271,17 @@ class Runner:
     def impossible(self) -> list[str]:
         """Why some cells cannot be filled here, each reason once."""
         reasons = {f"{panel.experiment.title}: {panel.missing}" for panel in self.panels if panel.missing}
-        reasons |= {lacks for panel in self.panels for place in panel.places() if (lacks := lacking(place.step))}
+        for panel in self.panels:
+            classes = panel.world.class_names if panel.world else ()
+            reasons |= {lacks for place in panel.places() if (lacks := lacking(place.step, classes))}
         return sorted(reasons)
 
     def reason(self, panel: Panel, step: Step | None) -> str:
         """Why a cell is empty."""
         if panel.missing:
             return panel.missing
-        assert step is not None  # every panel with a world has steps
-        lacks = lacking(step)
+        assert step is not None and panel.world is not None  # every panel with a world has steps
+        lacks = lacking(step, panel.world.class_names)
         if lacks:
             return lacks
         failed = next((self.failed[needed] for needed in step.walk() if needed in self.failed), None)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from toolkit.reproduce.embedding import do_embedding
+from toolkit.reproduce.embedding import do_embedding, position_of
 from toolkit.reproduce.measure import do_measuring
 from toolkit.reproduce.steps import Kind, Step
 from toolkit.reproduce.work import Bench, do_integer, do_pruning, do_training
@@ -22,8 +22,12 @@ WORKERS: Mapping[Kind, Worker] = {
 }
 
 
-def lacking(step: Step) -> str | None:
-    """Why the step cannot be done, whatever the machine; None if it can."""
+def lacking(step: Step, class_names: Sequence[str]) -> str | None:
+    """Why the step cannot be done with images of these classes, whatever the machine; None if it can."""
+    shown = [needed.settings["class"] for needed in step.walk() if needed.kind == "embed"]
+    for name in shown:
+        if position_of(name, class_names) is None:
+            return f"the data set has no class {name}"
     bits = [needed.settings["bits"] for needed in step.walk() if needed.kind == "qat"]
     if any(number < MIN_BITS for number in bits):
         return f"quantisation-aware training rounds to at least {MIN_BITS} bits"

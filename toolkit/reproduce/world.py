@@ -27,6 +27,10 @@ class World:
     protocol: Protocol
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.train.class_names
+
+    @property
     def is_the_papers(self) -> bool:
         """Whether these are the images that the paper's numbers are of."""
         return self.source.name == self.experiment.data and self.config.evaluation is None
