@@ -36,6 +36,8 @@ SEARCH_S = 300.0
 """Seconds for the search of the fastest."""
 FIRST_SHARE = 0.6
 """Of these, for the search from all integers on, at most."""
+FEW_S = 120.0
+"""Seconds for the search from the float twin on, judging included."""
 ROOM = 2**30
 """Bytes of candidates on disk from which on those that lost are removed."""
 REFERENCE = "reference"
@@ -153,7 +155,9 @@ def find_assignment(
             lighter = search.lighter(chosen, (1 - FIRST_SHARE) * seconds, bar.advance)
             if lighter != chosen and not judge.exceeds(search.file(lighter), max_drop):
                 chosen = lighter
-        needed = search.needed(chosen, added, order, judge, max_drop)
+        if added and not search.beats(chosen, None):
+            chosen = search.few(judge, max_drop, FEW_S, bar.advance) or chosen
+        needed = search.needed(chosen, tuple(name for name in added if name in chosen), order, judge, max_drop)
     everything: Kept = frozenset()
     speeds = search.ratios(dict.fromkeys((everything, chosen)), DECIDING_ROUNDS, to=None)
     return Assignment(
@@ -216,15 +220,36 @@ class _Search:
         self.ratios([everything], 1, to=everything)  # what a round costs
         best = self._descend(everything, start + FIRST_SHARE * seconds, advance)
         lone = [Kept(self.layers) - {name} for name in self.layers[: self._affordable(start + seconds)]]
-        if len(self.layers) < 3 or not lone or self._beats(best, None):
+        if len(self.layers) < 3 or not lone or self.beats(best, None):
             return best
         screened = self.ratios(lone, SCREENING_ROUNDS, to=best)
         other = self._descend(min(lone, key=lambda kept: screened[kept].value), start + seconds, advance)
-        return other if self._beats(other, best) else best
+        return other if self.beats(other, best) else best
 
     def lighter(self, kept: Kept, seconds: float, advance: Callable[[], object]) -> Kept:
         """With more layers float where that is faster now that accuracy made others so; it hardly costs accuracy."""
         return self._descend(kept, time.monotonic() + seconds, advance, back=False)
+
+    def few(self, judge: Judge, max_drop: float, seconds: float, advance: Callable[[], object]) -> Kept | None:
+        """With as many integer layers as make it faster than the float twin and lose no more than is allowed.
+
+        From none on: where accuracy leaves few integers, those that disturb it least need not be those that pay.
+
+        Returns:
+            The layers that are float; None: no integer layer is both faster beyond doubt and accurate enough.
+        """
+        end = time.monotonic() + seconds
+        lone = [Kept(self.layers) - {name} for name in self.layers[: self._affordable(end)]]
+        screened = self.ratios(lone, SCREENING_ROUNDS, to=None) if lone else {}
+        best: Kept | None = None
+        for kept in sorted(lone, key=lambda kept: screened[kept].value):
+            if screened[kept].value >= 1 or time.monotonic() > end:
+                break
+            candidate = kept if best is None else best & kept
+            if self.beats(candidate, best) and not judge.exceeds(self.file(candidate), max_drop):
+                best = candidate
+                advance()
+        return best
 
     def _descend(self, best: Kept, end: float, advance: Callable[[], object], *, back: bool = True) -> Kept:
         """Change layer after layer, as long as it is faster beyond doubt and the time suffices.
@@ -243,7 +268,7 @@ class _Search:
             screened = self.ratios(neighbours, SCREENING_ROUNDS, to=best)
             promising = min(neighbours, key=lambda kept: screened[kept].value)
             self._forget(one for one in neighbours if one != promising)
-            if screened[promising].value >= 1 or not self._beats(promising, best):
+            if screened[promising].value >= 1 or not self.beats(promising, best):
                 return best
             best = promising
             advance()
@@ -258,7 +283,7 @@ class _Search:
         """How many files can be screened until then, beside the one that they are compared with."""
         return max(0, int((end - time.monotonic()) / (self._timing * SCREENING_ROUNDS + self._writing)) - 1)
 
-    def _beats(self, kept: Kept, other: Kept | None) -> bool:
+    def beats(self, kept: Kept, other: Kept | None) -> bool:
         """Whether it is faster beyond doubt than another assignment, or (None) than the float twin."""
         return self.ratios([kept], DECIDING_ROUNDS, to=other)[kept].high < 1
 
