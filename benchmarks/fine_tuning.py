@@ -12,6 +12,7 @@ epochs, from its start to its end. FLAGS are handed to it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import subprocess
@@ -80,11 +81,12 @@ def serve(pipe: Connection, ratio: float, threads: int) -> None:
         optimizer.step()
 
     pipe.send(len(labels))
-    while count := pipe.recv():
-        start = time.perf_counter()
-        for rows in torch.split(torch.randperm(len(labels))[: count * BATCH], BATCH):
-            step(normalised[rows], labels[rows])
-        pipe.send(time.perf_counter() - start)
+    with contextlib.suppress(EOFError):  # the other end is gone: all is measured
+        while count := pipe.recv():
+            start = time.perf_counter()
+            for rows in torch.split(torch.randperm(len(labels))[: count * BATCH], BATCH):
+                step(normalised[rows], labels[rows])
+            pipe.send(time.perf_counter() - start)
 
 
 class PaperLoop:
