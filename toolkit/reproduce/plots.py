@@ -43,7 +43,8 @@ def draw(document: Mapping[str, Any], path: Path) -> bool:
 
 def _draw_curves(curves: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], path: Path) -> None:
     figure = Figure(figsize=(4.6 * len(curves), 3.8), layout="constrained")
-    for axes, (panel, curve) in zip(_axes(figure, len(curves)), curves, strict=True):
+    places = _axes(figure, len(curves))
+    for axes, (panel, curve) in zip(places, curves, strict=True):
         bits = curve["axis"] == "bits"
         points = sorted((p for p in curve["points"] if p["runs"]), key=lambda p: -p["x"] if bits else p["x"])
         names = [f"int{p['x']:g}" if bits else f"{p['x']:g}" for p in points]
@@ -56,7 +57,7 @@ def _draw_curves(curves: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], 
         axes.set_ylabel("accuracy, %")
         axes.set_ylim(-2, 102)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    figure.legend(*places[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
 
 
