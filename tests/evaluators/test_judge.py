@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,19 @@ def test_a_weakness_that_only_the_graph_itself_shows_is_found(tmp_path: Path) ->
     assert judge.exceeds(path, 0.2) and not judge.exceeds(path, 0.25)
     blind = Judge(a_threshold(tmp_path), flat_images([250, 10]), an_attack())
     assert blind.drop(path) == Drop(0.0, 0.0), "PGD brought nothing near"
+
+
+def test_long_attacks_are_made_where_short_ones_find_too_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short ones are made on no image here; the grey next to the middle is then left to the long ones."""
+    for name in ("CLIMB", "SEARCH"):
+        monkeypatch.setattr(judging, name, replace(getattr(judging, name), near=2.0))
+    judge = Judge(a_threshold(tmp_path), NEAR_AND_FAR, an_attack(0.12))
+    path = uneven_is_dark(tmp_path)
+    assert judge.drop(path, short=True) == Drop(0.0, 0.0) and judge.drop(path).robust == 0.25
+    assert judge.exceeds(path, 0.2) and not judge.exceeds(path, 0.25)
+    assert judge.drop(a_threshold(tmp_path)) == Drop(0.0, 0.0)
 
 
 def test_of_a_graph_without_a_twin_the_weakness_is_found_by_queries(

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -120,15 +120,23 @@ def test_counters_of_all_packages_are_added_and_go_round(tmp_path: Path) -> None
     assert after.since(before) == pytest.approx((200 + 100_050) * 1e-6)
 
 
-def test_a_meter_sees_counters_go_round_more_than_once(tmp_path: Path) -> None:
+def test_a_meter_sees_counters_go_round_more_than_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one that holds a joule, read whenever it has counted 0.6: three joules in all."""
+    read = threading.Semaphore(0)
+
+    def watched(root: Path) -> Reading | None:
+        found = joules(root)
+        read.release()
+        return found
+
+    monkeypatch.setattr(energy, "joules", watched)
     counters(tmp_path, {"intel-rapl:0": 0})
     meter = Meter(tmp_path, every=0.01)
     for number in range(1, 6):
         counters(tmp_path, {"intel-rapl:0": number * 600_000 % 1_000_000})
-        reads = meter.reads
-        while meter.reads < reads + 2:  # one may have been under way
-            time.sleep(0.005)
+        while read.acquire(blocking=False):
+            pass
+        assert all(read.acquire(timeout=30) for _ in range(2))  # one may have been under way
     assert meter.stop() == pytest.approx(3.0)
     assert Meter(tmp_path / "nothing").stop() is None
 

@@ -58,8 +58,6 @@ class Meter:
         self._root, self._every = root, every
         self._total: float | None = 0.0
         self._last = joules(root)
-        self.reads = 0
-        """In the thread, so far."""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="energy", daemon=True)
         if self._last is not None:
@@ -77,7 +75,6 @@ class Meter:
     def _watch(self) -> None:
         while not self._done.wait(self._every):
             self._read()
-            self.reads += 1
 
     def _read(self) -> None:
         now = joules(self._root)
