@@ -437,6 +437,8 @@ class ReproduceConfig(StageConfig):
     """Without a source: the paper's data sets, those of them that are there."""
     network: str | None = None
     """None: the paper's for the data set."""
+    pretrained: Path | None = None
+    """Checkpoint of a standard network, in place of training one; every seed starts from it."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(min_length=1)] = (0, 1, 2)
     protocol: Literal["paper", "fast"] = "paper"
     work: Path | None = None

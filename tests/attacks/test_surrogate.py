@@ -85,7 +85,7 @@ def test_the_callers_module_is_never_changed(precision: Precision) -> None:
     assert all(torch.equal(value, after[key]) and value.dtype == after[key].dtype for key, value in before.items())
     assert model.module.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.module.parameters())
-    assert not any(value.requires_grad for _, value in surrogate._pairs), "the surrogate's own weights are frozen"
+    assert not any(value.requires_grad for _, value in surrogate._copied), "the surrogate's own weights are frozen"
 
 
 def test_batch_norm_runs_in_evaluation_mode() -> None:

@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from toolkit.allocator import keep_freed_memory
 from toolkit.artifacts import Normalization, Normalized
+from toolkit.attacks.folding import Pair, fold
+from toolkit.attacks.folding import write as write_folded
 from toolkit.attacks.forms import ATTACK_FORMS, Form, Precision, first_working
 
 PROBED = 2
@@ -68,7 +70,8 @@ def probe_images(input_shape: tuple[int, int, int]) -> Tensor:
 class Surrogate:
     """Gives the gradient of the loss with respect to the image alone, for a network that it never changes.
 
-    It holds a copy: evaluation mode, parameters frozen, channels-last, weights cast once. A network that does not bear
+    It holds a copy: evaluation mode, parameters frozen, channels-last, weights cast once, batch norm folded into
+    convolutions. A network that does not bear
     that computes in the fastest form that it does bear; `precision` and `memory_format` say in which. `refresh` brings
     the copy up to the current weights of a network in training.
 
@@ -100,7 +103,8 @@ class Surrogate:
         self._mean, self._std = copied.mean.float(), copied.std.float()
         self._network: nn.Module = copied.network
         self._form: Form | None = None
-        self._pairs = [*self._network.named_parameters(), *self._network.named_buffers()]
+        self._folds: tuple[Pair, ...] = ()
+        self._copied = self._list_copied()
         if input_shape is not None:
             self._find_form(probe_images(input_shape).to(self.device))
 
@@ -124,8 +128,15 @@ class Surrogate:
         """Copy the weights and statistics of `module` into this surrogate."""
         current = {**dict(module.network.named_parameters()), **dict(module.network.named_buffers())}
         with torch.no_grad():
-            for name, mine in self._pairs:
+            for name, mine in self._copied:
                 mine.copy_(current[name])
+        write_folded(self._network, module.network, self._folds)
+
+    def _list_copied(self) -> list[tuple[str, Tensor]]:
+        """Parameters and buffers that are those of the original, by name."""
+        folded = {name for pair in self._folds for name in pair.names(self._network)}
+        named = [*self._network.named_parameters(), *self._network.named_buffers()]
+        return [(name, value) for name, value in named if name not in folded]
 
     def gradient(self, images: Tensor, labels: Tensor) -> Tensor:
         """Gradient of the summed cross-entropy with respect to pixels, float32 [n, C, H, W] (Goodfellow et al. 2015).
@@ -182,8 +193,10 @@ class Surrogate:
                 raise FloatingPointError("the gradient is not finite")
             return network
 
+        with torch.no_grad():
+            self._network, self._folds = fold(self._network, (images - self._mean) / self._std)
         self._form, self._network = first_working(self._forms, attempt, "attacking")
-        self._pairs = [*self._network.named_parameters(), *self._network.named_buffers()]
+        self._copied = self._list_copied()
         return self._form
 
 

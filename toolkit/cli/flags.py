@@ -202,6 +202,12 @@ REPRODUCE = (
         "paper: as published, with the differences that its output lists; fast: as many epochs by our own recipe.",
     ),
     Flag("--arch", "network", "Another network than the paper's: cnn8, resnet18, torchvision:NAME, file.py:callable."),
+    Flag(
+        "--pretrained",
+        "pretrained",
+        "Checkpoint of the standard network, in place of training one; every seed starts from it. Needs --data.",
+        Path,
+    ),
     Flag("--work", "work", "Folder in which everything that was run is kept; by default in the user's cache.", Path),
     Flag("--budget", "budget", "Minutes after which this sitting stops; the next one goes on.", float),
     Flag("--max-runs", "max_runs", "Steps of this sitting at most; 0 shows what is known.", int),

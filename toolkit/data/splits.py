@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from toolkit import progress
@@ -101,7 +103,13 @@ def _check_filled(source: DataSource, parts: dict[str, Int64Array]) -> None:
         )
 
 
-def check_trained_on(splits: Splits, hashes: HashArray, network: str = "checkpoint") -> None:
+JUDGING = ("calibration", "validation", "evaluation")
+"""Parts that no training may see."""
+
+
+def check_trained_on(
+    splits: Splits, hashes: HashArray, network: str = "checkpoint", judging: Sequence[str] = JUDGING
+) -> None:
     """Check that no image which judges a network was among those that trained it.
 
     Copies are known by their pixels. A notice says when the data set holds none of the images that trained the network:
@@ -111,11 +119,12 @@ def check_trained_on(splits: Splits, hashes: HashArray, network: str = "checkpoi
         splits: the parts in use.
         hashes: of all images that the network was ever trained on; empty if unknown.
         network: what messages call it.
+        judging: the parts that must not be among them.
 
     Raises:
-        ToolkitError: calibration, validation or evaluation images are among them.
+        ToolkitError: images of these parts are among them.
     """
-    parts = {"calibration": splits.calibration, "validation": splits.validation, "evaluation": splits.evaluation}
+    parts: dict[str, Split] = {name: getattr(splits, name) for name in judging}
     seen = {name: int(np.isin(part.hashes, hashes).sum()) for name, part in parts.items()}
     if len(hashes) and not any(seen.values()) and not np.isin(splits.train.hashes, hashes).any():
         progress.notice(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from toolkit import __version__
 from toolkit.artifacts import Proportion
+from toolkit.bundle import sha256
 from toolkit.evaluators.environment import environment_record
+from toolkit.models.loading import resolve_path
 from toolkit.paths import public_name
 from toolkit.reproduce.paper import Figure, PaperCell
 from toolkit.reproduce.recipes import MEASURES, Recipe
@@ -56,6 +59,7 @@ def _document(runner: Runner, target: Target) -> dict[str, Any]:
         "numbering": NUMBERING,
         "protocol": config.protocol,
         "seeds": list(config.seeds),
+        "pretrained": _pretrained(config.pretrained),
         "deviations": list(DEVIATIONS[config.protocol]),
         "toolkit_version": __version__,
         "environment": environment_record(runner.threads),
@@ -63,14 +67,21 @@ def _document(runner: Runner, target: Target) -> dict[str, Any]:
     }
 
 
+def _pretrained(path: Path | None) -> dict[str, str] | None:
+    return None if path is None else {"name": path.name, "sha256": sha256(resolve_path(path))}
+
+
 def _panel(runner: Runner, panel: Panel) -> dict[str, Any]:
     evaluation = next((len(planner.splits.evaluation) for planner in panel.planners.values()), None)
     training = next((len(planner.splits.train) for planner in panel.planners.values()), None)
+    from_files = panel.comparable and panel.world is not None and panel.world.is_from_files
     found: dict[str, Any] = {
         "data": panel.world.source.name if panel.world else panel.experiment.data,
-        "title": panel.experiment.title if panel.comparable else public_name(_source(panel)),
+        "title": _title(panel, from_files),
+        "images": public_name(_source(panel)),
         "network": public_name(panel.network),
         "comparable": panel.comparable,
+        "from_files": from_files,
         "training_images": training,
         "evaluation_images": evaluation,
         "attack_images": runner.config.attack_images,
@@ -92,6 +103,12 @@ def _panel(runner: Runner, panel: Panel) -> dict[str, Any]:
     if panel.recipes:
         found["embedding"] = _embedding(runner, panel)
     return found
+
+
+def _title(panel: Panel, from_files: bool) -> str:
+    if not panel.comparable:
+        return public_name(_source(panel))
+    return f"{panel.experiment.title} (from files)" if from_files else panel.experiment.title
 
 
 def _source(panel: Panel) -> str:

@@ -99,10 +99,12 @@ class Experiment:
     """Of the training images, those that train under the paper's protocol: its code holds out a fifth of CIFAR-10."""
     l2: float
     """Radius in l2, in pixels; ours."""
+    images: tuple[int, int]
+    """For training and for testing."""
 
 
-FASHION_MNIST = Experiment("fashion-mnist", "Fashion-MNIST", "cnn8", 0.8, None, 1.0, l2=1.0)
-CIFAR10 = Experiment("cifar10", "CIFAR-10", "resnet18", 0.5, 300, 0.8, l2=0.5)
+FASHION_MNIST = Experiment("fashion-mnist", "Fashion-MNIST", "cnn8", 0.8, None, 1.0, l2=1.0, images=(60_000, 10_000))
+CIFAR10 = Experiment("cifar10", "CIFAR-10", "resnet18", 0.5, 300, 0.8, l2=0.5, images=(50_000, 10_000))
 EXPERIMENTS: Mapping[str, Experiment] = {"fashion-mnist": FASHION_MNIST, "cifar10": CIFAR10}
 """By the key of the data set's presets of threat models; the embedded sample has those of Fashion-MNIST."""
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

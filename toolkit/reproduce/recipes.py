@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from toolkit.artifacts import Splits
 from toolkit.attacks.threat import PgdPlan, resolve_plan
+from toolkit.bundle import sha256
 from toolkit.config import ThreatConfig
+from toolkit.models.loading import resolve_path
 from toolkit.reproduce.protocol import Experiment, Protocol
 from toolkit.reproduce.steps import Step
 
@@ -79,6 +82,8 @@ class Planner:
     seed: int
     images: int
     """Evaluation images of dear measures."""
+    pretrained: Path | None = None
+    """Checkpoint of the standard network, which is then not trained."""
 
     def network_of(self, recipe: Recipe) -> Step:
         """The step whose network the recipe ends in, before it is rounded."""
@@ -132,6 +137,8 @@ class Planner:
         return self.experiment.pretraining is not None and self.network == self.experiment.network
 
     def _base(self, start: str) -> Step:
+        if start == "standard" and self._loaded is not None:
+            return self._loaded
         objective = "standard" if start == "standard" else "adversarial"
         settings = self._training("base", objective)
         parents: tuple[Step, ...] = ()
@@ -141,6 +148,14 @@ class Planner:
             parents = (self._base("standard"),)
         origin = {} if parents else self._origin
         return Step("train", f"{self._name}: {start} network", {**settings, **origin}, parents)
+
+    @cached_property
+    def _loaded(self) -> Step | None:
+        """The user's checkpoint, known by what it holds."""
+        if self.pretrained is None:
+            return None
+        facts = {"file": sha256(resolve_path(self.pretrained)), "network": self.network}
+        return Step("load", f"{self._name}: standard network from {self.pretrained.name}", facts)
 
     @property
     def _origin(self) -> dict[str, str]:

@@ -32,6 +32,12 @@ def render(document: Mapping[str, Any], plot: str | None = None) -> str:
         "difference to the paper is at most two standard errors of the difference; behind it what that error is "
         "made of. Where the paper prints no error, or only one seed was run, it is too small.",
     ]
+    if document.get("pretrained"):
+        parts.append(
+            f"The standard network was not trained here but brought along: `{document['pretrained']['name']}`, SHA-256 "
+            f"{document['pretrained']['sha256'][:16]}. It is the same for every seed, so rows without training have no "
+            "spread."
+        )
     if plot:
         parts.append(f"![{document['title']}]({plot})")
     for panel in document["panels"]:
@@ -57,6 +63,11 @@ def _machine(document: Mapping[str, Any]) -> str:
 def _panel(kind: str, panel: Mapping[str, Any]) -> list[str]:
     images = f", {panel['evaluation_images']:,} test images" if panel["evaluation_images"] else ""
     parts = [f"## {panel['title']}, {panel['network']}{images}"]
+    if panel.get("from_files"):
+        parts.append(
+            f"The images come from files ({panel['images']}), whose format may have changed them a little: JPEG loses "
+            "detail. The paper's numbers are of the data set's own pixels."
+        )
     if not panel["comparable"]:
         parts.append("Not the paper's data set, images or network: its numbers do not stand beside these.")
     paper_cells = [cell for cell in panel["cells"] if cell["in_paper"]]

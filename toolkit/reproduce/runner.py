@@ -18,6 +18,7 @@ from toolkit.prepare import set_threads
 from toolkit.progress import notice
 from toolkit.reproduce import paper, targets
 from toolkit.reproduce.estimate import Estimator
+from toolkit.reproduce.pretrained import read_pretrained
 from toolkit.reproduce.protocol import EXPERIMENTS, PROTOCOLS, Experiment
 from toolkit.reproduce.recipes import Planner, Recipe
 from toolkit.reproduce.statistics import first_repeated
@@ -59,7 +60,7 @@ class Panel:
         """Whether the paper's numbers are of these images and this network."""
         if self.world is None:
             return self.network == self.experiment.network
-        return self.world.is_the_papers and self.network == self.experiment.network
+        return self.world.has_the_papers_images and self.network == self.experiment.network
 
     @cached_property
     def cells(self) -> list[Cell]:
@@ -134,6 +135,7 @@ class Runner:
         self.config, self.protocol = config, PROTOCOLS[config.protocol]
         self.targets = targets.find_targets(config.target)
         _check_seeds(config.seeds)
+        _check_pretrained(config)
         self.threads = set_threads(config.threads)
         self._planners: dict[tuple[str, int], Planner] = {}
         self.panels = self._open_panels()
@@ -171,8 +173,17 @@ class Runner:
             key = (world.source.name, seed)
             if key not in self._planners:
                 splits, images = world.splits(seed), self.config.attack_images
+                if self.config.pretrained is not None:
+                    read_pretrained(self.config.pretrained, network, world, splits)
                 self._planners[key] = Planner(
-                    experiment, self.protocol, network, world.source.name, splits, seed, images
+                    experiment,
+                    self.protocol,
+                    network,
+                    world.source.name,
+                    splits,
+                    seed,
+                    images,
+                    self.config.pretrained,
                 )
             planners[seed] = self._planners[key]
         return Panel(target, experiment, network, world, planners=planners)
@@ -256,7 +267,7 @@ class Runner:
         if step in self.failed or any(parent in self.failed for parent in step.walk()):
             return False
         notice(step.label)
-        bench = Bench(self.store, world, planner.splits)
+        bench = Bench(self.store, world, planner.splits, self.config.pretrained)
         try:
             with disk_errors(self.store.root, "--work"):
                 with self.store.sitting(step) as sittings:
@@ -312,6 +323,15 @@ def _alarm(minutes: float | None) -> Iterator[Callable[[], bool]]:
         timer.cancel()
         if ignored:
             signal.signal(signal.SIGINT, before)
+
+
+def _check_pretrained(config: ReproduceConfig) -> None:
+    if config.pretrained is not None and config.data.source is None:
+        raise ToolkitError(
+            "a pretrained network is of one data set",
+            found=f"--pretrained {config.pretrained} without --data",
+            fix="name the data set that it was trained on with --data",
+        )
 
 
 def _check_seeds(seeds: Sequence[int]) -> None:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-Kind = Literal["train", "prune", "integer", "qat", "measure", "embed"]
+Kind = Literal["load", "train", "prune", "integer", "qat", "measure", "embed"]
 
 TRAININGS: tuple[Kind, ...] = ("train", "qat")
 """What learns weights."""
 
 MODEL, FLOAT_GRAPH, INTEGER_GRAPH, POINTS = "model.pt", "model.fp32.onnx", "model.onnx", "points.npz"
 FILES: Mapping[Kind, tuple[str, ...]] = {
+    "load": (MODEL,),
     "train": (MODEL,),
     "qat": (MODEL,),
     "prune": (MODEL,),

@@ -20,6 +20,7 @@ from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import assemble, read_model_file
 from toolkit.models.registry import build_network
 from toolkit.pruning import prune
+from toolkit.reproduce.pretrained import read_pretrained
 from toolkit.reproduce.recipes import plan_of
 from toolkit.reproduce.steps import FLOAT_GRAPH, INTEGER_GRAPH, MODEL, Step
 from toolkit.reproduce.store import TRAINING, Store
@@ -36,6 +37,8 @@ class Bench:
     world: World
     splits: Splits
     """Of the step's seed."""
+    pretrained: Path | None = None
+    """The standard network, where the user brings it."""
 
     def model(self, step: Step) -> TorchModel:
         """The network that came of a step."""
@@ -138,6 +141,14 @@ def do_training(step: Step, bench: Bench) -> dict[str, Any]:
         "images": len(bench.splits.train),
         "parameters": sum(parameter.numel() for parameter in result.model.network.parameters()),
     }
+
+
+def do_loading(step: Step, bench: Bench) -> dict[str, Any]:
+    """Keep a copy of the network that the user brings."""
+    assert bench.pretrained is not None  # without, no step is of this kind
+    model = read_pretrained(bench.pretrained, step.settings["network"], bench.world, bench.splits)
+    save_checkpoint(model, bench.file(step, MODEL))
+    return {"parameters": sum(parameter.numel() for parameter in model.network.parameters())}
 
 
 def _fresh(architecture: str, seed: int, bench: Bench) -> TorchModel:

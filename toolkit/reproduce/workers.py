@@ -8,11 +8,12 @@ from typing import Any
 from toolkit.reproduce.embedding import do_embedding, position_of
 from toolkit.reproduce.measure import do_measuring
 from toolkit.reproduce.steps import Kind, Step
-from toolkit.reproduce.work import Bench, do_integer, do_pruning, do_training
+from toolkit.reproduce.work import Bench, do_integer, do_loading, do_pruning, do_training
 from toolkit.training.qat import MIN_BITS
 
 Worker = Callable[[Step, Bench], dict[str, Any]]
 WORKERS: Mapping[Kind, Worker] = {
+    "load": do_loading,
     "train": do_training,
     "qat": do_training,
     "prune": do_pruning,

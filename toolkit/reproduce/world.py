@@ -31,9 +31,15 @@ class World:
         return self.source.train.class_names
 
     @property
-    def is_the_papers(self) -> bool:
-        """Whether these are the images that the paper's numbers are of."""
-        return self.source.name == self.experiment.data and self.config.evaluation is None
+    def has_the_papers_images(self) -> bool:
+        """Whether these are the images that the paper's numbers are of, or as many from files of the same classes."""
+        return self.config.evaluation is None and (self.source.name == self.experiment.data or self.is_from_files)
+
+    @property
+    def is_from_files(self) -> bool:
+        """Whether the data set's images lie in a folder, where their format may have changed them a little."""
+        counts = tuple(len(part.labels) for part in (self.source.train, self.source.evaluation))
+        return self.source.name.startswith("folder:") and counts == self.experiment.images
 
     def splits(self, seed: int) -> Splits:
         """Under the protocol `paper` all training images are trained on, or the share that its code trains on.
