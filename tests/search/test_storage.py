@@ -332,10 +332,17 @@ def test_a_process_knows_itself_and_not_its_namesake() -> None:
     assert not ownership.vanished({**me, "machine": "another", "pid": 2**22 + 1})
 
 
-def test_the_clock_of_the_data_base_is_not_asked_for_ownerless_trials() -> None:
-    started = datetime.datetime.now() - datetime.timedelta(seconds=2 * storage.GRACE_S)
+@pytest.mark.parametrize("hours", [-9, 9])
+def test_a_trial_without_an_owner_is_dead_after_a_while_whatever_its_machines_clock(
+    url: str, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    study, now = a_study(url), 1000.0
+    monkeypatch.setattr("toolkit.search.storage.time.monotonic", lambda: now)
     trial = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
-    trial.datetime_start = started
-    assert storage._is_dead(trial)
-    trial.datetime_start = datetime.datetime.now()
-    assert not storage._is_dead(trial)
+    trial.datetime_start = datetime.datetime.now() + datetime.timedelta(hours=hours)
+    assert not study._is_dead(trial)
+    now += storage.GRACE_S - 1
+    assert not study._is_dead(trial)
+    now += 2
+    assert study._is_dead(trial)
+    study.close()

@@ -10,9 +10,9 @@ import contextlib
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Literal
 
@@ -87,6 +87,8 @@ class Study:
         self._space, self._seed = space, seed
         self._distributions = {dimension.name: _distribution(dimension) for dimension in space.dimensions}
         self._held: dict[int, optuna.Trial] = {}
+        self._unsigned: dict[int, float] = {}
+        """When a trial without an owner was first seen."""
         # Optuna's making of a data base fails, and may fail for ever, where two make it at once
         with storage_errors(url), locked(users_lock(f"storage-{hashlib.sha256(url.encode()).hexdigest()[:16]}")):
             self._storage, self._study = patiently(lambda: self._open(url, name), seconds=OPENING_S)
@@ -183,8 +185,20 @@ class Study:
             optuna.storages.fail_stale_trials(self._study)
         for trial in self._trials():
             theirs = trial.state == TrialState.RUNNING and trial.number not in self._held
-            if theirs and _is_dead(trial) and self._finish(trial.number, None):
+            if theirs and self._is_dead(trial) and self._finish(trial.number, None):
                 self._gone(self._study, trial)
+
+    def _is_dead(self, trial: FrozenTrial) -> bool:
+        """Whether a running trial's process is gone, as far as can be told without its heartbeat.
+
+        A process that dies between asking and signing leaves a trial without an owner, which is dead once this process
+        has seen it so for long enough: clocks and time zones of two machines may differ.
+        """
+        owner = trial.user_attrs.get(OWNER)
+        if owner is not None:
+            return vanished(owner)
+        now = time.monotonic()
+        return now - self._unsigned.setdefault(trial.number, now) > GRACE_S
 
     def others(self, wanted: int) -> int:
         """How many trials other processes are making, or, while fewer than `wanted` are counted, have left to make."""
@@ -303,12 +317,3 @@ def _is_hopeless(trial: FrozenTrial) -> bool:
     """Whether a trial was refused, or ended with the death of its process too often."""
     died = int(trial.user_attrs.get(ATTEMPT, 1)) >= ATTEMPTS and SKIPPED not in trial.user_attrs
     return trial.state == TrialState.FAIL and (REASON in trial.user_attrs or died)
-
-
-def _is_dead(trial: FrozenTrial) -> bool:
-    """Whether a running trial's process is gone, as far as can be told without its heartbeat."""
-    owner = trial.user_attrs.get(OWNER)
-    if owner is not None:
-        return vanished(owner)
-    started = trial.datetime_start
-    return started is not None and datetime.now() - started > timedelta(seconds=GRACE_S)
