@@ -102,6 +102,23 @@ def test_batch_norm_without_statistics_stays() -> None:
     assert find_pairs(Block(track_running_stats=False).eval()) == ()
 
 
+class Keeping(Block):
+    """Keeps what it computed, for whoever looks."""
+
+    seen: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = super().forward(x)
+        return self.seen
+
+
+def test_what_a_network_keeps_is_not_replaced_by_the_search() -> None:
+    network = lively(Keeping())
+    with torch.no_grad():
+        seen = network(images())
+    assert len(find_pairs(network)) == 1 and network.seen is seen
+
+
 class Grown(Block):
     """Reads its weights itself, which no graph of modules shows."""
 

@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from tests.reproduce import small
+from toolkit.artifacts import Normalization, TorchModel
+from toolkit.config import PruneConfig
+from toolkit.data.images import ArrayImages
 from toolkit.errors import ToolkitError
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import assemble, read_model_file
+from toolkit.pruning import prune
 from toolkit.reproduce import protocol, world
 from toolkit.reproduce.document import documents
 from toolkit.reproduce.recipes import Recipe
@@ -97,7 +101,7 @@ def test_another_architecture_is_refused(tmp_path: Path, brought: Path) -> None:
 
 def test_one_that_saw_the_test_images_is_refused(tmp_path: Path, brought: Path) -> None:
     source = small.source(small.settings(tmp_path, data=DATA).data)
-    model = _with_hashes(brought, source.evaluation.hashes)
+    model = replace(loaded(brought), training_hashes=np.unique(source.evaluation.hashes))
     save_checkpoint(model, tmp_path / "leaked.pt")
     with pytest.raises(ToolkitError, match="trained on images that are to judge it") as error:
         Runner(settings(tmp_path / "work", tmp_path / "leaked.pt"))
@@ -111,9 +115,9 @@ def test_one_that_saw_what_is_held_out_is_refused_where_something_is(tmp_path: P
     assert "validation" in error.value.found
 
 
-def _with_hashes(path: Path, hashes: Any) -> Any:
+def loaded(path: Path) -> TorchModel:
     source = small.source(small.settings(path, data=DATA).data)
-    model = assemble(
+    return assemble(
         read_model_file(path),
         arch=None,
         class_names=source.train.class_names,
@@ -121,7 +125,61 @@ def _with_hashes(path: Path, hashes: Any) -> Any:
         normalization=source.normalization_hint,
         dataset=source.name,
     )
-    return replace(model, training_hashes=np.unique(hashes))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"training": ({"objective": "standard"}, {"objective": "adversarial"})},
+            "trained with the objective adversar",
+        ),
+        ({"training": ({"objective": "distill"},)}, "trained with the objective distill"),
+        ({"normalization": Normalization((0.5,), (0.35,))}, "std (0.35,)"),
+    ],
+)
+def test_one_that_is_no_standard_network_of_the_papers_pixels_is_refused(
+    tmp_path: Path, brought: Path, change: dict[str, Any], said: str
+) -> None:
+    model = loaded(brought)
+    save_checkpoint(replace(model, spec=replace(model.spec, **change)), tmp_path / "other.pt")
+    with pytest.raises(ToolkitError, match="the pretrained network") as error:
+        Runner(settings(tmp_path / "work", tmp_path / "other.pt"))
+    assert said in error.value.found
+
+
+def test_a_pruned_network_is_refused(tmp_path: Path, brought: Path) -> None:
+    pruned = prune(loaded(brought), PruneConfig(ratio=0.5)).model
+    save_checkpoint(pruned, tmp_path / "pruned.pt")
+    with pytest.raises(ToolkitError, match="no standard one") as error:
+        Runner(settings(tmp_path / "work", tmp_path / "pruned.pt"))
+    assert "pruned" in error.value.found
+
+
+def test_the_code_of_a_network_of_ones_own_is_part_of_it(tmp_path: Path, brought: Path) -> None:
+    bare, code = tmp_path / "bare.pt", tmp_path / "mine.py"
+    torch.save(torch.load(brought, weights_only=True)["state_dict"], bare)
+    code.write_text(
+        "from tests.reproduce.small import network\ndef build():\n    return network(10, (1, 8, 8))\n", encoding="utf-8"
+    )
+
+    def digest() -> str:
+        planner = Runner(settings(tmp_path / "work", bare, network=f"{code}:build")).panels[0].planners[0]
+        return planner.network_of(Recipe("standard")).digest
+
+    before = digest()
+    assert digest() == before
+    code.write_text(f"{code.read_text()}# another text\n", encoding="utf-8")
+    assert digest() != before
+
+
+def test_seeds_that_share_the_network_have_no_spread(tmp_path: Path, brought: Path) -> None:
+    found = Runner(settings(tmp_path / "work", brought, seeds=(0, 1), max_runs=99))
+    found.run()
+    rows = {cell["network"]: cell for cell in documents(found)[0]["panels"][0]["cells"]}
+    assert len(rows["standard"]["runs"]) == 2 and rows["standard"]["means"]["test"]["error"] is None
+    assert rows["standard"]["agreement"]["test"]["parts"].startswith("test images alone")
+    assert rows["robust"]["means"]["test"]["error"] is not None
 
 
 # Images from files
@@ -142,3 +200,23 @@ def test_the_data_set_in_a_folder_is_compared_if_it_is_whole(
     assert any(cell["paper"] is not None for cell in panel["cells"]) is counted
     assert ("The images come from files (folder:pictures)" in text) is counted and "/a/place" not in text
     assert panel["title"] == ("CIFAR-10 (from files)" if counted else "folder:pictures")
+
+
+def test_a_label_that_changes_in_a_folder_makes_another_step_and_elsewhere_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digests(name: str, label: int) -> list[str]:
+        def source(config: Any) -> Any:
+            found = small.source(config)
+            labels = found.train.labels.copy()
+            labels[-1] = label
+            train = ArrayImages("small", found.train.class_names, found.train.pixels(np.arange(len(labels))), labels)
+            return replace(found, name=name, train=train)
+
+        monkeypatch.setattr(world, "load_source", source)
+        planner = Runner(small.settings(tmp_path / "work", data=DATA)).panels[0].planners[0]
+        return [step.digest for step in planner.integer(Recipe("standard", 0.5)).walk()]
+
+    assert digests("fashion-mnist", 0) == digests("fashion-mnist", 1)
+    one, other = digests("folder:pictures", 0), digests("folder:pictures", 1)
+    assert all(mine != yours for mine, yours in zip(one, other, strict=True))

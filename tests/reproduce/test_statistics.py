@@ -44,10 +44,18 @@ def test_what_the_error_leaves_out_is_said() -> None:
     assert str(found) == "-0.50, within 2 x 0.41 (test images alone)"
 
 
+def test_seeds_of_one_network_have_the_interval_of_the_images() -> None:
+    shares = (Proportion(8810, 10_000), Proportion(8830, 10_000), Proportion(8820, 10_000))
+    found = Mean(shares, one_network=True)
+    assert found.error is None and str(found) == str(Mean((Proportion(8820, 10_000),)))
+    assert compare(found, Figure(88.74)) == compare(Mean((Proportion(8820, 10_000),)), Figure(88.74))
+    assert compare(found, Figure(88.74)).within and not compare(Mean(shares), Figure(88.74)).within
+
+
 @pytest.mark.parametrize("shares", [(Proportion(0, 10_000),), (Proportion(0, 10_000),) * 3])
 def test_agreement_to_the_last_image_is_no_certainty(shares: tuple[Proportion, ...]) -> None:
     found = compare(Mean(shares), Figure(0.01))
-    assert found.within and found.error == pytest.approx(0.0196 / len(shares), rel=0.01)
+    assert found.within and found.error == pytest.approx(0.0196, rel=0.01), "the same images three times"
     assert found.parts == "test images alone"
 
 

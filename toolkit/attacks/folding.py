@@ -67,7 +67,7 @@ def find_pairs(network: nn.Module) -> tuple[Pair, ...]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph = fx.Tracer().trace(network)
+            graph = fx.Tracer().trace(copy.deepcopy(network))  # what a network keeps of its passes stays as it is
     except Exception:  # what branches on its input has no graph, and the network's own code may raise anything
         return ()
     modules = dict(network.named_modules())

@@ -117,6 +117,7 @@ def _source(panel: Panel) -> str:
 
 def _cell(runner: Runner, panel: Panel, cell: Cell) -> dict[str, Any]:
     measured = _measured(runner, panel, cell.recipe, cell.measure)
+    shared = _is_one_network(panel, cell.recipe)
     theirs = cell.paper if panel.comparable else None
     return {
         "row": cell.row,
@@ -129,7 +130,7 @@ def _cell(runner: Runner, panel: Panel, cell: Cell) -> dict[str, Any]:
         and cell.column in ("none", "standard", "adversarial"),
         **measured,
         "paper": _paper(theirs),
-        "agreement": _agreement(measured, theirs),
+        "agreement": _agreement(measured, theirs, shared),
     }
 
 
@@ -157,7 +158,12 @@ def _measured(runner: Runner, panel: Panel, recipe: Recipe, measure: Any) -> dic
         )
     if not panel.planners:
         missing["all"] = runner.reason(panel, None)
-    return {"runs": runs, "missing": missing, "means": _means(runs)}
+    return {"runs": runs, "missing": missing, "means": _means(runs, _is_one_network(panel, recipe))}
+
+
+def _is_one_network(panel: Panel, recipe: Recipe) -> bool:
+    """Whether all seeds have the same network: one that was brought along, and not trained since."""
+    return len({planner.network_of(recipe) for planner in panel.planners.values()}) == 1
 
 
 def _training(runner: Runner, step: Step) -> list[dict[str, Any]]:
@@ -171,15 +177,15 @@ def _training(runner: Runner, step: Step) -> list[dict[str, Any]]:
     return found
 
 
-def _means(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _means(runs: list[dict[str, Any]], one_network: bool) -> dict[str, Any]:
     if not runs:
         return {}
-    means = {name: _mean(runs, name) for name in QUANTITIES}
+    means = {name: _mean(runs, name, one_network) for name in QUANTITIES}
     return {name: {"value": mean.value, "error": mean.error, "text": str(mean)} for name, mean in means.items()}
 
 
-def _mean(runs: list[dict[str, Any]], name: str) -> Mean:
-    return Mean(tuple(Proportion(run[name]["correct"], run[name]["total"]) for run in runs))
+def _mean(runs: list[dict[str, Any]], name: str, one_network: bool) -> Mean:
+    return Mean(tuple(Proportion(run[name]["correct"], run[name]["total"]) for run in runs), one_network)
 
 
 def _paper(cell: PaperCell | None) -> dict[str, Any] | None:
@@ -189,10 +195,10 @@ def _paper(cell: PaperCell | None) -> dict[str, Any] | None:
     return {name: {"mean": figure.mean, "error": figure.error} for name, figure in parts.items()}
 
 
-def _agreement(measured: Mapping[str, Any], cell: PaperCell | None) -> dict[str, Any] | None:
+def _agreement(measured: Mapping[str, Any], cell: PaperCell | None, one_network: bool) -> dict[str, Any] | None:
     if cell is None or not measured["runs"]:
         return None
-    found = {name: compare(_mean(measured["runs"], name), getattr(cell, name)) for name in QUANTITIES}
+    found = {name: compare(_mean(measured["runs"], name, one_network), getattr(cell, name)) for name in QUANTITIES}
     return {
         name: {
             "difference": item.difference,

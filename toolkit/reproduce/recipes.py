@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from toolkit.artifacts import Splits
+from toolkit.artifacts import Split, Splits
 from toolkit.attacks.threat import PgdPlan, resolve_plan
 from toolkit.bundle import sha256
 from toolkit.config import ThreatConfig
@@ -112,7 +112,7 @@ class Planner:
 
     def integer(self, recipe: Recipe) -> Step:
         """The step that writes the recipe's network as an integer graph."""
-        settings = {"calibration": self.splits.calibration.digest, "per_channel": False, "calibrate": "minmax"}
+        settings = {"calibration": self._named(self.splits.calibration), "per_channel": False, "calibrate": "minmax"}
         return Step("integer", f"{self._name}: integer graph of {recipe}", settings, (self.network_of(recipe),))
 
     def embed(self, recipes: Mapping[str, Recipe], class_name: str) -> Step:
@@ -154,7 +154,7 @@ class Planner:
         """The user's checkpoint, known by what it holds."""
         if self.pretrained is None:
             return None
-        facts = {"file": sha256(resolve_path(self.pretrained)), "network": self.network}
+        facts = {"file": sha256(resolve_path(self.pretrained)), **self._origin}
         return Step("load", f"{self._name}: standard network from {self.pretrained.name}", facts)
 
     @property
@@ -172,7 +172,7 @@ class Planner:
             "config": config,
             "plan": plan and [plan.record(), plan.steps, plan.step_size, plan.random_start],
             "seed": self.seed,
-            "train": self.splits.train.digest,
+            "train": self._named(self.splits.train),
         }
 
     def _measuring(self, recipe: Recipe, measure: Measure) -> dict[str, Any]:
@@ -191,12 +191,16 @@ class Planner:
     def _rounding(self, recipe: Recipe) -> dict[str, Any]:
         """How the simulated form is made: fine-tuning has recorded the ranges, else calibration images tell them."""
         recorded = recipe.tuned != "none"
-        calibration = None if recorded and recipe.form == "simulated" else self.splits.calibration.digest
+        calibration = None if recorded and recipe.form == "simulated" else self._named(self.splits.calibration)
         return {"bits": recipe.bits, "recorded": recorded, "calibration": calibration}
 
     def _evaluated(self, measure: Measure) -> list[Any]:
         split = self.splits.evaluation if measure in WHOLE else self.splits.evaluation.first(self.images)
-        return [len(split), split.digest]
+        return [len(split), self._named(split)]
+
+    def _named(self, split: Split) -> str:
+        """What names the images, and their labels where the user may change those: a data set's own stand fast."""
+        return split.labelled_digest if ":" in self.source else split.digest
 
     def _qat(self, recipe: Recipe) -> Step:
         objective = "adversarial"

@@ -35,8 +35,8 @@ def render(document: Mapping[str, Any], plot: str | None = None) -> str:
     if document.get("pretrained"):
         parts.append(
             f"The standard network was not trained here but brought along: `{document['pretrained']['name']}`, SHA-256 "
-            f"{document['pretrained']['sha256'][:16]}. It is the same for every seed, so rows without training have no "
-            "spread."
+            f"{document['pretrained']['sha256'][:16]}. It is the same for every seed, so rows without "
+            "training have the interval of the test images alone."
         )
     if plot:
         parts.append(f"![{document['title']}]({plot})")
@@ -147,7 +147,8 @@ def _both(cell: Mapping[str, Any]) -> str:
     if not cell["runs"]:
         return "not run"
     test, robust = (cell["means"][name]["text"] for name in ("test", "robust"))
-    return f"{test} / {robust}"
+    seeds = f" ({len(cell['runs'])} seed(s))" if cell["missing"] else ""
+    return f"{test} / {robust}{seeds}"
 
 
 def _reasons(cells: Sequence[Mapping[str, Any]]) -> str:

@@ -19,7 +19,9 @@ class Mean:
     """A share over seeds, in per cent."""
 
     shares: tuple[Proportion, ...]
-    """One a seed."""
+    """One a seed, all of the same test images."""
+    one_network: bool = False
+    """Whether the seeds share one network, so that their spread says nothing of how training varies."""
 
     @property
     def value(self) -> float:
@@ -27,21 +29,27 @@ class Mean:
 
     @property
     def error(self) -> float | None:
-        """The standard error of the mean over seeds; None of one seed."""
-        if len(self.shares) < 2:
+        """The standard error of the mean over seeds; None of one seed, and of one network."""
+        if len(self.shares) < 2 or self.one_network:
             return None
         return 100 * statistics.stdev(share.value for share in self.shares) / math.sqrt(len(self.shares))
 
     @property
     def sampling_error(self) -> float:
         """The standard error that the finite number of test images alone causes, by Wilson's interval's longer arm."""
-        pooled = Proportion(sum(share.correct for share in self.shares), sum(share.total for share in self.shares))
-        return 100 * max(pooled.high - pooled.value, pooled.value - pooled.low) / Z_95
+        share = self._share
+        return 100 * max(share.high - share.value, share.value - share.low) / Z_95
+
+    @property
+    def _share(self) -> Proportion:
+        """The mean as a share of the test images: more seeds make no more images."""
+        total = self.shares[0].total
+        return Proportion(round(total * self.value / 100), total)
 
     def __str__(self) -> str:
         if self.error is not None:
             return f"{self.value:.2f} ± {self.error:.2f}"
-        share = self.shares[0]
+        share = self._share
         return f"{self.value:.2f} [{100 * share.low:.2f}, {100 * share.high:.2f}]"
 
 
@@ -68,7 +76,7 @@ class Agreement:
 def compare(ours: Mean, theirs: Figure) -> Agreement:
     """The difference of the means and its combined standard error, root of the sum of squares.
 
-    Of one seed, or several that agree to the last image, our part is the error that the finite number of test images
+    Of one network, or several that agree to the last image, our part is the error that the finite number of test images
     causes; that leaves the spread of seeds out, and is too small. Where the paper gives no error its part is left out
     too.
     """
