@@ -509,10 +509,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     return _map_paths(_read_yaml(path), lambda setting: paths.resolved(setting, path.absolute().parent))
 
 
-def write_settings(config: StageConfig, path: Path, home: Path) -> None:
-    """Write the resolved configuration to `path`, which will stand in the folder `home`."""
+def write_settings(config: StageConfig, path: Path, home: Path, title: str | None = None) -> None:
+    """Write the resolved configuration to `path`, which will stand in the folder `home`, under a comment if given."""
     values = _map_paths(config.model_dump(mode="json"), lambda setting: paths.relative(setting, home.absolute()))
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    comment = f"# {title}\n" if title else ""
+    path.write_text(comment + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def _map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from tests.search.fakes import FakeWork, a_space, a_study, noted, plan
 from toolkit.errors import ToolkitError
 from toolkit.search import cluster
 from toolkit.search.cluster import Needs, RayCluster
+from toolkit.search.objective import Job, Outcome
 from toolkit.search.runner import run_trials
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
@@ -52,6 +53,39 @@ def test_an_address_where_no_cluster_is(address: str, tmp_path: Path, monkeypatc
     with pytest.raises(ToolkitError, match="the Ray cluster cannot be reached") as caught:
         RayCluster(address.format(port=port), FakeWork(str(tmp_path / "log")), Needs(1))
     assert "--address" in caught.value.found and "ray start --head" in caught.value.fix
+
+
+def test_something_else_listens_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dashboard's port, say: Ray would try for minutes."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "ANSWER_S", 3)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ToolkitError, match="the Ray cluster cannot be reached") as caught:
+            RayCluster(address, FakeWork(str(tmp_path / "log")), Needs(1))
+    assert "no head of Ray, whose port is 6379" in caught.value.found
+
+
+class Lacking:
+    """What a worker without the toolkit comes to."""
+
+    def __call__(self, job: Job) -> Outcome:
+        raise ModuleNotFoundError(f"No module named 'toolkit' (trial {job.trial})")
+
+
+def test_a_worker_without_the_toolkit(tmp_path: Path) -> None:
+    space = a_space()
+    study = a_study(f"sqlite:///{tmp_path / 'study.sqlite'}", space)
+    workers = RayCluster("local", Lacking(), Needs(cpus=1), workers=1)
+    try:
+        with pytest.raises(ToolkitError, match="a worker lacks the toolkit") as caught:
+            run_trials(study, space, workers, plan(1))
+    finally:
+        workers.close()
+        study.close()
+    assert "No module named 'toolkit'" in caught.value.found and "on every machine" in caught.value.fix
 
 
 def test_no_cluster_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from toolkit.search import cluster, finals, planned
 from toolkit.search import search as search_module
 from toolkit.search.cluster import work_on
 from toolkit.search.objective import Job, Laboratory, Measurement, Outcome, Problem, Workbench
+from toolkit.search.report import own_name
 from toolkit.search.storage import Study
 from toolkit.training.losses import cost_per_image
 from toolkit.training.run import Run
@@ -164,6 +165,34 @@ def test_force_does_not_remove_what_it_is_to_read(capsys: pytest.CaptureFixture[
     command[command.index("model.pt")] = str(inner)
     assert tiny.run(*command, "-q") == cli.BAD_INPUT
     assert "--force would remove what the search is to read" in capsys.readouterr().err and inner.is_file()
+
+
+@pytest.mark.usefixtures("again")
+def test_force_removes_what_a_search_wrote_and_nothing_else() -> None:
+    Path("search-out/thesis.tex").write_text("mine")
+    Path("search-out/pictures").mkdir()
+    Path("search-out/pictures/one.png").write_bytes(b"mine")
+    assert tiny.run(*arguments("--force", trials=1, epochs=0), "-q") == cli.DONE
+    assert Path("search-out/thesis.tex").read_text() == "mine" and Path("search-out/pictures/one.png").is_file()
+    assert len(front_of()["trials"]) == 1
+
+
+@pytest.mark.usefixtures("again")
+def test_force_spares_the_images_that_the_search_is_to_read(capsys: pytest.CaptureFixture[str]) -> None:
+    images = Path("search-out/data.npz")
+    shutil.copy("data.npz", images)
+    assert tiny.run(*arguments("--force", "--data", f"npz:{images}"), "-q") == cli.BAD_INPUT
+    assert "--force would remove what the search is to read" in capsys.readouterr().err and images.is_file()
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("flags", [(), ("--force",)])
+def test_a_settings_file_of_the_users_is_no_search(flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("search-out").mkdir()
+    Path("search-out/search.yaml").write_text("prune:\n  ratio: 0.5\n")
+    assert tiny.run(*arguments(*flags, trials=1, epochs=0), "-q") == cli.BAD_INPUT
+    assert "no search wrote" in capsys.readouterr().err
+    assert Path("search-out/search.yaml").read_text() == "prune:\n  ratio: 0.5\n"
 
 
 @pytest.mark.usefixtures("here")
@@ -393,11 +422,13 @@ def test_two_studies_in_one_folder_are_kept_apart(capsys: pytest.CaptureFixture[
     radius = bundle.read_report(output / "bundles" / min(first)).threat.eps
     command = arguments("--eps", "0.01", "--study", "../smaller", trials=1)
     assert tiny.run(*command, "-q") == cli.DONE
-    (entry,) = json.loads((output / ".._smaller-front.json").read_text())["bundles"]
-    assert Path(entry["bundle"]).name == ".._smaller-trial-000"
+    prefix = own_name("../smaller", "").rstrip("-")
+    assert prefix.startswith(".._smaller-") and prefix != own_name(".._smaller", "").rstrip("-")
+    (entry,) = json.loads((output / f"{prefix}-front.json").read_text())["bundles"]
+    assert Path(entry["bundle"]).name == f"{prefix}-trial-000"
     assert bundle.read_report(output / entry["bundle"]).threat.eps == 0.01 != radius
-    assert "![front](.._smaller-front.png)" in (output / ".._smaller-front.md").read_text()
-    assert front_of() == front and (output / "search.yaml").is_file() and (output / ".._smaller-search.yaml").is_file()
+    assert f"![front]({prefix}-front.png)" in (output / f"{prefix}-front.md").read_text()
+    assert front_of() == front and (output / "search.yaml").is_file() and (output / f"{prefix}-search.yaml").is_file()
     capsys.readouterr()
     assert tiny.run(*command, "--force", "-q") == cli.BAD_INPUT
     assert "--force would remove other studies" in capsys.readouterr().err

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import datetime
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ def url(tmp_path: Path) -> str:
 
 def tell(study: Study, ticket: Ticket) -> bool:
     job = Job(ticket.number, a_space().config(ticket.parameters))
-    return study.tell(ticket, VALUES, [fakes.measured(job).record()], {"--min-robust": -0.1})
+    return study.tell(ticket, VALUES, [fakes.measured(job).record()])
 
 
 def ask(study: Study, wanted: int = 99) -> Ticket:
@@ -236,14 +238,6 @@ def test_a_storage_that_cannot_be_used_is_named_without_its_password(bad: str, f
     assert found in caught.value.found and "secret" not in caught.value.found
 
 
-def test_limits_reach_the_sampler(url: str) -> None:
-    study = a_study(url)
-    tell(study, ask(study))
-    (trial,) = study._study.get_trials()
-    assert trial.constraints == {"--min-robust": -0.1}
-    study.close()
-
-
 def test_processes_on_one_storage_share_the_trials_and_one_may_be_killed(url: str, tmp_path: Path) -> None:
     log, trials = tmp_path / "log", 10
     command = [sys.executable, "-m", "tests.search.fakes", url, str(log), str(trials), "0.3"]
@@ -305,7 +299,7 @@ def test_what_was_given_back_is_waited_for_only_while_it_is_wanted(url: str) -> 
     first, second = (study.ask(3) for _ in range(2))
     assert first is not None and second is not None
     job = Job(first.number, study._space.config(first.parameters))
-    study.tell(first, dict.fromkeys(storage.DIRECTIONS, 1.0), [fakes.measured(job).record()], {})
+    study.tell(first, dict.fromkeys(storage.DIRECTIONS, 1.0), [fakes.measured(job).record()])
     study.release(second.number)
     assert study.others(3) == 1, "somebody will make it"
     assert study.ask(1) is None and study.others(1) == 0, "one was wanted, and is made: nobody will"
@@ -346,3 +340,86 @@ def test_a_trial_without_an_owner_is_dead_after_a_while_whatever_its_machines_cl
     now += 2
     assert study._is_dead(trial)
     study.close()
+
+
+def test_a_process_that_dies_between_two_writes_has_a_heart_that_stopped(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = a_study(url)
+
+    def killed(*_: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optuna.Trial, "set_user_attr", killed)
+        with pytest.raises(SystemExit):
+            study.ask(1)
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+        assert connection.execute("select count(*) from trial_heartbeats").fetchone() == (1,)
+    study.close()
+
+
+def test_closing_gives_back_the_others_where_one_was_ended_by_another_process(url: str) -> None:
+    study = a_study(url)
+    first, second = ask(study, 3), ask(study, 3)
+    optuna.load_study(study_name="search", storage=url).tell(first.number, state=optuna.trial.TrialState.FAIL)
+    study.close()
+    again = a_study(url)
+    assert again.ask(3) is not None
+    assert again._trial(second.number).state == optuna.trial.TrialState.FAIL, "given back"
+    again.close()
+
+
+def test_two_points_that_are_asked_at_the_same_moment_are_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a trial's making and the writing of its digest its parameters tell what it tries."""
+    study, other = a_study(url), a_study(url)
+    with monkeypatch.context() as patched:
+        patched.setattr(optuna.Trial, "set_user_attr", lambda *_: None)
+        first = ask(study, 99)
+    other._study.enqueue_trial(dict(first.parameters))
+    assert ask(other, 99).parameters != first.parameters
+    study.close()
+    other.close()
+
+
+@pytest.mark.parametrize("limit", [0.3, 0.95])
+def test_proposals_follow_the_limits_as_they_are_now(url: str, limit: float) -> None:
+    """A search that goes on under others is not steered by those of before."""
+
+    def excess(result: Any) -> dict[str, float]:
+        return {"--min-robust": limit - result[0]["robust"]["correct"] / result[0]["robust"]["total"]}
+
+    study = Study(url, "search", a_space(), {"weights": "abc"}, 0, lambda _: {"--min-robust": 1.0})
+    tell(study, ask(study))
+    study.close()
+    study = Study(url, "search", a_space(), {"weights": "abc"}, 0, excess)
+    found = sampler._judged(study._study, study._excess_of).get_trials(deepcopy=False)
+    wanted = [trial.constraints for trial in found if trial.state == optuna.trial.TrialState.COMPLETE]
+    (stored,) = study.tried()
+    assert stored.result is not None and wanted == [excess(stored.result)]
+    assert not any(trial.constraints for trial in study._study.trials), "nothing of it is kept"
+    study.close()
+
+
+def test_constraints_decide_which_trials_are_followed(tmp_path: Path) -> None:
+    """The same results under other limits lead to other proposals."""
+
+    def proposals(name: str, sign: float) -> list[Any]:
+        def excess(result: Any) -> dict[str, float]:
+            return {"--max-size": sign * (result[0]["bytes"] - 3.5)}
+
+        study = Study(f"sqlite:///{tmp_path / name}", "search", a_space(), {"weights": "abc"}, 0, excess)
+        found = []
+        for _ in range(16):
+            ticket = ask(study)
+            found.append(ticket.parameters)
+            job = Job(ticket.number, study._space.config(ticket.parameters))
+            size = round(10 * float(ticket.parameters["prune.ratio"]))
+            record = {**fakes.measured(job).record(), "bytes": size}
+            study.tell(ticket, VALUES | {"bytes": 1.0}, [record])
+        study.close()
+        return found
+
+    small, large = proposals("small", 1.0), proposals("large", -1.0)
+    start = sampler.STARTUP_TRIALS
+    assert small[:start] == large[:start] and small[start:] != large[start:]

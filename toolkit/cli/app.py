@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -88,7 +93,8 @@ def run(arguments: Sequence[str]) -> int:
     global _running
     _running = _Invocation(tuple(arguments))
     try:
-        outcome = app(args=list(arguments), prog_name="toolkit", standalone_mode=False)
+        with _heeding_termination():
+            outcome = app(args=list(arguments), prog_name="toolkit", standalone_mode=False)
     except ToolkitError as error:
         show_error(error)
         return BAD_INPUT
@@ -110,6 +116,30 @@ def run(arguments: Sequence[str]) -> int:
     if outcome == INTERRUPTED:  # typer turns Ctrl-C into this code
         return _interrupted()
     return outcome if isinstance(outcome, int) else DONE
+
+
+@contextlib.contextmanager
+def _heeding_termination() -> Iterator[None]:
+    """Let SIGTERM (`kill`, a container or a batch system that stops) end a command as Ctrl-C does.
+
+    Processes of one training are left to torchrun, which ends them itself.
+    """
+
+    def ended(_number: int, _frame: FrameType | None) -> None:
+        if callable(signal.getsignal(signal.SIGINT)):  # a training that saves itself first
+            signal.raise_signal(signal.SIGINT)
+        else:
+            raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread() and "TORCHELASTIC_RUN_ID" not in os.environ
+    if not ours or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, ended)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _interrupted() -> int:

@@ -10,12 +10,13 @@ import importlib.util
 import os
 import platform
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from toolkit import progress
+from toolkit import __version__, progress
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.environment import allowed_cpus
 from toolkit.search.executors import Work
@@ -25,6 +26,9 @@ RETRIES = 3
 """So often a job is begun again whose worker died."""
 CONNECT_S = 10
 """Seconds in which a cluster must answer."""
+ANSWER_S = 30
+"""And say that it is one; half of it is Ray's own start."""
+AUTH_MODE = "RAY_AUTH_MODE"
 PACKAGE = "ray"
 
 
@@ -55,6 +59,10 @@ class RayCluster:
     """
 
     def __init__(self, address: str, work: Work, needs: Needs, workers: int | None = None) -> None:
+        try:
+            _check_answers(address)  # before Ray is imported, which then reads how to sign in
+        except (OSError, ValueError) as error:
+            raise _unreachable(address, error) from error
         import ray
 
         self._ray: Any = ray  # parts of its interface have no types
@@ -92,6 +100,12 @@ class RayCluster:
         try:
             outcome: Outcome = self._ray.get(done)
         except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ImportError) or "failed to import" in str(error):
+                raise ToolkitError(
+                    "a worker lacks the toolkit, or has another version of it",
+                    found=str(error).strip().splitlines()[-1],
+                    fix=f"install toolkit {__version__} and its extra `scale` on every machine of the cluster",
+                ) from error
             raise RuntimeError(f"a worker met a defect: {error}") from error
         except self._ray.exceptions.RayError as error:
             reason = f"its worker died, {RETRIES + 1} times: {type(error).__name__}"
@@ -125,15 +139,18 @@ def _connect(address: str, cpus: int) -> None:
         options |= {"num_cpus": cpus, "include_dashboard": False}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home
     try:
-        _check_answers(address)
         ray.init(address=address, **options)
     except Exception as error:  # ConnectionError, OSError, RuntimeError, ValueError, as versions of Ray go
         ray.shutdown()
-        raise ToolkitError(
-            "the Ray cluster cannot be reached",
-            found=f"--address {address}: {type(error).__name__}: {str(error).splitlines()[0]}",
-            fix="start one with `ray start --head`, or let workers run on this machine with --address local",
-        ) from error
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> ToolkitError:
+    return ToolkitError(
+        "the Ray cluster cannot be reached",
+        found=f"--address {address}: {type(error).__name__}: {str(error).splitlines()[0]}",
+        fix="start one with `ray start --head`, or let workers run on this machine with --address local",
+    )
 
 
 def _check_answers(address: str) -> None:
@@ -149,6 +166,34 @@ def _check_answers(address: str) -> None:
     if not host or not port.isdigit():
         raise ValueError("give auto, local or HOST:PORT")
     socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    if address.startswith("ray://"):
+        return
+    found = _ask_head(address)
+    if "uthentic" in found and AUTH_MODE not in os.environ:  # `ray start` wants the token that an earlier one left
+        os.environ[AUTH_MODE] = "token"
+        found = _ask_head(address)
+    if "uthentic" in found:
+        raise ConnectionError("it wants the token that lies in ~/.ray/auth_token on its head: copy it to this machine")
+    if found:
+        raise ConnectionError("what listens there is no head of Ray, whose port is 6379 unless told otherwise")
+
+
+def _ask_head(address: str) -> str:
+    """What is wrong with the head at HOST:PORT, or with what listens there; empty: nothing.
+
+    Asked in a process of its own, because a listener that is no head would keep Ray for minutes.
+    """
+    main = "from ray.scripts.scripts import main; main()"
+    try:
+        found = subprocess.run(
+            [sys.executable, "-c", main, "health-check", "--address", address],
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_S,
+        )
+    except subprocess.TimeoutExpired:
+        return "no answer"
+    return "" if found.returncode == 0 else found.stderr or "not healthy"
 
 
 def _room(nodes: Sequence[Mapping[str, float]], needs: Needs) -> int:

@@ -160,7 +160,9 @@ def _write(config: HardenConfig, laboratory: Laboratory, folder: Path) -> None:
     kept = laboratory.tuned_file(resolve(config, laboratory.prepared))
     if kept.is_file() and not workspace.training_checkpoint.is_file():
         workspace.root.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(kept, workspace.training_checkpoint)
+        partial = workspace.training_checkpoint.with_suffix(".tmp")
+        shutil.copyfile(kept, partial)
+        partial.replace(workspace.training_checkpoint)  # whole or not at all: half of one could not be resumed
     harden(config, folder, force=True, resume=workspace.resumable)
 
 

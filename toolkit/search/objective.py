@@ -33,6 +33,7 @@ from toolkit.exporters.onnx import export_onnx
 from toolkit.graphs import Graphs, settled, some_pixels, timed, write_graphs
 from toolkit.lineup import Lineup
 from toolkit.locks import locked, stopwatch_lock
+from toolkit.paths import public_name
 from toolkit.pipeline import check_settings, resolve, rounding_of
 from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack
 from toolkit.pruning import prune
@@ -161,7 +162,8 @@ class Laboratory:
             ToolkitError: a stage that cannot handle it, such as a training that diverges.
         """
         check_settings(config)
-        config = resolve(config, self.prepared).model_copy(update={"export": self._export})
+        export = config.export.model_copy(update={"end_to_end": False})
+        config = resolve(config, self.prepared).model_copy(update={"export": export})
         watch = Stopwatch()
         with watch.stage("tune"):
             tuned = self._tune(config)
@@ -239,8 +241,12 @@ class Laboratory:
 
 
 def weights_digest(model: TorchModel) -> str:
-    """Of everything that a network has learnt."""
-    digest = hashlib.sha256()
+    """Of everything that makes a network what it is: its code, normalisation and pruning, and what it has learnt."""
+    spec = model.spec
+    path = Path(spec.architecture.rpartition(":")[0])
+    code = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    facts = [public_name(spec.architecture), code, spec.input_shape, asdict(spec.normalization), list(spec.pruning)]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=dict).encode())
     for value in model.network.state_dict().values():
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -275,6 +281,8 @@ class Workbench:
 
     def adopt(self, laboratory: Laboratory, config: HardenConfig) -> None:
         """Use a laboratory in this process that was made for `config`."""
+        for key in [key for key in _laboratories if key[0] == self]:  # of an earlier search in this folder
+            del _laboratories[key]
         _laboratories[self, config.seed, config.threads] = laboratory
 
     def laboratory(self, config: HardenConfig) -> Laboratory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ DATA, MARKDOWN, PICTURE = "front.json", "front.md", "front.png"
 def own_name(study: str, name: str) -> str:
     """What a study's file or folder is called: several studies may share an output, and be called anything."""
     prefix = re.sub(r"[^\w.-]", "_", study)
+    if prefix != study:
+        prefix += f"-{hashlib.sha256(study.encode()).hexdigest()[:6]}"  # a/b is not a_b
     return name if study == SearchConfig().study else f"{prefix}-{name}"
 
 

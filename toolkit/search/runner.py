@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def _take(outcome: Outcome, under_way: dict[int, _UnderWay], study: Study, plan:
         "bytes": float(point.bytes),
     }
     result = [measurement.record() for measurement in found]
-    counted = study.tell(one.ticket, values, result, plan.limits.excess(point))
+    counted = study.tell(one.ticket, values, result)
     seconds = sum(measurement.seconds["all"] for measurement in found)
     late = "" if counted else "; too late, another process made it again"
     notice(
@@ -104,6 +105,11 @@ def _take(outcome: Outcome, under_way: dict[int, _UnderWay], study: Study, plan:
         f"{point.milliseconds:.4g} ms ({point.ratio.value:.2f} of the original's), {point.bytes:,} bytes; "
         f"{seconds:.0f} s; {study.made} of {plan.trials}{late}"
     )
+
+
+def excess_of(limits: Limits, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """By how much a stored result oversteps each limit."""
+    return limits.excess(mean_point(0, [Measurement.of(record) for record in records]))
 
 
 def mean_point(trial: int, measured: Sequence[Measurement]) -> Point:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,21 @@ from toolkit.pruning import find_groups
 from toolkit.search import cluster
 from toolkit.search.database import failures, forget, without_password
 from toolkit.search.executors import Executor, InProcess
-from toolkit.search.finals import full_evidence
+from toolkit.search.finals import BUNDLES, ORIGINS, full_evidence
 from toolkit.search.front import Limits
-from toolkit.search.objective import Laboratory, Workbench, weights_digest
+from toolkit.search.objective import TUNED, Laboratory, Workbench, weights_digest
 from toolkit.search.plot import plot_front
 from toolkit.search.report import DATA, MARKDOWN, PICTURE, SearchResult, own_name, record, render_markdown
-from toolkit.search.runner import Plan, run_trials
+from toolkit.search.runner import Plan, excess_of, run_trials
 from toolkit.search.space import Anatomy, Space
 from toolkit.search.storage import IDENTITY, Study, same_network
 from toolkit.training.distributed import launched
 
 SETTINGS = "search.yaml"
-STORAGE = "study.sqlite"
+TITLE = "settings of a search, written by `toolkit search`"
+"""First line of those that are ours."""
+FRONT = (DATA, MARKDOWN, PICTURE)
+STORAGE, FINALS_LOCK = "study.sqlite", ".finals.lock"
 
 
 @dataclass(frozen=True)
@@ -77,16 +81,16 @@ def search(config: SearchRunConfig, output: Path, *, force: bool = False) -> Sea
                 forget(
                     url, config.search.study, lambda known: same_network(known.user_attrs.get(IDENTITY, {}), identity)
                 )
-            _clear(output)
+            _clear(output, config.search.study)
         with _open_study(ready, url, identity) as study, failures(url):
             kept = config.search.model_copy(update={"storage": config.search.storage and without_password(url)})
             written = output / own_name(config.search.study, SETTINGS)
-            write_settings(config.model_copy(update={"search": kept}), written, home=output)
+            write_settings(config.model_copy(update={"search": kept}), written, home=output, title=TITLE)
             with _executor(ready) as executor:
                 plan = Plan(config.search.trials, config.seeds, Limits.of(config), config.search.budget)
                 run_trials(study, ready.space, executor, plan)
             tried = study.tried()
-        with locked(output / ".finals.lock", "it writes the bundles of this search"):
+        with locked(output / FINALS_LOCK, "it writes the bundles of this search"):
             found = full_evidence(config, output, ready.laboratory, ready.space, tried, identity)
             write_front(found)
     return found
@@ -108,7 +112,9 @@ def _keep_inputs(config: SearchRunConfig, output: Path) -> None:
     Raises:
         ToolkitError: an input lies in `output`.
     """
-    for path in (config.model.path, config.finetune.teacher):
+    source = config.data.source or ""
+    images = Path(source.partition(":")[2]) if source.startswith(("folder:", "npz:")) else None
+    for path in (config.model.path, config.finetune.teacher, config.data.data_dir, images):
         if path is not None and path.resolve().is_relative_to(output.resolve()):
             raise ToolkitError(
                 "--force would remove what the search is to read",
@@ -124,7 +130,7 @@ def _keep_others(config: SearchRunConfig, output: Path) -> None:
         ToolkitError: another study's settings lie in `output`.
     """
     ours = own_name(config.search.study, SETTINGS)
-    others = sorted(path.name for path in output.glob(f"*{SETTINGS}") if path.name != ours)
+    others = sorted(path.name for path in output.glob(f"*{SETTINGS}") if path.name != ours and _is_ours(path))
     if others:
         raise ToolkitError(
             "--force would remove other studies with this one",
@@ -139,7 +145,7 @@ def prepare_search(config: SearchRunConfig, output: Path) -> Search:
     Raises:
         ToolkitError: bad input.
     """
-    _check_output(output)
+    _check_output(output, config.search.study)
     compose(config.attack.attacks, classes=2, norm=config.threat.norm)
     if config.prune.round_to == "auto" or "auto" in config.search.space.get("prune.round_to", ()):
         raise ToolkitError(
@@ -167,7 +173,8 @@ def prepare_search(config: SearchRunConfig, output: Path) -> Search:
 def _open_study(ready: Search, url: str, identity: Mapping[str, Any]) -> Iterator[Study]:
     ready.output.mkdir(parents=True, exist_ok=True)
     try:
-        study = Study(url, ready.config.search.study, ready.space, identity, ready.config.seed)
+        excess = partial(excess_of, Limits.of(ready.config))
+        study = Study(url, ready.config.search.study, ready.space, identity, ready.config.seed, excess)
     except BaseException:
         with contextlib.suppress(OSError):  # it stays where anything is in it
             ready.output.rmdir()
@@ -233,13 +240,20 @@ def _identity(ready: Search) -> dict[str, Any]:
     }
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: Path, study: str) -> None:
     """Refuse a folder of something else.
 
     Raises:
-        ToolkitError: `output` is no search's folder.
+        ToolkitError: `output` is no search's folder, or holds a file of the user's where the settings go.
     """
-    begun = (output / STORAGE).is_file() or any(output.glob(f"*{SETTINGS}"))  # the storage comes first
+    settings = output / own_name(study, SETTINGS)
+    if settings.is_file() and not _is_ours(settings):
+        raise ToolkitError(
+            "a file that no search wrote lies where the settings of this one go",
+            found=str(settings),
+            fix="move it, or name another folder with --output",
+        )
+    begun = (output / STORAGE).is_file() or any(_is_ours(path) for path in output.glob(f"*{SETTINGS}"))
     if output.is_file() or (output.is_dir() and any(output.iterdir()) and not begun):
         raise ToolkitError(
             "the output is no folder of a search",
@@ -248,6 +262,17 @@ def _check_output(output: Path) -> None:
         )
 
 
-def _clear(output: Path) -> None:
-    if output.is_dir():
-        shutil.rmtree(output)
+def _is_ours(settings: Path) -> bool:
+    """Whether a search wrote these settings."""
+    with settings.open(encoding="utf-8", errors="replace") as file:
+        return file.readline().rstrip("\n") == f"# {TITLE}"
+
+
+def _clear(output: Path, study: str) -> None:
+    """Remove what a search writes, and nothing else."""
+    for folder in (TUNED, BUNDLES, ORIGINS):
+        if (output / folder).is_dir():
+            shutil.rmtree(output / folder)
+    ours = [output / own_name(study, name) for name in (*FRONT, SETTINGS)]
+    for file in (*output.glob(f"{STORAGE}*"), *ours, output / FINALS_LOCK):
+        file.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -77,14 +77,23 @@ class Study:
         space: what may be tried.
         identity: plain data that names the search; results of another cannot be compared.
         seed: of the proposals.
+        excess: by how much a result oversteps each limit, at most 0 where it keeps it; steers the proposals.
 
     Raises:
         ToolkitError: the storage cannot be used, or holds another study of this name.
     """
 
-    def __init__(self, url: str, name: str, space: Space, identity: Mapping[str, Any], seed: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        space: Space,
+        identity: Mapping[str, Any],
+        seed: int,
+        excess: Callable[[Any], Mapping[str, float]] = lambda _: {},
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._space, self._seed = space, seed
+        self._space, self._seed, self._excess = space, seed, excess
         self._distributions = {dimension.name: _distribution(dimension) for dimension in space.dimensions}
         self._held: dict[int, optuna.Trial] = {}
         self._unsigned: dict[int, float] = {}
@@ -105,15 +114,21 @@ class Study:
             storage=storage,
             study_name=name,
             directions=list(DIRECTIONS.values()),
-            sampler=SeededSampler(self._seed),
+            sampler=SeededSampler(self._seed, self._excess_of),
             load_if_exists=True,
         )
         return storage, study
 
+    def _excess_of(self, trial: FrozenTrial) -> Mapping[str, float]:
+        result = trial.user_attrs.get(RESULT)
+        return self._excess(json.loads(result)) if result else {}
+
     def close(self) -> None:
         """End the heartbeat, and give back what is still held, as far as the storage takes it."""
-        with contextlib.suppress(*FAILURES):
-            for number in tuple(self._held):
+        for number in tuple(self._held):
+            with contextlib.suppress(
+                *FAILURES, optuna.exceptions.UpdateFinishedTrialError
+            ):  # another may have ended it
                 self.release(number)
         self._stop.set()
         self._heart.join()
@@ -128,37 +143,34 @@ class Study:
                 return None
             with quiet():
                 trial = self._study.ask(self._distributions)
+            self._storage.record_heartbeat(trial._trial_id)  # first: whoever dies later has a heart that stopped
             trial.set_user_attr(OWNER, this_process())
             name = digest(self._space.config(trial.params))
             trial.set_user_attr(DIGEST, name)
             self._held[trial.number] = trial
             earlier = [other for other in self._counted() if other.number < trial.number]
-            if any(other.user_attrs.get(DIGEST) == name for other in earlier):
+            if any(self._digest(other) == name for other in earlier):
                 self._skip(trial, "tried already")
                 repeats += 1
             elif len(earlier) >= wanted:
                 self._skip(trial, "others made enough meanwhile")
             else:
-                self._storage.record_heartbeat(trial._trial_id)
                 return Ticket(trial.number, dict(trial.params))
         return None
 
-    def tell(self, ticket: Ticket, values: Mapping[str, float], result: Any, excess: Mapping[str, float]) -> bool:
+    def tell(self, ticket: Ticket, values: Mapping[str, float], result: Any) -> bool:
         """Keep the result of a trial; False if it is held no more, and the result does not count.
 
         Args:
             ticket: from `ask`.
             values: one per objective (`DIRECTIONS`).
             result: plain JSON data.
-            excess: by how much limits are overstepped; at most 0 where they are kept.
         """
         trial = self._held[ticket.number]
         keep = partial(patiently, seconds=GRACE_S)  # it was dear
         counted = keep(lambda: self._state(ticket.number)) == TrialState.RUNNING
         if counted:
             keep(lambda: trial.set_user_attr(RESULT, json.dumps(result)))
-            for name, amount in excess.items():
-                keep(partial(trial.set_constraint, name, amount))
             counted = keep(lambda: self._finish(ticket.number, [values[name] for name in DIRECTIONS]))
         del self._held[ticket.number]
         return counted
@@ -258,6 +270,13 @@ class Study:
             for trial in self._trials()
             if trial.state in (TrialState.COMPLETE, TrialState.RUNNING) or _is_hopeless(trial)
         ]
+
+    def _digest(self, trial: FrozenTrial) -> str | None:
+        """Names what a trial tries; while its process is about to write that down, its parameters tell."""
+        known = trial.user_attrs.get(DIGEST)
+        if known is None and set(trial.params) == set(self._distributions):
+            return digest(self._space.config(trial.params))
+        return None if known is None else str(known)
 
     def _state(self, number: int) -> TrialState:
         return self._trial(number).state
