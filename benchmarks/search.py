@@ -162,6 +162,8 @@ def against_grid(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.keep or Path(scratch)
         output = folder / "search"
+        if output.exists():
+            raise SystemExit(f"{output} is there already: a search that goes on is timed from its second sitting alone")
         trials_s = 60 * arguments.minutes * (1 - FINAL_SHARE)
         command = [sys.executable, "-m", "toolkit", "search", MODEL, "--data", "fashion-mnist", "--json"]
         command += ["--epochs", str(arguments.epochs), "--trials", "1000", "--budget", f"{trials_s:.0f}"]

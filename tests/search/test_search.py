@@ -167,6 +167,14 @@ def test_force_does_not_remove_what_it_is_to_read(capsys: pytest.CaptureFixture[
     assert "--force would remove what the search is to read" in capsys.readouterr().err and inner.is_file()
 
 
+@pytest.mark.usefixtures("here")
+def test_flags_that_would_do_nothing_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny.run(*arguments("--per-group", space="precision=int8,float")) == cli.BAD_INPUT
+    assert "no ratio varies" in capsys.readouterr().err and not Path("search-out").exists()
+    assert tiny.run(*arguments("--workers", "2", "--dry-run")) == cli.DONE
+    assert "without --address they are ignored" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("again")
 def test_force_removes_what_a_search_wrote_and_nothing_else() -> None:
     Path("search-out/thesis.tex").write_text("mine")

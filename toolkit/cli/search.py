@@ -45,7 +45,11 @@ def search(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """The best compression under your limits: trials, the front as bundles, which to ship and why."""
+    """The best compression under your limits: trials, the front as bundles, which to ship and why.
+
+    Settings that --space varies win over flags of the same name, which only say where the search starts. --int8 and
+    --precision follow the space's `precision` where it has one; --round-to auto is refused here.
+    """
     start(quiet, verbose)
     resolved = build(SearchRunConfig, merged(settings, model, config), flags.names_by_path(SEARCH_FLAGS))
     if dry_run:

@@ -21,7 +21,7 @@ from toolkit.exporters.precision import named_layers
 from toolkit.locks import locked
 from toolkit.pipeline import check_settings
 from toolkit.prepare import load_teacher
-from toolkit.progress import notice
+from toolkit.progress import notice, warn
 from toolkit.pruning import find_groups
 from toolkit.search import cluster
 from toolkit.search.database import failures, forget, without_password
@@ -146,6 +146,7 @@ def prepare_search(config: SearchRunConfig, output: Path) -> Search:
         ToolkitError: bad input.
     """
     _check_output(output, config.search.study)
+    _check_flags(config)
     compose(config.attack.attacks, classes=2, norm=config.threat.norm)
     if config.prune.round_to == "auto" or "auto" in config.search.space.get("prune.round_to", ()):
         raise ToolkitError(
@@ -167,6 +168,23 @@ def prepare_search(config: SearchRunConfig, output: Path) -> Search:
     check_settings(space.config(space.start()))
     bench.adopt(laboratory, base)
     return Search(config, output, laboratory, bench, space)
+
+
+def _check_flags(config: SearchRunConfig) -> None:
+    """Flags that would do nothing.
+
+    Raises:
+        ToolkitError: groups are to have ratios of their own, and no ratio varies.
+    """
+    how = config.search
+    if how.address is None and (how.workers is not None or how.gpus):
+        warn("--workers and --trial-gpus are for Ray: without --address they are ignored")
+    if how.per_group and "prune.ratio" not in how.space:
+        raise ToolkitError(
+            "no ratio varies that every group could have one of its own of",
+            found=f"--per-group, and --space varies {', '.join(how.space)}",
+            fix='add one, such as "prune.ratio=0.2:0.8:0.1", or leave --per-group away',
+        )
 
 
 @contextlib.contextmanager
