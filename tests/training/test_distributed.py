@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from tests.toys import halves, small_network, wrap
 from toolkit.artifacts import Int64Array, TorchModel, UInt8Array
+from toolkit.attacks.folding import find_pairs
 from toolkit.attacks.threat import PgdPlan, ThreatModel
 from toolkit.config import TrainConfig
 from toolkit.data.images import ArrayImages
@@ -135,6 +136,7 @@ def test_shared_norms_keep_names_and_parameters_and_are_plain_in_evaluation() ->
     assert isinstance(made[1], SharedBatchNorm) and made.state_dict().keys() == plain.state_dict().keys()
     assert all(value is before[name] for name, value in made.named_parameters())
     torch.testing.assert_close(made(IMAGES), plain(IMAGES))
+    assert len(find_pairs(made)) == len(find_pairs(plain)) == 1, "surrogates fold them all the same"
     assert not made[1].training and distributed.launched() is False
 
 

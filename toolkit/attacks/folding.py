@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -60,14 +61,24 @@ def fold(network: nn.Module, images: Tensor) -> tuple[nn.Module, tuple[Pair, ...
     return (folded, pairs) if agree else (network, ())
 
 
+class _Tracer(fx.Tracer):
+    """Leaves batch norms whole that are not torch's own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
 def find_pairs(network: nn.Module) -> tuple[Pair, ...]:
-    """Convolutions whose result a batch norm, and nothing else, reads, where both are torch's own and used once."""
-    if not any(isinstance(module, NORMS) for module in network.modules()):
+    """Convolutions whose result a batch norm, and nothing else, reads, where both are torch's own and used once.
+
+    A batch norm of another class is one of these if that says so: `plain_in_evaluation = True`.
+    """
+    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
         return ()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph = fx.Tracer().trace(copy.deepcopy(network))  # what a network keeps of its passes stays as it is
+            graph = _Tracer().trace(copy.deepcopy(network))  # what a network keeps of its passes stays as it is
     except Exception:  # what branches on its input has no graph, and the network's own code may raise anything
         return ()
     modules = dict(network.named_modules())
@@ -76,7 +87,8 @@ def find_pairs(network: nn.Module) -> tuple[Pair, ...]:
 
     def usable(name: object, kinds: Sequence[type]) -> bool:
         module = modules[str(name)]
-        plain = type(module) in kinds and not module._forward_hooks and not module._forward_pre_hooks
+        known = type(module) in kinds or (kinds is NORMS and "plain_in_evaluation" in vars(type(module)))
+        plain = known and not module._forward_hooks and not module._forward_pre_hooks
         return plain and calls[str(name)] == 1 and all(owners[id(p)] == 1 for p in module.parameters())
 
     found = []

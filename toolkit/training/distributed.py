@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit.errors import ToolkitError
@@ -169,6 +170,9 @@ class SharedBatchNorm(_BatchNorm):
         source: the batch norm whose parameters and buffers it takes over.
     """
 
+    plain_in_evaluation = True
+    """For surrogates of attacks, which fold such batch norms into convolutions."""
+
     def __init__(self, source: _BatchNorm) -> None:
         super().__init__(
             source.num_features,
@@ -190,18 +194,10 @@ class SharedBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        values = input.float()
-        axes = [axis for axis in range(values.dim()) if axis != 1]
-        shape = [1, -1, *[1] * (values.dim() - 2)]
-        count = _summed(values.new_tensor(float(values.numel() // values.shape[1])))
-        mean = _summed(values.sum(axes)) / count
-        centred = values - mean.view(shape)
-        variance = _summed(centred.square().sum(axes)) / count
-        self._track(mean.detach(), variance.detach(), count)
-        scaled = centred * (variance + self.eps).rsqrt().view(shape)
-        if self.weight is not None:
-            scaled = scaled * self.weight.view(shape) + self.bias.view(shape)
-        return scaled.to(input.dtype)
+        mean, variance, count = _statistics(input.detach())
+        self._track(mean, variance, count)
+        output: Tensor = _Normalised.apply(input, self.weight, self.bias, mean, variance, count, self.eps)
+        return output
 
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
@@ -212,23 +208,58 @@ class SharedBatchNorm(_BatchNorm):
         self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), share)
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over all processes; so is its gradient."""
+def _statistics(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance of every channel over all processes, [channels] each, and of how many values.
+
+    Every process tells its own mean and variance, and theirs are joined (Chan, Golub and LeVeque 1983): sums of squares
+    would cancel.
+    """
+    axes = [axis for axis in range(values.dim()) if axis != 1]
+    exact = values if values.dtype == torch.float64 else values.float()
+    variance, mean = torch.var_mean(exact, axes, correction=0)
+    own = torch.cat([mean, variance, mean.new_tensor([values.numel() / values.shape[1]])])
+    gathered = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(gathered, own)
+    means, variances, counts = torch.split(torch.stack(gathered), [len(mean), len(mean), 1], dim=1)
+    count = counts.sum()
+    shares = counts / count
+    joint = (shares * means).sum(0)
+    return joint, (shares * (variances + (means - joint).square())).sum(0), count
+
+
+class _Normalised(torch.autograd.Function):
+    """Batch norm by statistics that depend on the images of all processes, and its gradient through them."""
 
     @staticmethod
-    def forward(_: Any, values: Tensor) -> Tensor:
-        summed = values.clone()
-        distributed.all_reduce(summed)
-        return summed
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        count: Tensor,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(values, weight, mean, variance, count)
+        ctx.eps = eps
+        return functional.batch_norm(values, mean, variance, weight, bias, False, 0.0, eps)
 
     @staticmethod
-    def backward(_: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """As Ioffe and Szegedy (2015) have it, with both sums over all processes."""
         (gradient,) = gradients
-        summed = gradient.contiguous().clone()
-        distributed.all_reduce(summed)
-        return summed
-
-
-def _summed(values: Tensor) -> Tensor:
-    result: Tensor = _Sum.apply(values)
-    return result
+        values, weight, mean, variance, count = ctx.saved_tensors
+        scale = (variance + ctx.eps).rsqrt()
+        axes = [axis for axis in range(values.dim()) if axis != 1]
+        shape = [1, -1, *[1] * (values.dim() - 2)]
+        exact = gradient if gradient.dtype == torch.float64 else gradient.float()
+        own = torch.stack([exact.sum(axes), (exact * (values - mean.view(shape))).sum(axes) * scale])
+        joint = own.clone()
+        distributed.all_reduce(joint)
+        of_bias, of_weight = joint / count
+        factor = scale if weight is None else scale * weight
+        slope, offset = -factor * scale * of_weight, factor * (scale * of_weight * mean - of_bias)
+        result = (values * slope.view(shape)).add_(offset.view(shape)).addcmul_(exact, factor.view(shape))
+        mine = (None, None) if weight is None else (own[1].to(weight.dtype), own[0].to(weight.dtype))
+        return (result.to(values.dtype), *mine, None, None, None, None)
