@@ -15,6 +15,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from torch import nn
 from torch.nn import functional
 
 from toolkit.artifacts import Normalization, Normalized
-from toolkit.attacks import surrogate as surrogates
 from toolkit.attacks.forms import Precision
 from toolkit.attacks.surrogate import Surrogate, resolve_precision
 from toolkit.evaluators.environment import environment_record
@@ -35,11 +35,8 @@ HALF = Normalization((0.5,) * 3, (0.5,) * 3)
 
 def without_folding(module: Normalized, precision: Precision) -> Surrogate:
     """A surrogate that keeps its batch norms."""
-    fold, surrogates.fold = surrogates.fold, lambda network, _images: (network, ())
-    try:
+    with patch("toolkit.attacks.surrogate.fold", lambda network, _images: (network, ())):
         return Surrogate(module, HALF, precision, input_shape=SHAPE)
-    finally:
-        surrogates.fold = fold
 
 
 def compare(precision: Precision, batch: int, rounds: int) -> dict[str, Any]:
@@ -63,7 +60,7 @@ def compare(precision: Precision, batch: int, rounds: int) -> dict[str, Any]:
                 one.gradient(images, labels)
                 seconds[name].append(time.perf_counter() - start)
     ratio = ratio_interval(np.array(seconds["folded"]), np.array(seconds["plain"]))
-    cosine = functional.cosine_similarity(*(gradient.flatten(1) for gradient in gradients.values()))
+    cosine = functional.cosine_similarity(gradients["plain"].flatten(1), gradients["folded"].flatten(1))
     return {
         "precision": precision,
         "ms_per_image": {name: 1000 * float(np.median(values)) / batch for name, values in seconds.items()},
