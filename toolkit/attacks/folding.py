@@ -1,4 +1,4 @@
-"""Batch norm folded into the convolution before it: a network that only evaluates then computes a quarter less.
+"""Batch norm folded into the convolution before it: a network that only evaluates then computes in fewer passes.
 
 In evaluation mode batch norm multiplies every channel by a number and adds another, which the convolution's weights and
 bias can take over (Jacob et al. 2018, section 3.2; torch's own `fuse_conv_bn_eval` does the same to one pair).
