@@ -465,36 +465,3 @@ def test_the_panel_is_readable_where_stderr_is_no_terminal(capsys: pytest.Captur
     app.show_error(ToolkitError("a problem [with] brackets", found="/some/place[/bold]", fix="do this"))
     err = capsys.readouterr().err
     assert "a problem [with] brackets" in err and "/some/place[/bold]" in err and os.linesep in err
-
-
-TERMINATED = """
-import os, signal, sys, time
-from toolkit.cli import app
-
-def command(**_):
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(30)
-
-app.app = command
-sys.exit(app.run(["train"]))
-"""
-
-
-@pytest.mark.parametrize("ignored", [False, True])
-def test_termination_ends_a_command_as_an_interrupt_does(ignored: bool) -> None:
-    """Also where a shell lets what it starts in the background ignore Ctrl-C."""
-    before = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{TERMINATED}" if ignored else TERMINATED
-    found = subprocess.run([sys.executable, "-c", before], capture_output=True, text=True, timeout=120)
-    assert found.returncode == cli.INTERRUPTED and "interrupted: nothing was written" in found.stderr
-
-
-def test_the_handler_of_whoever_runs_a_command_is_left_alone() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    cli.run(["--version"])
-    assert signal.getsignal(signal.SIGTERM) == before
-    mine = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        cli.run(["--version"])
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGTERM, mine)

@@ -41,6 +41,12 @@ def public_name(setting: str) -> str:
     return _with_path(setting, lambda path: path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1])
 
 
+def place(setting: str) -> Path | None:
+    """The path in `folder:DIR` and its like; None if there is none."""
+    kind, _, found = setting.partition(":")
+    return Path(found) if kind in KINDS and found else None
+
+
 def _with_path(setting: str, change: Callable[[str], str]) -> str:
     kind, _, place = setting.partition(":")
     if kind in KINDS and place:

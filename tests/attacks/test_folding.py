@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from tests.toys import RGB, wrap
-from toolkit.attacks.folding import find_pairs, fold, write
+from toolkit.attacks.folding import find_pairs, fold, write_folded
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.models.networks import resnet18
 
@@ -137,7 +137,7 @@ def test_new_weights_and_statistics_are_written_into_the_folded_network() -> Non
     folded, pairs = fold(network, images())
     lively(network)
     assert not torch.allclose(folded(images()), network(images()), atol=1e-2)
-    write(folded, network, pairs)
+    write_folded(folded, network, pairs)
     assert torch.allclose(folded(images()), network(images()), rtol=1e-4, atol=1e-5)
 
 

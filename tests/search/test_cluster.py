@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import socket
 from pathlib import Path
 
@@ -66,6 +67,30 @@ def test_something_else_listens_at_the_address(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(ToolkitError, match="the Ray cluster cannot be reached") as caught:
             RayCluster(address, FakeWork(str(tmp_path / "log")), Needs(1))
     assert "no head of Ray, whose port is 6379" in caught.value.found
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_a_cluster_that_wants_a_token(accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray start` protects a cluster where a token lies about; who joins it by HOST:PORT has to say that he has it."""
+    asked = list[str | None]()
+
+    def ask(_address: str) -> str:
+        asked.append(os.environ.get(cluster.AUTH_MODE))
+        return "" if accepted and asked[-1] == "token" else f"ray.exceptions.{cluster.REFUSED}: missing or incorrect"
+
+    monkeypatch.setenv(cluster.AUTH_MODE, "")
+    monkeypatch.delenv(cluster.AUTH_MODE)
+    monkeypatch.setattr(cluster, "_ask_head", ask)
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        head.listen()
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        if accepted:
+            cluster._check_answers(address)
+        else:
+            with pytest.raises(ConnectionError, match="wants the token that lies in"):
+                cluster._check_answers(address)
+    assert asked == [None, "token"]
 
 
 class Lacking:

@@ -51,7 +51,7 @@ def fold(network: nn.Module, images: Tensor) -> tuple[nn.Module, tuple[Pair, ...
     if not pairs:
         return network, ()
     folded = _without_norms(network, pairs)
-    write(folded, network, pairs)
+    write_folded(folded, network, pairs)
     try:
         with torch.no_grad():
             wanted, found = network(images), folded(images)
@@ -103,7 +103,7 @@ def find_pairs(network: nn.Module) -> tuple[Pair, ...]:
     return tuple(found)
 
 
-def write(folded: nn.Module, source: nn.Module, pairs: Sequence[Pair]) -> None:
+def write_folded(folded: nn.Module, source: nn.Module, pairs: Sequence[Pair]) -> None:
     """Bring the folded convolutions up to what the source's weights and statistics are now.
 
     Args:

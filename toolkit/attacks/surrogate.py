@@ -14,8 +14,7 @@ from torch.nn import functional
 
 from toolkit.allocator import keep_freed_memory
 from toolkit.artifacts import Normalization, Normalized
-from toolkit.attacks.folding import Pair, fold
-from toolkit.attacks.folding import write as write_folded
+from toolkit.attacks.folding import Pair, fold, write_folded
 from toolkit.attacks.forms import ATTACK_FORMS, Form, Precision, first_working
 
 PROBED = 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from toolkit.attacks.threat import PgdPlan, resolve_plan
 from toolkit.bundle import sha256
 from toolkit.config import ThreatConfig
 from toolkit.models.loading import resolve_path
+from toolkit.models.registry import code_digest
 from toolkit.reproduce.protocol import Experiment, Protocol
 from toolkit.reproduce.steps import Step
 
@@ -160,9 +160,8 @@ class Planner:
     @property
     def _origin(self) -> dict[str, str]:
         """What is trained: a name of ours, or the user's file as it is now."""
-        path = Path(self.network.rpartition(":")[0])
-        code = {"code": hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}
-        return {"network": self.network, **code}
+        code = code_digest(self.network)
+        return {"network": self.network, **({"code": code} if code else {})}
 
     def _training(self, stage: Any, objective: str) -> dict[str, Any]:
         # what the protocol leaves open is left out, so that new settings elsewhere make no run worthless

@@ -28,7 +28,7 @@ CONNECT_S = 10
 """Seconds in which a cluster must answer."""
 ANSWER_S = 30
 """And say that it is one; half of it is Ray's own start."""
-AUTH_MODE = "RAY_AUTH_MODE"
+AUTH_MODE, REFUSED = "RAY_AUTH_MODE", "AuthenticationError"
 PACKAGE = "ray"
 
 
@@ -169,10 +169,10 @@ def _check_answers(address: str) -> None:
     if address.startswith("ray://"):
         return
     found = _ask_head(address)
-    if "uthentic" in found and AUTH_MODE not in os.environ:  # `ray start` wants the token that an earlier one left
+    if REFUSED in found and AUTH_MODE not in os.environ:  # `ray start` wants the token that an earlier one left
         os.environ[AUTH_MODE] = "token"
         found = _ask_head(address)
-    if "uthentic" in found:
+    if REFUSED in found:
         raise ConnectionError("it wants the token that lies in ~/.ray/auth_token on its head: copy it to this machine")
     if found:
         raise ConnectionError("what listens there is no head of Ray, whose port is 6379 unless told otherwise")

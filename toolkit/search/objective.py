@@ -33,6 +33,7 @@ from toolkit.exporters.onnx import export_onnx
 from toolkit.graphs import Graphs, settled, some_pixels, timed, write_graphs
 from toolkit.lineup import Lineup
 from toolkit.locks import locked, stopwatch_lock
+from toolkit.models.registry import code_digest
 from toolkit.paths import public_name
 from toolkit.pipeline import check_settings, resolve, rounding_of
 from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack
@@ -243,8 +244,7 @@ class Laboratory:
 def weights_digest(model: TorchModel) -> str:
     """Of everything that makes a network what it is: its code, normalisation and pruning, and what it has learnt."""
     spec = model.spec
-    path = Path(spec.architecture.rpartition(":")[0])
-    code = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    code = code_digest(spec.architecture)
     facts = [public_name(spec.architecture), code, spec.input_shape, asdict(spec.normalization), list(spec.pruning)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=dict).encode())
     for value in model.network.state_dict().values():

@@ -19,6 +19,7 @@ from toolkit.evaluators.environment import usable_threads
 from toolkit.exporters.onnx import load_onnx
 from toolkit.exporters.precision import named_layers
 from toolkit.locks import locked
+from toolkit.paths import place
 from toolkit.pipeline import check_settings
 from toolkit.prepare import load_teacher
 from toolkit.progress import notice, warn
@@ -112,8 +113,7 @@ def _keep_inputs(config: SearchRunConfig, output: Path) -> None:
     Raises:
         ToolkitError: an input lies in `output`.
     """
-    source = config.data.source or ""
-    images = Path(source.partition(":")[2]) if source.startswith(("folder:", "npz:")) else None
+    images = place(config.data.source or "")
     for path in (config.model.path, config.finetune.teacher, config.data.data_dir, images):
         if path is not None and path.resolve().is_relative_to(output.resolve()):
             raise ToolkitError(

@@ -126,9 +126,8 @@ class Study:
     def close(self) -> None:
         """End the heartbeat, and give back what is still held, as far as the storage takes it."""
         for number in tuple(self._held):
-            with contextlib.suppress(
-                *FAILURES, optuna.exceptions.UpdateFinishedTrialError
-            ):  # another may have ended it
+            # another process may have ended it, or the storage be gone
+            with contextlib.suppress(*FAILURES, optuna.exceptions.UpdateFinishedTrialError):
                 self.release(number)
         self._stop.set()
         self._heart.join()
