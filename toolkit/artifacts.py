@@ -254,6 +254,14 @@ class TorchModel:
         return logits.float().cpu()
 
 
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 over all parameters and buffers, bit by bit."""
+    digest = hashlib.sha256()
+    for value in network.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 class Predictor(Protocol):
     """Anything that gives logits, without gradients: an ONNX Runtime session, a torch model."""
 

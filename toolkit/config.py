@@ -143,7 +143,7 @@ class TrainConfig(StageConfig):
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
-    schedule: Literal["one-cycle", "stepped"] = "one-cycle"
+    schedule: Literal["one-cycle", "stepped", "constant"] = "one-cycle"
     """`one-cycle`: linear warm-up to the rate, then linear to 0. `stepped`: the paper's, a tenth after epoch 4."""
     attack_steps: Annotated[int, Field(ge=1)] | None = None
     """PGD steps, of `fgsm` those after a collapse. None: 2 of `adversarial` and `distill`, 7 of `fgsm` and `trades`."""

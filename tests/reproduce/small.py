@@ -27,9 +27,10 @@ def protocols() -> dict[ProtocolName, Protocol]:
         base={**ONE_EPOCH, "epochs": 3},
         after_pruning=ONE_EPOCH,
         with_quantisation=ONE_EPOCH,
+        with_rounding={**ONE_EPOCH, "epochs": 3, "learning_rate": 0.01},
         attack=ATTACK,
     )
-    return {"paper": short, "fast": replace(short, name="fast", holds_out=True)}
+    return {"paper": short, "fast": replace(short, name="fast", holds_out=True, prunes="all")}
 
 
 def source(config: DataConfig) -> DataSource:

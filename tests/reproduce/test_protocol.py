@@ -33,6 +33,12 @@ def test_fine_tuning() -> None:
         assert SCHEDULES[config.schedule](3 * 937 - 1, 3 * 937, 937) == 1
 
 
+def test_quantisation_aware_training_keeps_its_rate() -> None:
+    config = PAPER.training("with_rounding", "adversarial")
+    assert (config.epochs, config.learning_rate, config.momentum) == (20, 0.01, 0.9)
+    assert all(SCHEDULES[config.schedule](epoch * 937, 20 * 937, 937) == 1 for epoch in range(20))
+
+
 @pytest.mark.parametrize(("experiment", "eps"), [(FASHION_MNIST, 0.1), (CIFAR10, 8 / 255)])
 def test_the_attack(experiment: Experiment, eps: float) -> None:
     theirs, sound = plan_of("pgd-paper", experiment), plan_of("pgd-pixel", experiment)

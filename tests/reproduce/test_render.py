@@ -5,10 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from toolkit.artifacts import Proportion
-from toolkit.reproduce.paper import Figure
+from toolkit.reproduce.paper import Figure as Number
 from toolkit.reproduce.plots import draw
 from toolkit.reproduce.render import render
 from toolkit.reproduce.statistics import Mean, compare
@@ -26,7 +30,7 @@ def cell(*shares: int, column: str = "adversarial", missing: Json | None = None,
         if shares:
             mean = Mean(tuple(Proportion(share // part, 1000) for share in shares))
             means[name] = {"value": mean.value, "error": mean.error, "text": str(mean)}
-            agreement[name] = {"text": str(compare(mean, Figure(theirs or 0, 1.0)))}
+            agreement[name] = {"text": str(compare(mean, Number(theirs or 0, 1.0)))}
     figure = {"mean": theirs, "error": 1.0}
     return {
         "row": "pruned",
@@ -115,6 +119,25 @@ def curve(axis: str, values: dict[float, tuple[int, ...]]) -> Json:
     return {"title": "a curve", "axis": axis, "points": [{"x": x, **cell(*found)} for x, found in values.items()]}
 
 
+def test_a_share_of_fewer_seeds_than_the_time_says_so() -> None:
+    spent = {"seconds": 60.0, "cpu_seconds": 60.0, "joules": None, "lost": 0}
+    rows = [
+        {"row": "full", "runs": [{**spent, "seed": 0, "cpu_seconds": 100.0}], "missing": {"1": "not yet"}},
+        {"row": "ours", "runs": [{**spent, "seed": seed} for seed in (0, 1)], "missing": {}},
+    ]
+    assert row(render(document("time", times=rows)), "ours")[1:5] == ["2", "1.0", "1.0", "0.600 (1 seed(s))"]
+
+
+def test_figures_of_networks_that_were_made_again_are_marked() -> None:
+    old, new = cell(780, 820), cell(800)
+    old["runs"][1]["mixed"] = True
+    new["row"] = "another"
+    text = render(document(cells=[old, new]))
+    assert row(text, "pruned")[2] == "80.00 ± 2.00 †" and row(text, "pruned")[5] == "40.00 ± 1.00 †"
+    assert "†" not in row(text, "another")[2] and text.count("†: of a network that was trained again since") == 1
+    assert "†" not in render(document(cells=[new]))
+
+
 def test_curves_are_tables_too() -> None:
     text = render(document("curves", curves=[curve("bits", {8.0: (800, 820), 4.0: ()})]))
     assert row(text, "8")[1:] == ["81.00 ± 1.00", "40.50 ± 0.50", "20.00, 20.50", "2"]
@@ -142,6 +165,27 @@ def inked(path: Path) -> float:
 def test_what_is_known_is_drawn(tmp_path: Path, panel: Json) -> None:
     assert draw(document(**panel), tmp_path / "plot.png")
     assert 0.02 < inked(tmp_path / "plot.png") < 0.9
+
+
+def test_points_that_were_not_run_are_gaps_and_single_seeds_have_no_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_arguments, **_options: drawn.append(self))
+    points = {0.1: (800, 820), 0.2: (800,), 0.3: (), 0.9: (700, 720)}
+    assert draw(document(curves=[curve("share", points)]), tmp_path / "plot.png")
+    (axes,) = drawn[0].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.1", "0.2", "0.3", "0.9"]
+    (container, *_) = axes.containers
+    assert isinstance(container, ErrorbarContainer)
+    line, _, (bars,) = container.lines
+    assert isinstance(line, Line2D) and isinstance(bars, LineCollection)
+    assert list(np.asarray(line.get_xdata())) == [0, 1, 2, 3]
+    assert list(np.asarray(line.get_ydata())) == pytest.approx([81, 80, np.nan, 71], nan_ok=True)
+    heights = [float(np.ptp(segment[:, 1])) for segment in bars.get_segments() if np.ndim(segment) == 2]
+    assert [height for height in heights if np.isfinite(height)] == pytest.approx([2, 2]), "twice the standard error"
+    single = next(line for line in axes.lines if line.get_label() == "test: one seed")
+    assert list(np.asarray(single.get_ydata())) == pytest.approx([80, np.nan], nan_ok=True)
 
 
 def test_layouts_are_drawn(tmp_path: Path) -> None:

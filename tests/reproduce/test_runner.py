@@ -407,8 +407,56 @@ def test_pruning_keeps_the_exact_share(tmp_path: Path) -> None:
     found = Runner(small.settings(tmp_path))
     fill(found, Recipe("standard", 0.8))
     (pruned,) = [json.loads(p.read_text()) for p in tmp_path.glob("*/result.json") if "widths" in p.read_text()]
-    convolutions = list(pruned["widths"].values())[:3]
-    assert [after for _, after in convolutions] == [2, 4, 4]
+    assert list(pruned["widths"].values()) == [[10, 2], [20, 4], [20, 4], [32, 32], [10, 10]]
+
+
+@pytest.mark.usefixtures("small_world")
+def test_the_paper_prunes_convolutions_alone_and_the_fast_protocol_hidden_layers_too(tmp_path: Path) -> None:
+    found = Runner(small.settings(tmp_path, protocol="fast"))
+    fill(found, Recipe("standard", 0.5))
+    (pruned,) = [json.loads(p.read_text()) for p in tmp_path.glob("*/result.json") if "widths" in p.read_text()]
+    assert list(pruned["widths"].values()) == [[10, 5], [20, 10], [20, 10], [32, 16], [10, 10]]
+    (document,) = documents(found)
+    assert any("hidden linear layers" in item for item in document["deviations"])
+
+
+@pytest.mark.usefixtures("small_world")
+def test_times_are_known_without_networks(tmp_path: Path) -> None:
+    settings = small.settings(tmp_path, "table6", data={"source": "fashion-mnist"})
+    Runner(settings).run()
+    before = {path: path.read_text() for path in tmp_path.glob("*/result.json")}
+    for path in tmp_path.glob(f"*/{MODEL}"):
+        path.unlink()
+    again = Runner(settings)
+    assert again.plan() == [] and again.run() == "everything that can be run is done"
+    assert before and all(path.read_text() == text for path, text in before.items())
+    assert all(row["runs"] for row in documents(again)[0]["panels"][0]["times"])
+
+
+@pytest.mark.usefixtures("small_world")
+def test_a_table_is_named_after_the_data_that_fill_it(tmp_path: Path) -> None:
+    def titles(target: str) -> dict[str, str]:
+        found = Runner(small.settings(tmp_path, target, data={"source": "fashion-mnist"}, max_runs=0))
+        return {document["target"]: document["title"] for document in documents(found)}
+
+    assert titles("table4") == {"table4": "Fashion-MNIST, compressed"}
+    everything = titles("all")
+    assert "table4" not in everything, "it would be table3 once more"
+    assert everything["table3"] == "Fashion-MNIST, compressed"
+    assert everything["table5"] == "Fashion-MNIST, compressed, as in the appendix"
+
+
+@pytest.mark.usefixtures("small_world")
+def test_how_the_standard_network_of_cifar_10_differs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "load_source", lambda config: replace(small.source(config), threat_key="cifar10"))
+
+    def said(protocol: str, **changes: Any) -> list[str]:
+        changes |= {"data": {"source": "cifar10"}, "protocol": protocol, "max_runs": 0}
+        (document,) = documents(Runner(small.settings(tmp_path / protocol, "table2", **changes)))
+        return [item for item in document["deviations"] if "public checkpoint" in item]
+
+    assert "for 300 epochs" in said("paper")[0] and "for 20 epochs" in said("fast")[0]
+    assert said("paper", network="cnn8") == []
 
 
 @pytest.mark.usefixtures("small_world")

@@ -10,7 +10,7 @@ from toolkit.errors import ToolkitError
 from toolkit.reproduce import energy
 from toolkit.reproduce.energy import Meter, Reading, joules
 from toolkit.reproduce.protocol import PROTOCOLS
-from toolkit.reproduce.steps import Step
+from toolkit.reproduce.steps import MODEL, Step
 from toolkit.reproduce.store import Sittings, Store
 
 STEP = Step("train", "a training", {"seed": 0})
@@ -36,13 +36,59 @@ def test_the_folder_of_another_protocol_is_refused(tmp_path: Path) -> None:
     assert "--work DIR" in error.value.fix
 
 
-def test_other_settings_of_one_protocol_are_another(tmp_path: Path) -> None:
+def test_the_folder_of_another_version_is_refused_if_its_form_is_another(tmp_path: Path) -> None:
     Store(tmp_path, PAPER)
     marker = json.loads((tmp_path / "reproduce.json").read_text())
-    (tmp_path / "reproduce.json").write_text(json.dumps({**marker, "settings": "of an older version"}))
-    with pytest.raises(ToolkitError, match="of another protocol") as error:
-        Store(tmp_path, PAPER)
-    assert "other settings of it" in error.value.found
+    (tmp_path / "reproduce.json").write_text(json.dumps({**marker, "settings": "which every step knows for itself"}))
+    Store(tmp_path, PAPER)
+    for other in ({**marker, "format": 0}, "no marker"):
+        (tmp_path / "reproduce.json").write_text(json.dumps(other))
+        with pytest.raises(ToolkitError, match="of another protocol") as error:
+            Store(tmp_path, PAPER)
+        assert "another version of the toolkit" in error.value.found
+
+
+def finish(store: Store, step: Step, **result: object) -> None:
+    store.folder(step).mkdir(exist_ok=True)
+    store.finish(step, dict(result), Sittings())
+
+
+def test_a_figure_of_a_network_that_was_made_again_otherwise_is_mixed(tmp_path: Path) -> None:
+    tuned = Step("train", "tuned", {}, (STEP,))
+    figure = Step("measure", "a figure", {}, (tuned,))
+    store = Store(tmp_path, PAPER)
+    finish(store, STEP, weights_sha256="a")
+    finish(store, tuned, weights_sha256="b")
+    finish(store, figure)
+    assert not store.is_mixed(figure)
+    finish(store, STEP, weights_sha256="a")
+    assert not store.is_mixed(figure), "the same came out"
+    finish(store, STEP, weights_sha256="c")
+    assert store.is_mixed(figure) and store.is_mixed(tuned) and not store.is_mixed(STEP), "the start is another"
+    finish(store, tuned, weights_sha256="d")
+    assert not store.is_mixed(tuned) and store.is_mixed(figure)
+    finish(store, figure)
+    assert not store.is_mixed(figure)
+
+
+def test_what_is_not_known_of_an_older_result_is_not_held_against_it(tmp_path: Path) -> None:
+    figure = Step("measure", "a figure", {}, (STEP,))
+    store = Store(tmp_path, PAPER)
+    finish(store, STEP)
+    finish(store, figure)
+    finish(store, STEP, weights_sha256="a")
+    assert not store.is_mixed(figure)
+
+
+def test_a_network_takes_its_place_only_when_its_step_is_finished(tmp_path: Path) -> None:
+    store = Store(tmp_path, PAPER)
+    store.folder(STEP).mkdir()
+    for content in ("first", "second"):
+        store.unfinished(STEP, MODEL).write_text(content)
+        kept = store.folder(STEP) / MODEL
+        assert not kept.exists() if content == "first" else kept.read_text() == "first"
+        finish(store, STEP)
+        assert kept.read_text() == content and not store.unfinished(STEP, MODEL).exists()
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

@@ -31,4 +31,5 @@ def test_stepped_is_the_papers() -> None:
 
 
 def test_the_names_of_schedules() -> None:
-    assert set(SCHEDULES) == {"one-cycle", "stepped"}
+    assert set(SCHEDULES) == {"one-cycle", "stepped", "constant"}
+    assert {SCHEDULES["constant"](step, 20, 1) for step in range(20)} == {1.0}

@@ -68,11 +68,16 @@ PRUNE = (
 TRAINING = (
     Flag("--epochs", "epochs", "Epochs.", int, "-e"),
     Flag("--batch-size", "batch_size", "Images per step, over all processes.", int),
-    Flag("--accumulate", "accumulate", "Parts in which a step's images are processed, to save memory.", int),
+    Flag(
+        "--accumulate",
+        "accumulate",
+        "Parts in which a step's images are processed, to save memory; batch norm sees one part at a time.",
+        int,
+    ),
     Flag("--learning-rate", "learning_rate", "Peak learning rate.", float),
     Flag("--momentum", "momentum", "SGD momentum.", float),
     Flag("--weight-decay", "weight_decay", "SGD weight decay.", float),
-    Flag("--schedule", "schedule", "one-cycle, or stepped as in the paper."),
+    Flag("--schedule", "schedule", "one-cycle, stepped as in the paper, or constant."),
     Flag(
         "--attack-steps",
         "attack_steps",

@@ -43,21 +43,27 @@ def draw(document: Mapping[str, Any], path: Path) -> bool:
 
 def _draw_curves(curves: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], path: Path) -> None:
     figure = Figure(figsize=(4.6 * len(curves), 3.8), layout="constrained")
-    places = _axes(figure, len(curves))
-    for axes, (panel, curve) in zip(places, curves, strict=True):
+    panes = _axes(figure, len(curves))
+    for axes, (panel, curve) in zip(panes, curves, strict=True):
         bits = curve["axis"] == "bits"
-        points = sorted((p for p in curve["points"] if p["runs"]), key=lambda p: -p["x"] if bits else p["x"])
-        names = [f"int{p['x']:g}" if bits else f"{p['x']:g}" for p in points]
+        points = sorted(curve["points"], key=lambda p: -p["x"] if bits else p["x"])
+        places = np.arange(len(points))
+        axes.set_xticks(places, [f"int{p['x']:g}" if bits else f"{p['x']:g}" for p in points])
+        axes.set_xlim(-0.5, len(points) - 0.5)
         for name, colour in COLOURS.items():
-            values = [p["means"][name]["value"] for p in points]
-            errors = [p["means"][name]["error"] or 0.0 for p in points]
-            axes.errorbar(names, values, yerr=errors, color=colour, marker="o", capsize=4, label=LABELS[name])
+            # what was not run is a gap, and what has no error no bar
+            values = np.array([p["means"][name]["value"] if p["runs"] else np.nan for p in points])
+            errors = [p["means"][name]["error"] if len(p["runs"]) > 1 else None for p in points]
+            bars = [np.nan if error is None else error for error in errors]
+            axes.errorbar(places, values, yerr=bars, color=colour, marker="o", capsize=4, label=LABELS[name])
+            single = [error is None for error in errors]
+            axes.plot(places[single], values[single], "o", color=colour, mfc="white", label=f"{name}: one seed")
         axes.set_title(f"{panel['title']}: {curve['title']}", fontsize=10)
         axes.set_xlabel("precision" if bits else curve["axis"])
         axes.set_ylabel("accuracy, %")
         axes.set_ylim(-2, 102)
         axes.grid(alpha=0.3)
-    figure.legend(*places[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*panes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
 
 

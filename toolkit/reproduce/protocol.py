@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from toolkit.config import TrainConfig
 
 ProtocolName = Literal["paper", "fast"]
 Objective = Literal["standard", "adversarial", "distill"]
+Stage = Literal["base", "after_pruning", "with_quantisation", "with_rounding"]
 PAPER_SGD: Mapping[str, Any] = {
     "batch_size": 64,
     "learning_rate": 0.1,
@@ -32,6 +31,8 @@ FAST_SGD: Mapping[str, Any] = {
     "keep": "best",
 }
 """What `toolkit train` and `harden` do unless told otherwise, stated in full, so that a protocol stays what it is."""
+QUANTISER_SGD: Mapping[str, Any] = {"learning_rate": 0.01, "momentum": 0.9}
+"""Of everything that the paper trains under its quantiser."""
 PAPER_STEPS = 20
 """PGD steps of the attack in training, which is the one that measures."""
 
@@ -47,20 +48,19 @@ class Protocol:
     """Of fine-tuning, of pruned networks and of whole ones."""
     with_quantisation: Mapping[str, Any]
     """Of fine-tuning before quantisation, while the ranges of activations are recorded."""
+    with_rounding: Mapping[str, Any]
+    """Of quantisation-aware training."""
     attack: Mapping[str, Any]
     """What adversarial objectives add."""
+    prunes: Literal["convolutions", "all"]
+    """Which layers lose filters: convolutions alone, or hidden linear layers too."""
     holds_out: bool
     """Whether some training images are held out and choose the epoch; otherwise all are trained on."""
 
-    def training(self, stage: Literal["base", "after_pruning", "with_quantisation"], objective: str) -> TrainConfig:
+    def training(self, stage: Stage, objective: str) -> TrainConfig:
         """The configuration of one training."""
         attack = self.attack if objective != "standard" else {}
         return TrainConfig.model_validate({**getattr(self, stage), **attack, "objective": objective})
-
-    @property
-    def digest(self) -> str:
-        """Names the settings, for caches."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 BASE_EPOCHS, TUNING_EPOCHS = 20, 3
@@ -69,8 +69,10 @@ PROTOCOLS: Mapping[ProtocolName, Protocol] = {
         "paper",
         base={**PAPER_SGD, "epochs": BASE_EPOCHS},
         after_pruning={**PAPER_SGD, "epochs": TUNING_EPOCHS},
-        with_quantisation={**PAPER_SGD, "epochs": TUNING_EPOCHS, "learning_rate": 0.01, "momentum": 0.9},
+        with_quantisation={**PAPER_SGD, "epochs": TUNING_EPOCHS, **QUANTISER_SGD},
+        with_rounding={**PAPER_SGD, "epochs": BASE_EPOCHS, **QUANTISER_SGD, "schedule": "constant"},
         attack={"attack_steps": PAPER_STEPS, "attack_schedule": "threat"},
+        prunes="convolutions",
         holds_out=False,
     ),
     "fast": Protocol(
@@ -78,7 +80,9 @@ PROTOCOLS: Mapping[ProtocolName, Protocol] = {
         base={**FAST_SGD, "epochs": BASE_EPOCHS},
         after_pruning={**FAST_SGD, "epochs": TUNING_EPOCHS},
         with_quantisation={**FAST_SGD, "epochs": TUNING_EPOCHS},
+        with_rounding={**FAST_SGD, "epochs": BASE_EPOCHS, **QUANTISER_SGD},
         attack={"attack_steps": 2, "attack_schedule": "crossing"},
+        prunes="all",
         holds_out=True,
     ),
 }

@@ -14,7 +14,7 @@ from toolkit.bundle import sha256
 from toolkit.config import ThreatConfig
 from toolkit.models.loading import resolve_path
 from toolkit.models.registry import code_digest
-from toolkit.reproduce.protocol import Experiment, Protocol
+from toolkit.reproduce.protocol import Experiment, Protocol, Stage
 from toolkit.reproduce.steps import Step
 
 Start = Literal["standard", "robust"]
@@ -92,7 +92,9 @@ class Planner:
         base = self._base(recipe.start)
         step = base
         if recipe.pruned:
-            settings = {"ratio": recipe.pruned, "scope": "layer", "round_to": 1}
+            settings: dict[str, Any] = {"ratio": recipe.pruned, "scope": "layer", "round_to": 1}
+            if self.protocol.prunes == "convolutions":
+                settings["layers"] = "convolutions"
             step = Step(
                 "prune", f"{self._name}: prune {recipe.pruned:g} of the {recipe.start} network", settings, (base,)
             )
@@ -163,7 +165,7 @@ class Planner:
         code = code_digest(self.network)
         return {"network": self.network, **({"code": code} if code else {})}
 
-    def _training(self, stage: Any, objective: str) -> dict[str, Any]:
+    def _training(self, stage: Stage, objective: str) -> dict[str, Any]:
         # what the protocol leaves open is left out, so that new settings elsewhere make no run worthless
         config = self.protocol.training(stage, objective).model_dump(mode="json", exclude_unset=True)
         plan = plan_of("pgd-paper", self.experiment) if objective != "standard" else None
@@ -202,10 +204,8 @@ class Planner:
         return split.labelled_digest if ":" in self.source else split.digest
 
     def _qat(self, recipe: Recipe) -> Step:
-        objective = "adversarial"
-        settings = self._training("base", objective)
-        changed = {**settings["config"], "learning_rate": 0.01, "momentum": 0.9}
+        settings = self._training("with_rounding", "adversarial")
         parents = (self._base("standard"),) if self._pretrained else ()
         origin = {} if parents else self._origin
         label = f"{self._name}: quantisation-aware training, int{recipe.bits}"
-        return Step("qat", label, {**settings, **origin, "config": changed, "bits": recipe.bits}, parents)
+        return Step("qat", label, {**settings, **origin, "bits": recipe.bits}, parents)

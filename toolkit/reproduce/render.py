@@ -9,6 +9,11 @@ from typing import Any
 NOT_IN_PAPER, NOT_COMPARABLE = "not in the paper", "not comparable"
 QUANTITIES, WHOSE = ("test", "robust"), ("ours", "paper", "difference")
 ENERGY = "not measured: the machine does not tell"
+MARK = " †"
+MIXED = (
+    "†: of a network that was trained again since, or whose start was, with another outcome, as on another machine. "
+    "The figure is of the earlier one; what the JSON file says of its training is of the later one."
+)
 MASKED = (
     "Few bits mask gradients: PGD through the rounding, which is the paper's attack, can leave more than other attacks "
     "do. `worst case` is what stands against PGD on every network that it was made on; after quantisation-aware "
@@ -30,7 +35,7 @@ def render(document: Mapping[str, Any], plot: str | None = None) -> str:
         f"Protocol `{document['protocol']}`, seeds {', '.join(map(str, document['seeds']))}. {_machine(document)}",
         "Accuracy in per cent: mean ± standard error over seeds, or of one seed [95 % Wilson interval]. `within`: the "
         "difference to the paper is at most two standard errors of the difference; behind it what that error is "
-        "made of. Where the paper prints no error, or only one seed was run, it is too small.",
+        "made of. Where the paper prints no error it is ours alone, and too small.",
     ]
     if document.get("pretrained"):
         parts.append(
@@ -48,9 +53,7 @@ def render(document: Mapping[str, Any], plot: str | None = None) -> str:
 
 def _machine(document: Mapping[str, Any]) -> str:
     """On which machines the runs were made; those of before this was kept are of unknown ones."""
-    parts = [part for panel in document["panels"] for part in (*panel["cells"], *panel.get("times", ()))]
-    parts += [point for panel in document["panels"] for curve in panel["curves"] for point in curve["points"]]
-    runs = [run for part in parts for run in part["runs"]]
+    runs = [run for panel in document["panels"] for run in _runs(panel)]
     runs += [found for panel in document["panels"] if "machine" in (found := panel.get("embedding", {}))]
     known = {json.dumps(run.get("machine")): run.get("machine") for run in runs}
     words = [
@@ -85,7 +88,15 @@ def _panel(kind: str, panel: Mapping[str, Any]) -> list[str]:
         parts.append(MASKED)
     if "embedding" in panel:
         parts.append(_embedding(panel["embedding"]))
+    if any(run.get("mixed") for run in _runs(panel)):
+        parts.append(MIXED)
     return [part for part in parts if part]
+
+
+def _runs(panel: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """All runs behind a panel."""
+    places = [*panel["cells"], *panel.get("times", ()), *(p for curve in panel["curves"] for p in curve["points"])]
+    return [run for place in places for run in place["runs"]]
 
 
 def _comparison(cells: Sequence[Mapping[str, Any]], otherwise: str) -> str:
@@ -105,10 +116,15 @@ def _pair(cell: Mapping[str, Any], name: str, otherwise: str) -> tuple[str, str,
     theirs = _figure(cell["paper"][name]) if cell["paper"] else otherwise
     if not cell["runs"]:
         return (f"not run: {_why(cell)}" if name == QUANTITIES[0] else "not run"), theirs, ""
-    ours = cell["means"][name]["text"]
+    ours = _text(cell, name)
     if cell["missing"]:
         ours += f" (n = {len(cell['runs'])} seed(s); {_seeds(cell['missing'])} not run)"
     return ours, theirs, cell["agreement"][name]["text"] if cell["agreement"] else ""
+
+
+def _text(place: Mapping[str, Any], name: str) -> str:
+    """Our mean, with a mark if something behind it was made again."""
+    return f"{place['means'][name]['text']}{MARK if any(run.get('mixed') for run in place['runs']) else ''}"
 
 
 def _figure(figure: Mapping[str, Any]) -> str:
@@ -146,7 +162,7 @@ def _matrix(cells: Sequence[Mapping[str, Any]]) -> str:
 def _both(cell: Mapping[str, Any]) -> str:
     if not cell["runs"]:
         return "not run"
-    test, robust = (cell["means"][name]["text"] for name in ("test", "robust"))
+    test, robust = (_text(cell, name) for name in QUANTITIES)
     seeds = f" ({len(cell['runs'])} seed(s))" if cell["missing"] else ""
     return f"{test} / {robust}{seeds}"
 
@@ -174,7 +190,7 @@ def _times(rows: Sequence[Mapping[str, Any]]) -> str:
                 str(len(runs)),
                 _average([run["seconds"] / 60 for run in runs], ".1f") + _lost(runs),
                 _average([run["cpu_seconds"] / 60 for run in runs], ".1f"),
-                _average(shares, ".3f") if shares else "not known: no full training on this machine",
+                _share_of_full(shares, len(runs)),
                 ENERGY
                 if any(run["joules"] is None for run in runs)
                 else _average([run["joules"] / 3600 for run in runs], ".2f"),
@@ -186,6 +202,12 @@ def _times(rows: Sequence[Mapping[str, Any]]) -> str:
         "are not at hand."
     )
     return f"{note}\n\n{_table(header, body)}"
+
+
+def _share_of_full(shares: Sequence[float], runs: int) -> str:
+    if not shares:
+        return "not known: no full training on this machine"
+    return _average(shares, ".3f") + (f" ({len(shares)} seed(s))" if len(shares) < runs else "")
 
 
 def _alike(run: Mapping[str, Any]) -> str:
@@ -207,7 +229,7 @@ def _curve(curve: Mapping[str, Any]) -> str:
     rows = []
     for point in curve["points"]:
         values = (
-            [*(point["means"][name]["text"] for name in QUANTITIES), _worst(point["runs"])]
+            [*(_text(point, name) for name in QUANTITIES), _worst(point["runs"])]
             if point["runs"]
             else [f"not run: {_why(point)}", "", ""]
         )

@@ -40,6 +40,8 @@ class Place:
     tier: int
     rank: int
     """Of the seed in the list."""
+    result_only: bool = False
+    """Whether the place shows what the step took, for which its network need not be kept."""
 
 
 @dataclass
@@ -103,8 +105,9 @@ class Panel:
         """Everything that is to be filled."""
         found = []
         for rank, (seed, planner) in enumerate(self.planners.items()):
-            of_cells = self.trained if self.target.kind == "time" else self.step
-            found += [Place(of_cells(cell, seed), planner, cell.tier, rank) for cell in self.cells]
+            timed = self.target.kind == "time"
+            of_cells = self.trained if timed else self.step
+            found += [Place(of_cells(cell, seed), planner, cell.tier, rank, timed) for cell in self.cells]
             recipes = [recipe for curve in self.curves for recipe in curve.points.values()]
             found += [Place(planner.measure(recipe, "pgd-paper"), planner, 1, rank) for recipe in recipes]
             if self.recipes and rank == 0:
@@ -139,6 +142,7 @@ class Runner:
         self.threads = set_threads(config.threads)
         self._planners: dict[tuple[str, int], Planner] = {}
         self.panels = self._open_panels()
+        self.targets = tuple(dict.fromkeys(panel.target for panel in self.panels))
         self.store = Store(config.work or default_folder(config.protocol), self.protocol)
         self.failed: dict[Step, str] = {}
         """What went wrong in this sitting."""
@@ -151,6 +155,9 @@ class Runner:
                 if data not in worlds:
                     worlds[data] = self._open(data)
                 panels.append(self._panel(target, data, worlds[data]))
+        if self.config.target == targets.ALL and self.config.data.source:
+            # of tables of one data set, that of another one would be the same once more
+            panels = [p for p in panels if p.target.kind != "main" or p.experiment.data in p.target.data]
         return panels
 
     def _open(self, data: str) -> World | ToolkitError:
@@ -192,7 +199,7 @@ class Runner:
         """The steps that would be done, in their order, with estimates."""
         estimator, planned, done = Estimator(), [], set[Step]()
         for place, world in self._in_order(estimator, done):
-            for step in self.store.missing(place.step):
+            for step in self._missing(place):
                 if step not in done:
                     planned.append(PlannedStep(step.label, estimator.seconds(step, place.planner, world)))
                     done.add(step)
@@ -205,7 +212,7 @@ class Runner:
         """
         waiting = [(place, panel.world) for panel in self.panels for place in panel.places() if panel.world]
         waiting = [(place, world) for place, world in waiting if lacking(place.step, world.class_names) is None]
-        needs = {place: self.store.missing(place.step) for place, _ in waiting}
+        needs = {place: self._missing(place) for place, _ in waiting}
 
         def cost(item: tuple[Place, World]) -> tuple[int, int, float]:
             place, world = item
@@ -220,6 +227,11 @@ class Runner:
             best = min(waiting, key=cost)
             waiting.remove(best)
             yield best
+
+    def _missing(self, place: Place) -> list[Step]:
+        if place.result_only and self.store.result(place.step) is not None:
+            return []
+        return self.store.missing(place.step)
 
     def run(self, after_each: Callable[[], object] = lambda: None) -> str:
         """Do steps until all are done, or the limits are reached; says why it stopped.
@@ -245,7 +257,7 @@ class Runner:
         with _alarm(budget) as expired:
             try:
                 for place, world in self._in_order(Estimator(), done):
-                    for step in self.store.missing(place.step):
+                    for step in self._missing(place):
                         if limit is not None and runs >= limit:
                             return f"--max-runs {limit} is reached"
                         if deadline is not None and time.monotonic() >= deadline:

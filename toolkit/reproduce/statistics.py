@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from toolkit.artifacts import Z_95, Proportion
-from toolkit.reproduce.paper import Figure
+from toolkit.reproduce.paper import PAPER_SEEDS, Figure
 
 WITHIN = 2.0
 """Standard errors within which two means agree."""
@@ -59,16 +59,18 @@ class Agreement:
 
     difference: float
     """Ours minus the paper's, in points."""
-    error: float
-    """Standard error of the difference, from those parts that are known."""
+    error: float | None
+    """Standard error of the difference, from those parts that are known; None: nothing tells how trainings vary."""
     parts: str
     """Which those are."""
 
     @property
-    def within(self) -> bool:
-        return abs(self.difference) <= WITHIN * self.error
+    def within(self) -> bool | None:
+        return None if self.error is None else abs(self.difference) <= WITHIN * self.error
 
     def __str__(self) -> str:
+        if self.error is None:
+            return f"{self.difference:+.2f}, not judged ({self.parts})"
         sign = "within" if self.within else "OUTSIDE"
         return f"{self.difference:+.2f}, {sign} 2 x {self.error:.2f} ({self.parts})"
 
@@ -76,16 +78,26 @@ class Agreement:
 def compare(ours: Mean, theirs: Figure) -> Agreement:
     """The difference of the means and its combined standard error, root of the sum of squares.
 
-    Of one network, or several that agree to the last image, our part is the error that the finite number of test images
-    causes; that leaves the spread of seeds out, and is too small. Where the paper gives no error its part is left out
-    too.
+    Both are of the same test images, so what parts them is how trainings vary. Of one seed that is not known: where the
+    paper gives an error its seeds' spread stands in, else the difference is not judged. Of one network for all seeds,
+    or several that agree to the last image, our part is the error that the finite number of test images causes. Where
+    the paper gives no error its part is left out, and the error is too small.
     """
-    known = [ours.error or ours.sampling_error]
-    parts = [f"our {len(ours.shares)} seeds" if ours.error else "test images alone"]
-    if theirs.error is not None:
-        known.append(theirs.error)
-        parts.append("the paper's")
-    return Agreement(ours.value - theirs.mean, math.hypot(*known), " and ".join(parts))
+    difference = ours.value - theirs.mean
+    known = [] if theirs.error is None else [theirs.error]
+    parts = [] if theirs.error is None else ["the paper's"]
+    if ours.error:
+        known.append(ours.error)
+        parts.insert(0, f"our {len(ours.shares)} seeds")
+    elif ours.one_network or len(ours.shares) > 1:
+        known.append(ours.sampling_error)
+        parts.insert(0, "test images alone")
+    elif theirs.error is not None:
+        known.append(theirs.error * math.sqrt(PAPER_SEEDS))
+        parts.insert(0, "one seed, varying as the paper's")
+    else:
+        return Agreement(difference, None, "one seed, and the paper gives no error")
+    return Agreement(difference, math.hypot(*known), " and ".join(parts))
 
 
 def first_repeated(seeds: Sequence[int]) -> int | None:

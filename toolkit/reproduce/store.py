@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from toolkit import __version__
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.environment import cpu_model, gpu_names
 from toolkit.locks import alone
@@ -20,6 +21,8 @@ from toolkit.reproduce.protocol import Protocol
 from toolkit.reproduce.steps import FILES, Step
 
 FORMAT = 1
+WEIGHTS = "weights_sha256"
+"""In the result of what makes a network: its digest."""
 MARKER, LOCK = "reproduce.json", "lock"
 RESULT, STEP, SITTINGS = "result.json", "step.json", "sittings.json"
 TRAINING = "training.partial"
@@ -57,7 +60,7 @@ class Store:
 
     def __init__(self, root: Path, protocol: Protocol) -> None:
         self.root = root
-        marker = {"format": FORMAT, "protocol": protocol.name, "settings": protocol.digest}
+        marker = {"format": FORMAT, "protocol": protocol.name}
         path = root / MARKER
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -70,9 +73,11 @@ class Store:
                 found=f"{root}: {type(error).__name__}: {error}",
                 fix="name a folder that you may write with --work DIR",
             ) from error
-        if known is not None and known != marker:
-            theirs = known.get("protocol") if isinstance(known, dict) else known
-            other = "other settings of it" if theirs == protocol.name else f"the protocol {theirs}"
+        theirs = {name: known.get(name) for name in marker} if isinstance(known, dict) else known
+        if known is not None and theirs != marker:
+            other = "another version of the toolkit"
+            if isinstance(theirs, dict) and theirs["format"] == FORMAT:
+                other = f"the protocol {theirs['protocol']}"
             raise ToolkitError(
                 "the work folder is of another protocol",
                 found=f"{root} was filled under {other}, and this run is under {protocol.name}",
@@ -97,6 +102,10 @@ class Store:
     def folder(self, step: Step) -> Path:
         """Where the step's files lie."""
         return self.root / step.digest[:20]
+
+    def unfinished(self, step: Step, name: str) -> Path:
+        """Where a file of the step is written, which takes its place when the step is finished."""
+        return self.folder(step) / f"unfinished-{name}"
 
     def result(self, step: Step) -> dict[str, Any] | None:
         """What came of the step; None if it has not been done.
@@ -139,13 +148,32 @@ class Store:
         folder = self.folder(step)
         return (folder / RESULT).is_file() and all((folder / name).is_file() for name in FILES[step.kind])
 
+    def is_mixed(self, step: Step) -> bool:
+        """Whether something that the step's result comes from was made again since, and came out otherwise."""
+        for needed in step.walk():
+            seen = (self.result(needed) or {}).get("made_from")
+            if seen and any(
+                known is not None and known != self._weights(parent)
+                for known, parent in zip(seen, needed.parents, strict=True)
+            ):
+                return True
+        return False
+
+    def _weights(self, step: Step) -> str | None:
+        found: str | None = (self.result(step) or {}).get(WEIGHTS)
+        return found
+
     def finish(self, step: Step, result: dict[str, Any], sittings: Sittings) -> None:
         """Keep what came of the step; from now on it is done."""
         folder = self.folder(step)
+        for name in FILES[step.kind]:
+            if self.unfinished(step, name).exists():
+                self.unfinished(step, name).replace(folder / name)
         facts = {"kind": step.kind, "label": step.label, "settings": step.settings}
         _write(folder / STEP, {**facts, "parents": [parent.digest for parent in step.parents]})
         machine = {"cpu": cpu_model(), "gpus": list(gpu_names()), "torch": version("torch")}
-        _write(folder / RESULT, {**result, "spent": vars(sittings), "machine": machine})
+        origins = {"made_from": [self._weights(parent) for parent in step.parents], "toolkit_version": __version__}
+        _write(folder / RESULT, {**result, **origins, "spent": vars(sittings), "machine": machine})
         for name in (TRAINING, SITTINGS):  # if it is ever done again, that time counts from nothing
             (folder / name).unlink(missing_ok=True)
 

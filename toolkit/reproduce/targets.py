@@ -43,6 +43,11 @@ class Target:
     """Whose numbers the paper has there."""
     kind: Literal["baselines", "main", "appendix", "time", "curves", "embedding"]
 
+    @property
+    def of_one_data_set(self) -> bool:
+        """Whether it has one data set in the paper, and so no place for a second one beside it."""
+        return self.kind in ("main", "appendix")
+
 
 NUMBERING = (
     "The paper's own numbers of its tables are not all known here: these names are ours, in the order of its text."
@@ -51,9 +56,9 @@ TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
         Target("table2", "Baselines", "main text", ("fashion-mnist", "cifar10"), "baselines"),
-        Target("table3", "Fashion-MNIST, compressed", "main text; the appendix repeats it", ("fashion-mnist",), "main"),
-        Target("table4", "CIFAR-10, compressed", "main text", ("cifar10",), "main"),
-        Target("table5", "CIFAR-10, compressed, as in the appendix", "appendix", ("cifar10",), "appendix"),
+        Target("table3", "compressed", "main text; the appendix repeats it", ("fashion-mnist",), "main"),
+        Target("table4", "compressed", "main text", ("cifar10",), "main"),
+        Target("table5", "compressed, as in the appendix", "appendix", ("cifar10",), "appendix"),
         Target(
             "table6",
             "Time of fine-tuning against full adversarial training",

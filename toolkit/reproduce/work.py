@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from toolkit.artifacts import ModelSpec, Normalized, Splits, TorchModel
+from toolkit.artifacts import ModelSpec, Normalized, Splits, TorchModel, weights_digest
 from toolkit.attacks.threat import PgdPlan, ThreatModel
 from toolkit.config import ExportConfig, PruneConfig, QuantizeConfig, TrainConfig
 from toolkit.evaluators.cost import integer_coverage
@@ -23,7 +24,7 @@ from toolkit.pruning import prune
 from toolkit.reproduce.pretrained import read_pretrained
 from toolkit.reproduce.recipes import plan_of
 from toolkit.reproduce.steps import FLOAT_GRAPH, INTEGER_GRAPH, MODEL, Step
-from toolkit.reproduce.store import TRAINING, Store
+from toolkit.reproduce.store import TRAINING, WEIGHTS, Store
 from toolkit.reproduce.world import World
 from toolkit.training.loop import train
 from toolkit.training.qat import LearntRanges, Rounding, simulate
@@ -130,8 +131,8 @@ def do_training(step: Step, bench: Bench) -> dict[str, Any]:
         rounding=rounding,
         observer=recorder,
     )
-    save_checkpoint(result.model, bench.file(step, MODEL))
     return {
+        **_kept(result.model, step, bench),
         **({"ranges": recorder.state()} if recorder else {}),
         **({"learnt": result.learnt.ends} if result.learnt else {}),
         "kept_epoch": result.best_epoch,
@@ -143,12 +144,20 @@ def do_training(step: Step, bench: Bench) -> dict[str, Any]:
     }
 
 
+def _kept(model: TorchModel, step: Step, bench: Bench) -> dict[str, str]:
+    """Write the step's network, which takes its place when the step is finished; the digest of its weights."""
+    save_checkpoint(model, bench.store.unfinished(step, MODEL), home=bench.store.folder(step))
+    return {WEIGHTS: weights_digest(model.network)}
+
+
 def do_loading(step: Step, bench: Bench) -> dict[str, Any]:
     """Keep a copy of the network that the user brings."""
     assert bench.pretrained is not None  # without, no step is of this kind
     model = read_pretrained(bench.pretrained, step.settings["network"], bench.world, bench.splits)
-    save_checkpoint(model, bench.file(step, MODEL))
-    return {"parameters": sum(parameter.numel() for parameter in model.network.parameters())}
+    return {
+        **_kept(model, step, bench),
+        "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
+    }
 
 
 def _fresh(architecture: str, seed: int, bench: Bench) -> TorchModel:
@@ -162,9 +171,13 @@ def _fresh(architecture: str, seed: int, bench: Bench) -> TorchModel:
 
 def do_pruning(step: Step, bench: Bench) -> dict[str, Any]:
     """Remove filters from the parent's network."""
-    result = prune(bench.model(step.parents[0]), PruneConfig.model_validate(step.settings))
-    save_checkpoint(result.model, bench.file(step, MODEL))
+    model, settings = bench.model(step.parents[0]), dict(step.settings)
+    whole = {}
+    if settings.pop("layers", "all") == "convolutions":
+        whole = {name: 0.0 for name, layer in model.network.named_modules() if isinstance(layer, nn.Linear)}
+    result = prune(model, PruneConfig.model_validate({**settings, "ratios": whole}))
     return {
+        **_kept(result.model, step, bench),
         "parameters": [result.parameters_before, result.parameters_after],
         "widths": {layer.name: [layer.before, layer.after] for layer in result.layers},
     }

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from toolkit.artifacts import Split, TorchModel
+from toolkit.artifacts import Split, TorchModel, weights_digest
 from toolkit.attacks.threat import PgdPlan
 from toolkit.config import TrainConfig
 from toolkit.errors import ToolkitError
@@ -57,11 +57,13 @@ def train(
 
     Raises:
         ToolkitError: the loss became NaN or diverged, the network cannot be trained, attacked or rounded, the batch is
-            larger than the data, or the checkpoint is of another run.
+            larger than the data, the checkpoint is of another run, or the processes do not train the same.
     """
     if config.objective == "none" or config.epochs == 0:
         return TrainingResult(model.copy(), (), 0, "none")
     run = Run(model, train_split, validation, config, plan, seed, teacher, rounding, world, observer)
+    if world.size > 1:
+        _check_alike(run, world)
     if resume:
         kept = checkpoint if world.leads and checkpoint is not None and checkpoint.is_file() else None
         state = world.lead(_known(kept, run.fingerprint, strict=resume is True) if kept else None)
@@ -85,6 +87,26 @@ def train(
                 raise KeyboardInterrupt
             bar.advance(1, run.note)
     return run.result()
+
+
+def _check_alike(run: Run, world: World) -> None:
+    """Refuse processes that would add up gradients of different things."""
+    mine = {
+        "settings": run.config.model_dump(mode="json", exclude={"teacher"}) | {"seed": run.seed},
+        "training images": run.train_split.labelled_digest,
+        "validation images": run.validation.labelled_digest,
+        "start weights": weights_digest(run.original.network),
+        "teacher": run.teacher and run.teacher.digest,
+    }
+    leaders = world.lead(mine)
+    differing = [name for name in mine if world.any(mine[name] != leaders[name])]
+    if differing:
+        raise ToolkitError(
+            "the processes of the training do not train the same",
+            found=f"not the same in all of them: {', '.join(differing)}",
+            fix="give all machines the same command, data and code; random weights of a network of your own must come "
+            "from torch's generator, which --seed sets",
+        )
 
 
 def _known(checkpoint: Path, fingerprint: str, *, strict: bool) -> dict[str, Any] | None:

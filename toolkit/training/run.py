@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from toolkit.allocator import keep_freed_memory
-from toolkit.artifacts import Int64Array, Normalized, Proportion, Split, TorchModel, derive_seed
+from toolkit.artifacts import Int64Array, Normalized, Proportion, Split, TorchModel, derive_seed, weights_digest
 from toolkit.attacks.forms import Precision
 from toolkit.attacks.surrogate import Loss, compute_device, resolve_precision
 from toolkit.attacks.threat import PgdPlan, ThreatModel
 from toolkit.config import TrainConfig
 from toolkit.errors import ToolkitError
 from toolkit.models.checkpoint import spec_to_dict
-from toolkit.progress import notice
+from toolkit.progress import notice, warn
 from toolkit.training import guard
 from toolkit.training.adversary import Adversary, TrainingAttack, training_attack
 from toolkit.training.averaging import WeightAverage
@@ -159,11 +159,9 @@ class Run:
             "validation": self.validation.labelled_digest,
             "spec": spec_to_dict(self.original.spec),
             "rounding": self.rounding and self.rounding.record(),
+            "weights": weights_digest(self.original.network),
         }
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        for value in self.original.network.state_dict().values():
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def advance(self) -> None:
         """One optimiser step."""
@@ -310,6 +308,7 @@ class Run:
         return {
             "fingerprint": self.fingerprint,
             "threads": torch.get_num_threads(),
+            "arithmetic": f"{self.precision} on {self.device.type}",
             "step": self.step,
             "losses": self.losses,
             "epochs": [record.to_list() for record in self.epochs],
@@ -322,6 +321,12 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
+        arithmetic = f"{self.precision} on {self.device.type}"
+        if state.get("arithmetic", arithmetic) != arithmetic:
+            warn(
+                f"the training began in {state['arithmetic']} and goes on in {arithmetic}: "
+                "the result will differ from an uninterrupted run"
+            )
         self.step, self.losses = state["step"], list(state["losses"])
         self.epochs = [EpochRecord.from_list(values) for values in state["epochs"]]
         self.best, self.best_epoch = state["best"], state["best_epoch"]

@@ -21,4 +21,13 @@ def stepped(step: int, _total: int, steps_per_epoch: int) -> float:
     return 1.0 if step < STEP_EPOCH * steps_per_epoch else 0.1
 
 
-SCHEDULES: Mapping[str, Callable[[int, int, int], float]] = {"one-cycle": one_cycle, "stepped": stepped}
+def constant(_step: int, _total: int, _steps_per_epoch: int) -> float:
+    """The same rate throughout."""
+    return 1.0
+
+
+SCHEDULES: Mapping[str, Callable[[int, int, int], float]] = {
+    "one-cycle": one_cycle,
+    "stepped": stepped,
+    "constant": constant,
+}

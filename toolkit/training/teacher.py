@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
-from toolkit.artifacts import Int64Array, ModelSpec, Split, TorchModel
+from toolkit.artifacts import Int64Array, ModelSpec, Split, TorchModel, weights_digest
 from toolkit.attacks.forms import Precision
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.errors import ToolkitError
@@ -56,10 +54,7 @@ class Teacher:
         self.training_hashes = model.training_hashes
         self._classes = len(model.spec.class_names)
         self._kept: Tensor | None = None
-        digest = hashlib.sha256()
-        for value in model.network.state_dict().values():
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        self.digest = digest.hexdigest()
+        self.digest = weights_digest(model.network)
 
     def keep_labels(self, split: Split) -> None:
         """Label all images of `split` once, always in the same batches, unless that would take too much memory."""
