@@ -302,17 +302,24 @@ class AttackRunConfig(ModelRunConfig):
     """Seconds that the attacks may take; None: as long as they need."""
 
 
+MOST_VALUES = 1000
+"""Of one range: each is checked before a search begins."""
+
+
 class RangeConfig(StageConfig):
     """Numbers that a search may try: from `low` to `high`, both included, `step` apart."""
 
-    low: float
-    high: float
+    low: Annotated[float, Field(allow_inf_nan=False)]
+    high: Annotated[float, Field(allow_inf_nan=False)]
     step: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
     @model_validator(mode="after")
     def _check_order(self) -> RangeConfig:
         if not self.low < self.high:
             raise ValueError(f"{self.low:g} is not below {self.high:g}")
+        count = (self.high - self.low) / self.step + 1
+        if count > MOST_VALUES:
+            raise ValueError(f"that is {count:.3g} values, and at most {MOST_VALUES:,} are tried; take a larger step")
         return self
 
     @property
@@ -332,14 +339,22 @@ def parse_space(value: object) -> object:
     found: dict[str, Any] = {}
     for part in filter(None, map(str.strip, value.split(";"))):
         name, sign, options = map(str.strip, part.partition("="))
-        if not (name and sign and options) or name in found:
-            raise ValueError(f"'{part}' is no NAME=LOW:HIGH:STEP or NAME=ONE,OTHER,... (each name once)")
         numbers = options.split(":")
+        if not (name and sign and options) or name in found or len(numbers) not in (1, 3):  # YAML reads 1:7 as 67
+            raise ValueError(f"'{part}' is no NAME=LOW:HIGH:STEP or NAME=ONE,OTHER,... (each name once)")
         if len(numbers) == 3:
             found[name] = dict(zip(("low", "high", "step"), numbers, strict=True))
         else:
-            found[name] = [yaml.safe_load(option) for option in options.split(",")]
+            found[name] = [_option(option) for option in options.split(",")]
     return found
+
+
+def _option(text: str) -> Any:
+    """What YAML takes an option for."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"'{text}' is neither a number nor a name") from error
 
 
 def parse_bytes(value: object) -> object:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from toolkit.evaluators.calibration_choice import CalibrationChoice, choose_cali
 from toolkit.evaluators.judge import Judge
 from toolkit.evaluators.latency import ImageArray, Stopclock
 from toolkit.evaluators.portability import writer_of
+from toolkit.evaluators.timing import FloatArray
 from toolkit.evaluators.widths import Candidates, RoundingChoice, choose_rounding, fingerprint
 from toolkit.exporters.calibration import AdversarialShare
 from toolkit.exporters.end_to_end import EndToEndComparison, compare_end_to_end, export_end_to_end
@@ -35,6 +36,7 @@ from toolkit.exporters.onnx import export_onnx, write_metadata
 from toolkit.exporters.parity import Parity, check_parity, measure_parity
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.exporters.variants import Variant
+from toolkit.locks import locked, stopwatch_lock
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.prepare import PreparedAttack, describe, warn_of_other_images
 from toolkit.training.qat import LearntRanges, graph_ranges
@@ -126,6 +128,14 @@ def write_graphs(
     )
 
 
+class _Stopclock(Stopclock):
+    """Times files while no other run of this user on this machine does."""
+
+    def rounds(self, files: Mapping[str, Path], count: int) -> dict[str, FloatArray]:
+        with locked(stopwatch_lock()):  # not for a whole search, which also attacks
+            return super().rounds(files, count)
+
+
 def search_rounding(
     config: HardenConfig, model: TorchModel, splits: Splits, kept: Path | None = None
 ) -> RoundingChoice | None:
@@ -146,7 +156,7 @@ def search_rounding(
     known = RoundingChoice.read(kept, key) if kept else None
     if known is not None:
         return known
-    clock = Stopclock(timed(config), some_pixels(config, splits.validation), seed=config.seed)
+    clock = _Stopclock(timed(config), some_pixels(config, splits.validation), seed=config.seed)
     with tempfile.TemporaryDirectory(prefix="toolkit-widths-") as folder:
         candidates = Candidates(config.prune, config.export, config.quantize, splits.calibration, Path(folder))
         found = choose_rounding(model, candidates, clock, seed=config.seed)
@@ -230,7 +240,7 @@ def _assign(
             fp32.path,
             Path(folder),
             judge,
-            Stopclock(timed(config), pixels, seed=config.seed),
+            _Stopclock(timed(config), pixels, seed=config.seed),
             max_drop=config.quantize.max_drop,
             seed=config.seed,
         )

@@ -40,6 +40,7 @@ from toolkit.prepare import (
     resolved_threat,
     tell_reduced,
 )
+from toolkit.progress import notice
 from toolkit.pruning import PruningResult, prune
 from toolkit.reports.build import Evidence, build_report
 from toolkit.reports.markdown import render_markdown
@@ -93,8 +94,8 @@ def check_settings(config: HardenConfig) -> None:
         )
     if config.quantize.int8:
         check_engine(config.quantize)
-    if config.finetune.qat:
-        check_qat(config)
+    if config.finetune.qat:  # a float graph is allowed: what `--precision auto` came to may be repeated
+        check_qat(config.model_copy(update={"quantize": config.quantize.model_copy(update={"int8": True})}))
 
 
 def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: bool = False) -> HardenResult:
@@ -115,6 +116,8 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
         with watch.stage("load"):
             prepared = prepare_attack(config)
             teacher = load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
+        if config.finetune.qat and not config.quantize.int8:
+            notice("--qat: the network learns to be rounded, and ships as a float graph (--allow-float without --int8)")
         asked, config = config.quantize, resolve(config, prepared)
         if asked.int8:
             tell_reduced(asked, config.quantize)

@@ -17,7 +17,8 @@ from toolkit.config import ModelConfig, SearchConfig, SearchRunConfig
 from toolkit.evaluators.timing import Interval
 from toolkit.search.executors import InProcess
 from toolkit.search.front import Limits
-from toolkit.search.objective import Job, Measurement, Outcome, Problem
+from toolkit.search.objective import Job, Measurement, Outcome
+from toolkit.search.problems import Problem
 from toolkit.search.runner import Plan, run_trials
 from toolkit.search.space import Anatomy, Space
 from toolkit.search.storage import Study
@@ -101,8 +102,10 @@ def noted(log: Path, what: str) -> list[tuple[int, int, int]]:
     return [(int(trial), int(seed), int(process)) for kind, trial, seed, process in rows if kind == what]
 
 
-def plan(trials: int, *, seeds: tuple[int, ...] = (0,), seconds: float | None = None) -> Plan:
-    return Plan(trials, seeds, Limits(min_robust=0.6), seconds)
+def plan(
+    trials: int, *, seeds: tuple[int, ...] = (0,), seconds: float | None = None, traces: Path | None = None
+) -> Plan:
+    return Plan(trials, seeds, Limits(min_robust=0.6), seconds, traces)
 
 
 def main() -> None:

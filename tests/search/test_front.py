@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.artifacts import Proportion
 from toolkit.evaluators.timing import Interval
-from toolkit.search.front import Limits, Point, dominates, finalists, pareto, recommend
+from toolkit.search.front import Limits, Point, distances, dominates, finalists, pareto, recommend
 
 
 def point(trial: int, clean: int = 90, robust: int = 70, ms: float = 1.0, size: int = 1000) -> Point:
@@ -58,7 +60,7 @@ def test_limits_say_what_is_enough() -> None:
 def test_without_limits_the_point_nearest_to_the_best_of_everything_is_recommended() -> None:
     best = recommend([point(1, robust=90, ms=10), point(2, robust=85, ms=1), point(3, robust=20, ms=0.9)], Limits())
     assert best.point.trial == 2
-    assert "trial 1 is better in robust accuracy (5.00 points)" in best.why
+    assert "trial 1 is better in robust accuracy (5.00 points, within the interval)" in best.why
     assert "trial 3 is better in latency (10% less)" in best.why
 
 
@@ -91,3 +93,35 @@ def test_a_point_may_keep_limits_within_its_intervals() -> None:
 def test_finalists_that_keep_the_limits_come_first() -> None:
     found = [point(1, robust=50, ms=0.1), point(2, robust=75, ms=2), point(3, robust=90, ms=3)]
     assert [one.trial for one in finalists(found, Limits(min_robust=0.7))] == [2, 3, 1]
+
+
+def shares(trial: int, clean: int, robust: int, ms: float = 1.0, size: int = 1000) -> Point:
+    """On 10,000 images."""
+    found = point(trial, ms=ms, size=size)
+    return replace(found, clean=Proportion(clean, 10_000), robust=Proportion(robust, 10_000))
+
+
+@pytest.mark.parametrize(
+    ("better", "other"),
+    [
+        (shares(2, 9000, 7000), shares(1, 9001, 6000)),  # an image against ten points
+        (shares(2, 9000, 7000, ms=1.001), shares(1, 9000, 6000, ms=1.0)),
+        (shares(2, 9000, 7000, size=1001), shares(1, 9000, 6000, size=1000)),
+    ],
+)
+def test_a_difference_that_nobody_can_measure_outweighs_none_that_everybody_sees(better: Point, other: Point) -> None:
+    """Of two points each is the best in something: by their range alone, the two would be equally far."""
+    best = recommend([other, better], Limits())
+    assert best.point is better
+    assert finalists([other, better], Limits())[0] is better
+
+
+def test_differences_within_what_can_be_told_count_in_proportion() -> None:
+    found = distances([shares(1, 9000, 6000), shares(2, 9030, 6000), shares(3, 9060, 6000)], ("clean",))
+    assert 0 == found[3] < found[2] < found[1] < 1
+    assert found[1] == pytest.approx(2 * found[2])
+
+
+def test_why_says_which_differences_are_within_the_interval() -> None:
+    best = recommend([shares(1, 9001, 6000), shares(2, 9000, 7000)], Limits())
+    assert "trial 1 is better in clean accuracy (0.01 points, within the interval)" in best.why

@@ -15,12 +15,25 @@ from tests import tiny
 from tests.search import fakes
 from tests.tiny import World
 from toolkit import bundle, cli, progress
-from toolkit.config import DataConfig, HardenConfig, ModelConfig, SearchRunConfig, ThreatConfig, TrainConfig, build
+from toolkit.config import (
+    DataConfig,
+    GateConfig,
+    HardenConfig,
+    ModelConfig,
+    SearchRunConfig,
+    ThreatConfig,
+    TrainConfig,
+    build,
+)
+from toolkit.errors import ToolkitError
 from toolkit.search import cluster, finals, planned
 from toolkit.search import search as search_module
 from toolkit.search.cluster import work_on
-from toolkit.search.objective import Job, Laboratory, Measurement, Outcome, Problem, Workbench
+from toolkit.search.objective import Job, Laboratory, Measurement, Outcome, Workbench
+from toolkit.search.presence import at_work
+from toolkit.search.problems import Problem
 from toolkit.search.report import own_name
+from toolkit.search.search import Search
 from toolkit.search.storage import Study
 from toolkit.training.losses import cost_per_image
 from toolkit.training.run import Run
@@ -225,17 +238,66 @@ def test_no_password_is_written_down(capsys: pytest.CaptureFixture[str], monkeyp
     assert "me:***@there" in written and "secret" not in written + capsys.readouterr().err
 
 
+def prepared(monkeypatch: pytest.MonkeyPatch, *, cpus: int = 8, **search: Any) -> Search:
+    """As on a machine with so many CPUs."""
+    monkeypatch.setattr(search_module, "usable_threads", lambda wanted: wanted or cpus)
+    values: dict[str, Any] = {"model": {"path": "model.pt"}, "data": {"source": "npz:data.npz"}}
+    values |= {"threat": {"eps": 0.1}, "search": {"address": "local", **search}}
+    return search_module.prepare_search(build(SearchRunConfig, values), Path("out"))
+
+
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(("more", "threads"), [((), 8), (("--workers", "4"), 2), (("--workers", "9"), 1)])
 def test_workers_share_the_threads_of_this_machine(
     more: tuple[str, ...], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_module, "usable_threads", lambda wanted: wanted or 8)
-    values: dict[str, Any] = {"model": {"path": "model.pt"}, "data": {"source": "npz:data.npz"}}
-    values |= {"threat": {"eps": 0.1}, "search": {"address": "local"}}
-    if more:
-        values["search"]["workers"] = int(more[1])
-    assert search_module.prepare_search(build(SearchRunConfig, values), Path("out")).config.threads == threads
+    search = {"workers": int(more[1])} if more else {}
+    assert prepared(monkeypatch, **search).config.threads == threads
+
+
+@pytest.mark.usefixtures("here")
+def test_machines_with_other_numbers_of_cpus_share_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small = prepared(monkeypatch, cpus=16), prepared(monkeypatch, cpus=2)
+    assert (large.config.threads, small.config.threads) == (16, 2)
+    assert search_module._identity(large) == search_module._identity(small)
+    Path("out").mkdir()
+    search_module._write_settings(large, "sqlite:///out/study.sqlite")
+    assert yaml.safe_load(Path("out/search.yaml").read_text())["threads"] is None, "it repeats the search"
+
+
+@pytest.mark.usefixtures("here")
+def test_machines_with_other_packages_do_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def lacking(config: HardenConfig) -> None:
+        if config.quantize.engine == "inc":
+            raise ToolkitError("Neural Compressor is not installed", found="", fix="")
+
+    found = list[Search]()
+    for refuse in (lambda _: None, lacking):
+        monkeypatch.setattr(search_module, "check_settings", refuse)
+        found.append(prepared(monkeypatch, space="quantize.engine=ort,inc; precision=int8"))
+    assert [one.space.size for one in found] == [2, 1]
+    url = f"sqlite:///{tmp_path / 'shared.sqlite'}"
+    both, ort = ((url, "search", one.space, search_module._identity(one), 0) for one in found)
+    Study(*both).close()
+    with pytest.raises(ToolkitError, match="the storage holds another study") as caught:
+        Study(*ort)
+    assert "differs in: values that can be made" in caught.value.found
+
+
+def test_a_limit_that_a_search_has_not_is_refused() -> None:
+    config = fakes.config().model_copy(update={"gates": GateConfig(min_integer_coverage=0.9)})
+    with pytest.raises(ToolkitError, match="no limit on integer coverage") as caught:
+        search_module._check_flags(config)
+    assert "gates.min_integer_coverage 0.9" in caught.value.found
+
+
+@pytest.mark.usefixtures("here")
+def test_force_spares_a_search_that_is_under_way(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = Path("search-out/study.sqlite")
+    with at_work(kept.parent):
+        kept.touch()
+        assert tiny.run(*arguments("--force", trials=1, epochs=0), "-q") == cli.BAD_INPUT
+    assert "a search that is under way" in capsys.readouterr().err and kept.is_file()
 
 
 @pytest.mark.usefixtures("here")

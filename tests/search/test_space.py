@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tests.search.fakes import ANATOMY, a_space, config
-from toolkit.config import HardenConfig, RangeConfig
+from toolkit.config import HardenConfig, RangeConfig, SearchRunConfig, build
 from toolkit.errors import ToolkitError
 from toolkit.search.space import Parameters, Space, digest
 
@@ -116,3 +116,22 @@ def test_what_cannot_vary_is_refused(space: str, problem: str, found: str) -> No
     with pytest.raises(ToolkitError) as caught:
         a_space(space)
     assert problem in caught.value.problem and found in caught.value.found
+
+
+@pytest.mark.parametrize(
+    ("space", "found"),
+    [
+        ("finetune.epochs=1:7", "'finetune.epochs=1:7' is no NAME=LOW:HIGH:STEP"),
+        ("finetune.epochs=1,1:30", "is no NAME=LOW:HIGH:STEP"),
+        ("prune.ratio=0.2:0.8:0.1:2", "is no NAME=LOW:HIGH:STEP"),
+        ("prune.ratio=0.2:inf:0.1", "finite number"),
+        ("prune.ratio=nan:0.5:0.1", "finite number"),
+        ("prune.ratio=0.2:0.8:1e-9", "6e+08 values, and at most 1,000 are tried"),
+        ("prune.ratio=-1e308:1e308:1e-300", "inf values"),
+        ("prune.importance=l1,[l2", "'[l2' is neither a number nor a name"),
+    ],
+)
+def test_what_is_neither_a_range_nor_a_list_of_options_is_refused(space: str, found: str) -> None:
+    with pytest.raises(ToolkitError) as caught:
+        build(SearchRunConfig, {"model": {"path": "model.pt"}, "search": {"space": space}})
+    assert found in caught.value.found

@@ -15,6 +15,7 @@ import pytest
 
 from tests.search import fakes
 from tests.search.fakes import FakeWork, a_space, a_study, noted, plan
+from toolkit import locks
 from toolkit.errors import ToolkitError
 from toolkit.search import database, ownership, sampler, storage
 from toolkit.search.database import forget, quiet
@@ -423,3 +424,89 @@ def test_constraints_decide_which_trials_are_followed(tmp_path: Path) -> None:
     small, large = proposals("small", 1.0), proposals("large", -1.0)
     start = sampler.STARTUP_TRIALS
     assert small[:start] == large[:start] and small[start:] != large[start:]
+
+
+def junk(study: Study) -> int:
+    return sum(storage.SKIPPED in trial.user_attrs for trial in study._trials())
+
+
+def test_a_process_that_waits_in_a_spent_space_asks_nothing(url: str) -> None:
+    space = a_space("prune.ratio=0.2:0.8:0.2; precision=int8")
+    other, study = a_study(url, space), a_study(url, space)
+    held = [ask(other) for _ in range(4)]
+    assert study.ask(99) is None
+    asked = junk(study)
+    for _ in range(3):
+        assert study.ask(99) is None
+    assert junk(study) == asked
+    other.release(held[2].number)
+    assert ask(study).parameters == held[2].parameters, "something is left again"
+    for one in (other, study):
+        one.close()
+
+
+def test_a_point_that_waits_twice_holds_nobody_up(url: str) -> None:
+    space = a_space("prune.ratio=0.2:0.8:0.2; precision=int8")
+    study = a_study(url, space)
+    tickets = [ask(study) for _ in range(4)]
+    assert study.ask(99) is None
+    study._study.enqueue_trial(dict(tickets[0].parameters))
+    asked = junk(study)
+    assert study.ask(99) is None and study.others(99) == 0
+    assert junk(study) == asked + 1
+    study.close()
+
+
+def test_who_asks_a_file_of_sqlite_asks_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    study, asked = a_study("sqlite:///study.sqlite"), []
+    elsewhere = f"sqlite:///{tmp_path}/folder/../study.sqlite"
+    assert database.storage_lock("sqlite:///study.sqlite") == database.storage_lock(elsewhere)
+    assert database.storage_lock("sqlite:///other.sqlite") != database.storage_lock(elsewhere)
+    original = study._study.ask
+
+    def noted(*parts: Any) -> optuna.Trial:
+        with pytest.raises(BlockingIOError):
+            locks.take(database.storage_lock(elsewhere))
+        asked.append(parts)
+        return original(*parts)
+
+    monkeypatch.setattr(study._study, "ask", noted)
+    assert ask(study) and asked
+    study.close()
+
+
+def test_a_trial_that_two_were_given_is_made_by_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever signs last has it, and whoever reads another's name lets go of it."""
+    study, sign, overtaken = a_study(url), optuna.Trial.set_user_attr, list[int]()
+
+    def overtaking(trial: optuna.Trial, key: str, value: Any) -> None:
+        sign(trial, key, value)
+        if key == storage.OWNER and not overtaken:
+            overtaken.append(trial.number)
+            sign(trial, key, {**value, "study": "another"})
+
+    monkeypatch.setattr(optuna.Trial, "set_user_attr", overtaking)
+    ticket = ask(study)
+    assert overtaken == [0] and ticket.number == 1 and list(study._held) == [1]
+    assert study._trial(0).state == optuna.trial.TrialState.RUNNING, "the other makes it"
+    study.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:secret@there/base", "postgresql://me:***@there/base"),
+        ("postgresql://there/base?user=me&password=secret", "postgresql://there/base?password=***&user=me"),
+        ("mysql://there/base?passwd=secret&charset=utf8", "mysql://there/base?charset=utf8&passwd=***"),
+        ("mssql://?odbc_connect=SERVER%3Dthere%3BPWD%3Dsecret", "mssql://?odbc_connect=***"),
+        ("sqlite:///folder/study.sqlite", "sqlite:///folder/study.sqlite"),
+        ("no url?password=secret", "no url"),
+        ("postgresql://me:secret@there:port/base", "there:port/base"),
+    ],
+)
+def test_no_password_is_shown_wherever_it_stands(url: str, shown: str) -> None:
+    found = database.without_password(url)
+    assert "secret" not in found
+    assert sorted(found.replace("?", "&").split("&")) == sorted(shown.replace("?", "&").split("&"))

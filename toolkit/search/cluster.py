@@ -20,7 +20,8 @@ from toolkit import __version__, progress
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.environment import allowed_cpus
 from toolkit.search.executors import Work
-from toolkit.search.objective import Job, Outcome, Problem
+from toolkit.search.objective import Job, Outcome
+from toolkit.search.problems import Problem
 
 RETRIES = 3
 """So often a job is begun again whose worker died."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import re
 import time
+import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import optuna
@@ -13,12 +17,18 @@ import sqlalchemy
 from optuna.trial import FrozenTrial
 
 from toolkit.errors import ToolkitError
+from toolkit.locks import users_lock
 from toolkit.progress import notice
 
 FAILURES = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 """What a data base that is there may answer for a while: busy, restarting, made by another process at this moment."""
 PAUSE_S = 0.2
 """Before the second attempt; every further pause is twice as long."""
+MASK = "***"
+SECRET = re.compile("pass|pwd|secret|token", re.IGNORECASE)
+"""In the names of a URL's arguments."""
+ASSIGNED = re.compile(r"(password|pwd)\s*=", re.IGNORECASE)
+"""In the values of those that hold further arguments, as ODBC's do."""
 Result = TypeVar("Result")
 
 
@@ -71,7 +81,7 @@ def open_storage(
         heartbeat_s: seconds between two beats.
         grace_s: seconds after the last beat in which its process may still live.
     """
-    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    engine = {"connect_args": {"timeout": 60}} if is_sqlite(url) else {"pool_pre_ping": True}
     with quiet():
         return optuna.storages.RDBStorage(
             url,
@@ -111,9 +121,26 @@ def failures(url: str) -> Iterator[None]:
 def without_password(url: str) -> str:
     """The URL as it may be shown and kept."""
     try:
-        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        return url.rpartition("@")[2]
+        found = sqlalchemy.make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # no URL; a port that is no number
+        return url.rpartition("@")[2].partition("?")[0]
+    secret = {name: MASK for name, value in found.query.items() if SECRET.search(name) or ASSIGNED.search(str(value))}
+    shown = found.update_query_dict(secret).render_as_string(hide_password=True)
+    return shown.replace(urllib.parse.quote_plus(MASK), MASK)
+
+
+def is_sqlite(url: str) -> bool:
+    """Whether the data base is a file of SQLite."""
+    return url.startswith("sqlite")
+
+
+def storage_lock(url: str) -> Path:
+    """The same for all ways to name one file of SQLite, and for equal URLs of other data bases."""
+    name = url
+    if is_sqlite(url):
+        with contextlib.suppress(sqlalchemy.exc.ArgumentError, ValueError):
+            name = f"sqlite {Path(sqlalchemy.make_url(url).database or '').resolve()}"
+    return users_lock(f"storage-{hashlib.sha256(name.encode()).hexdigest()[:16]}")
 
 
 @contextlib.contextmanager

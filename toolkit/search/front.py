@@ -20,6 +20,10 @@ WORDS: dict[Objective, str] = {
 }
 
 
+ALIKE = 0.05
+"""Times and sizes that differ by less are not worth an objective of their own."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One trial with its evidence, cheap or full; figures are those of the deployed graph."""
@@ -32,6 +36,15 @@ class Point:
     """Time over that of the original network's float graph."""
     bytes: int
     trusted: bool
+
+    def tells(self) -> dict[Objective, float]:
+        """The difference that its evidence can tell: the 95 % interval of a share, a few per cent of time and size."""
+        return {
+            "clean": self.clean.high - self.clean.low,
+            "robust": self.robust.high - self.robust.low,
+            "milliseconds": ALIKE * self.milliseconds,
+            "bytes": ALIKE * self.bytes,
+        }
 
     def losses(self) -> dict[Objective, float]:
         """What is to be small."""
@@ -118,12 +131,17 @@ def pareto(points: Sequence[Point]) -> list[Point]:
 
 
 def distances(points: Sequence[Point], over: Sequence[Objective]) -> dict[int, float]:
-    """By trial: how far a point is from the best of each objective, in units of the range among the points."""
+    """By trial: how far a point is from the best of each objective.
+
+    The unit is the range among the points, or what the evidence can tell where that is more: of two points that differ
+    in one image, none is far from the other.
+    """
     losses = {point.trial: point.losses() for point in points}
     found = dict.fromkeys(losses, 0.0)
     for name in over:
         column = [row[name] for row in losses.values()]
-        low, spread = min(column), max(column) - min(column)
+        low = min(column)
+        spread = max(max(column) - low, *(point.tells()[name] for point in points))
         for trial, row in losses.items():
             found[trial] += ((row[name] - low) / spread) ** 2 if spread else 0.0
     return {trial: math.sqrt(total / len(over)) for trial, total in found.items()}
@@ -183,7 +201,9 @@ def _reason(best: Point, keeping: Sequence[Point], limits: Limits, over: Sequenc
 
 def _difference(name: Objective, winner: Point, best: Point) -> str:
     gain = best.losses()[name] - winner.losses()[name]
-    return f"{100 * gain:.2f} points" if name in ("clean", "robust") else f"{gain / best.losses()[name]:.0%} less"
+    if name in ("milliseconds", "bytes"):
+        return f"{gain / best.losses()[name]:.0%} less"
+    return f"{100 * gain:.2f} points{', within the interval' if gain < best.tells()[name] else ''}"
 
 
 def finalists(points: Sequence[Point], limits: Limits) -> list[Point]:

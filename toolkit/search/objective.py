@@ -22,7 +22,7 @@ from typing import Any
 from toolkit import bundle
 from toolkit.artifacts import OnnxModel, Predictor, Proportion, TorchModel
 from toolkit.attacks.ensemble import compose
-from toolkit.config import HardenConfig
+from toolkit.config import BenchmarkConfig, HardenConfig
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.evaluation import Conditions
 from toolkit.evaluators.latency import LatencyRow, benchmark
@@ -38,6 +38,7 @@ from toolkit.paths import public_name
 from toolkit.pipeline import check_settings, resolve, rounding_of
 from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack
 from toolkit.pruning import prune
+from toolkit.search.problems import Problem, problem_of
 from toolkit.training.loop import TrainingResult, train
 from toolkit.watch import Stopwatch
 
@@ -84,20 +85,6 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Why there is no measurement, as an error that travels between processes."""
-
-    problem: str
-    found: str
-    fix: str
-    fatal: bool
-    """Whether other trials would meet the same."""
-
-    def error(self) -> ToolkitError:
-        return ToolkitError(self.problem, found=self.found, fix=self.fix)
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What became of a job: exactly one of measurement and problem is there."""
 
@@ -127,6 +114,7 @@ class Laboratory:
         """With the evaluation images of the front."""
         self.attacks, self.folder = attacks, folder
         self._export = config.export.model_copy(update={"end_to_end": False})
+        self._resolved = resolve(config, found)
         self._scratch = Path(tempfile.mkdtemp(prefix="toolkit-search-"))
         weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
         compose(attacks, classes=2, norm=config.threat.norm)
@@ -135,6 +123,19 @@ class Laboratory:
     def original(self) -> OnnxModel:
         """The network that came in, as the float graph that times refer to."""
         return export_onnx(self.prepared.model, self._scratch / "original.onnx", self._export)
+
+    @cached_property
+    def alone_ms(self) -> float:
+        """Milliseconds per call of `original` at the first batch size, on this machine, timed by itself.
+
+        Trials are timed beside other workers' trainings, so that times of theirs say more as shares of the original's.
+        """
+        config, shape = self._resolved, self.prepared.model.spec.input_shape
+        files, how = {"original": self.original.path}, at_first_batch(timed(config))
+        pixels = some_pixels(config, self.prepared.splits.evaluation)
+        with locked(stopwatch_lock()):
+            rows = benchmark(files, how, shape, baseline="original", seed=config.seed, images=pixels)
+        return rows[0].p50
 
     @cached_property
     def weights(self) -> str:
@@ -230,8 +231,8 @@ class Laboratory:
 
     def _time(self, config: HardenConfig, graphs: Graphs) -> LatencyRow:
         """At the first batch size, while no other search of this user on this machine is timing."""
-        how = timed(config)
-        how = how.model_copy(update={"batches": how.batches[:1], "rounds": min(how.rounds, QUICK_ROUNDS)})
+        how = at_first_batch(timed(config))
+        how = how.model_copy(update={"rounds": min(how.rounds, QUICK_ROUNDS)})
         files = {"deployed": graphs.deployed.path, "original": self.original.path}
         pixels = some_pixels(config, self.prepared.splits.evaluation)
         with locked(stopwatch_lock()):
@@ -239,6 +240,11 @@ class Laboratory:
                 files, how, self.prepared.model.spec.input_shape, baseline="original", seed=config.seed, images=pixels
             )
         return next(row for row in rows if row.file == "deployed")
+
+
+def at_first_batch(config: BenchmarkConfig) -> BenchmarkConfig:
+    """The batch size at which a search times its graphs."""
+    return config.model_copy(update={"batches": config.batches[:1]})
 
 
 def weights_digest(model: TorchModel) -> str:
@@ -267,16 +273,22 @@ class Workbench:
     attacks: str
 
     def __call__(self, job: Job) -> Outcome:
-        """Do `job`; a `ToolkitError` becomes a problem."""
+        """Do `job`; an error becomes a problem.
+
+        A defect in one trial is its own: it would end the search again and again, since trials given back come first.
+        """
         start = time.perf_counter()
         try:
             laboratory = self.laboratory(job.config)
-        except (ToolkitError, OSError) as error:
-            return Outcome(job, problem=_problem(error, fatal=True))
+        except ToolkitError as error:
+            return Outcome(job, problem=Problem(error.problem, error.found, error.fix, fatal=True))
+        except OSError as error:
+            fix = "run where the folder is shared"
+            return Outcome(job, problem=Problem("a folder of the search is not there", str(error), fix, fatal=True))
         try:
             found = laboratory.measure(job.config)
-        except ToolkitError as error:
-            return Outcome(job, problem=_problem(error, fatal=False))
+        except Exception as error:
+            return Outcome(job, problem=problem_of(error, Path(self.folder)))
         return Outcome(job, replace(found, seconds={**found.seconds, "all": time.perf_counter() - start}))
 
     def adopt(self, laboratory: Laboratory, config: HardenConfig) -> None:
@@ -300,9 +312,3 @@ class Workbench:
 
 
 _laboratories: dict[tuple[Workbench, int, int | None], Laboratory] = {}
-
-
-def _problem(error: Exception, *, fatal: bool) -> Problem:
-    if isinstance(error, ToolkitError):
-        return Problem(error.problem, error.found, error.fix, fatal)
-    return Problem("a folder of the search is not there", str(error), "run where the folder is shared", fatal)

@@ -6,7 +6,7 @@ import hashlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class SearchResult:
     """How it was measured."""
     foreign_load: float
     """Share of the CPU time that other processes took while the bundles were timed."""
+    failed: Mapping[int, str] = field(default_factory=dict)
+    """By trial, why it has no bundle although it was promising."""
 
     def file(self, name: str) -> Path:
         """Where one of its files lies."""
@@ -97,6 +99,7 @@ def record(found: SearchResult) -> dict[str, Any]:
             }
             for one in found.candidates
         ],
+        "without_bundle": [{"trial": number, "reason": reason} for number, reason in found.failed.items()],
         "trials": [
             {"trial": one.number, "settings": dict(one.parameters), "reason": one.reason, "result": one.result}
             for one in found.tried
@@ -167,9 +170,11 @@ def render(found: SearchResult) -> str:
 
 
 def _warnings(found: SearchResult) -> list[str]:
-    if all(one.point.trusted for one in found.candidates):
-        return []
-    return [f"LATENCY NOT TO BE TRUSTED: other processes took {found.foreign_load:.0%} of the CPU time meanwhile"]
+    lines = [f"NO BUNDLE of trial {number}: {reason}" for number, reason in found.failed.items()]
+    if not all(one.point.trusted for one in found.candidates):
+        load = f"other processes took {found.foreign_load:.0%} of the CPU time meanwhile"
+        lines.append(f"LATENCY NOT TO BE TRUSTED: {load}")
+    return lines
 
 
 def render_markdown(found: SearchResult) -> str:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from toolkit.artifacts import Proportion
 from toolkit.evaluators.timing import Interval
-from toolkit.progress import notice
+from toolkit.progress import notice, warn
 from toolkit.search.executors import Executor
 from toolkit.search.front import Limits, Point
 from toolkit.search.objective import Job, Measurement, Outcome
+from toolkit.search.problems import Problem
 from toolkit.search.space import Space
 from toolkit.search.storage import Study, Ticket, Tried
 
+TRACES = "defects"
+"""Folder, within that of the search, of the tracebacks of defects."""
 POLL_S = 1.0
 """Between two looks at what other processes are doing."""
 
@@ -31,6 +36,8 @@ class Plan:
     limits: Limits
     seconds: float | None = None
     """After which no trial begins; None: all are made."""
+    traces: Path | None = None
+    """Folder for the tracebacks of defects; None: they are not kept."""
 
 
 @dataclass
@@ -82,9 +89,8 @@ def _take(outcome: Outcome, under_way: dict[int, _UnderWay], study: Study, plan:
     del under_way[outcome.job.trial]
     problems = [found.problem for found in one.outcomes if found.problem is not None]
     if problems:
-        reason = f"{problems[0].problem}: {problems[0].found}"
-        study.refuse(one.ticket, reason)
-        notice(f"trial {one.ticket.number} cannot be made: {reason}")
+        study.refuse(one.ticket, problems[0].reason)
+        tell_problem(f"trial {one.ticket.number} cannot be made", problems[0], plan.traces)
         return
     by_seed = {found.job.config.seed: found.measurement for found in one.outcomes}
     measured = [by_seed[seed] for seed in plan.seeds]
@@ -107,9 +113,31 @@ def _take(outcome: Outcome, under_way: dict[int, _UnderWay], study: Study, plan:
     )
 
 
-def excess_of(limits: Limits, records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """By how much a stored result oversteps each limit."""
-    return limits.excess(mean_point(0, [Measurement.of(record) for record in records]))
+def tell_problem(what: str, problem: Problem, traces: Path | None) -> None:
+    """Say that something cannot be made, and why; a defect is said under --quiet too, and its traceback kept."""
+    if problem.trace is None:
+        notice(f"{what}: {problem.reason}")
+        return
+    where = ""
+    if traces is not None:
+        traces.mkdir(exist_ok=True)
+        file = traces / f"{re.sub(r'[^a-z0-9]+', '-', what)}.txt"
+        file.write_text(problem.trace, encoding="utf-8")
+        where = f"; please report what is in {file}"
+    warn(f"{what}: {problem.reason}{where}")
+
+
+def excess_of(limits: Limits, original_ms: float, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """By how much a stored result oversteps each limit on a machine where the original takes so many milliseconds."""
+    return limits.excess(on_machine(mean_point(0, [Measurement.of(record) for record in records]), original_ms))
+
+
+def on_machine(point: Point, original_ms: float) -> Point:
+    """The point, whatever machine it is of, as on one where the original takes so many milliseconds.
+
+    Every trial was timed side by side with the original network, beside whatever else its machine did.
+    """
+    return replace(point, milliseconds=point.ratio.value * original_ms)
 
 
 def mean_point(trial: int, measured: Sequence[Measurement]) -> Point:

@@ -31,8 +31,9 @@ from toolkit.search.finals import BUNDLES, ORIGINS, full_evidence
 from toolkit.search.front import Limits
 from toolkit.search.objective import TUNED, Laboratory, Workbench, weights_digest
 from toolkit.search.plot import plot_front
+from toolkit.search.presence import at_work
 from toolkit.search.report import DATA, MARKDOWN, PICTURE, SearchResult, own_name, record, render_markdown
-from toolkit.search.runner import Plan, excess_of, run_trials
+from toolkit.search.runner import TRACES, Plan, excess_of, run_trials
 from toolkit.search.space import Anatomy, Space
 from toolkit.search.storage import IDENTITY, Study, same_network
 from toolkit.training.distributed import launched
@@ -53,6 +54,8 @@ class Search:
     laboratory: Laboratory
     bench: Workbench
     space: Space
+    threads: int | None
+    """As the user gave them; workers of `config` have as many as this machine gives them."""
 
 
 def search(config: SearchRunConfig, output: Path, *, force: bool = False) -> SearchResult:
@@ -75,26 +78,37 @@ def search(config: SearchRunConfig, output: Path, *, force: bool = False) -> Sea
     ready = prepare_search(config, output)
     config, url = ready.config, config.search.storage or f"sqlite:///{output / STORAGE}"
     identity = _identity(ready)
-    with bundle.disk_errors(output):
-        if force:
-            _keep_others(config, output)
-            if config.search.storage is not None:
-                forget(
-                    url, config.search.study, lambda known: same_network(known.user_attrs.get(IDENTITY, {}), identity)
-                )
-            _clear(output, config.search.study)
+    with bundle.disk_errors(output), at_work(output, partial(_begin_anew, ready, url, identity) if force else None):
         with _open_study(ready, url, identity) as study, failures(url):
-            kept = config.search.model_copy(update={"storage": config.search.storage and without_password(url)})
-            written = output / own_name(config.search.study, SETTINGS)
-            write_settings(config.model_copy(update={"search": kept}), written, home=output, title=TITLE)
+            _write_settings(ready, url)
+            _ = ready.laboratory.alone_ms  # timed now, before there are workers
+            traces = output / own_name(config.search.study, TRACES)
             with _executor(ready) as executor:
-                plan = Plan(config.search.trials, config.seeds, Limits.of(config), config.search.budget)
+                plan = Plan(config.search.trials, config.seeds, Limits.of(config), config.search.budget, traces)
                 run_trials(study, ready.space, executor, plan)
             tried = study.tried()
         with locked(output / FINALS_LOCK, "it writes the bundles of this search"):
             found = full_evidence(config, output, ready.laboratory, ready.space, tried, identity)
             write_front(found)
     return found
+
+
+def _begin_anew(ready: Search, url: str, identity: Mapping[str, Any]) -> None:
+    """Remove what an earlier search of this name left, here and in its storage."""
+    config = ready.config
+    _keep_others(config, ready.output)
+    if config.search.storage is not None:
+        forget(url, config.search.study, lambda known: same_network(known.user_attrs.get(IDENTITY, {}), identity))
+    _clear(ready.output, config.search.study)
+
+
+def _write_settings(ready: Search, url: str) -> None:
+    """Keep what the user asked for, free of the storage's password."""
+    config, how = ready.config, ready.config.search
+    kept = how.model_copy(update={"storage": how.storage and without_password(url)})
+    written = ready.output / own_name(how.study, SETTINGS)
+    asked = config.model_copy(update={"search": kept, "threads": ready.threads})
+    write_settings(asked, written, home=ready.output, title=TITLE)
 
 
 def _refuse_torchrun() -> None:
@@ -154,11 +168,10 @@ def prepare_search(config: SearchRunConfig, output: Path) -> Search:
             found="--round-to auto",
             fix='name a multiple, or let the search vary it: --space "prune.round_to=4,8,16; prune.ratio=0.2:0.8:0.1"',
         )
-    first = config.model_copy(update={"seed": config.seeds[0]})
-    how = config.search
-    if how.address is not None and config.threads is None:  # one number for all workers, and room for as many
+    how, threads = config.search, config.threads
+    if how.address is not None and threads is None:  # one number for all workers, and room for as many
         config = config.model_copy(update={"threads": max(1, usable_threads(None) // (how.workers or 1))})
-        first = config.model_copy(update={"seed": config.seeds[0]})
+    first = config.model_copy(update={"seed": config.seeds[0]})
     bench = Workbench(str(Path.cwd()), str(output.absolute()), how.images, how.attacks)
     base = build(HardenConfig, first.model_dump(mode="json", exclude={"search"}))
     laboratory = Laboratory(base, output.absolute(), images=how.images, attacks=how.attacks)
@@ -167,14 +180,14 @@ def prepare_search(config: SearchRunConfig, output: Path) -> Search:
     space = Space(config, Anatomy(layers, groups), check_settings)
     check_settings(space.config(space.start()))
     bench.adopt(laboratory, base)
-    return Search(config, output, laboratory, bench, space)
+    return Search(config, output, laboratory, bench, space, threads)
 
 
 def _check_flags(config: SearchRunConfig) -> None:
-    """Flags that would do nothing.
+    """Flags and settings that would do nothing.
 
     Raises:
-        ToolkitError: groups are to have ratios of their own, and no ratio varies.
+        ToolkitError: groups are to have ratios of their own, and no ratio varies; or a limit that a search has not.
     """
     how = config.search
     if how.address is None and (how.workers is not None or how.gpus):
@@ -185,18 +198,22 @@ def _check_flags(config: SearchRunConfig) -> None:
             found=f"--per-group, and --space varies {', '.join(how.space)}",
             fix='add one, such as "prune.ratio=0.2:0.8:0.1", or leave --per-group away',
         )
+    if config.gates.min_integer_coverage is not None:
+        raise ToolkitError(
+            "a search has no limit on integer coverage",
+            found=f"gates.min_integer_coverage {config.gates.min_integer_coverage:g} in the settings",
+            fix="take it out; --space precision=int8 keeps all layers integer, and every bundle tells its coverage",
+        )
 
 
 @contextlib.contextmanager
 def _open_study(ready: Search, url: str, identity: Mapping[str, Any]) -> Iterator[Study]:
-    ready.output.mkdir(parents=True, exist_ok=True)
-    try:
-        excess = partial(excess_of, Limits.of(ready.config))
-        study = Study(url, ready.config.search.study, ready.space, identity, ready.config.seed, excess)
-    except BaseException:
-        with contextlib.suppress(OSError):  # it stays where anything is in it
-            ready.output.rmdir()
-        raise
+    limits = Limits.of(ready.config)
+
+    def excess(result: Any) -> Mapping[str, float]:
+        return excess_of(limits, ready.laboratory.alone_ms, result)
+
+    study = Study(url, ready.config.search.study, ready.space, identity, ready.config.seed, excess)
     try:
         yield study
     finally:
@@ -248,6 +265,10 @@ def _identity(ready: Search) -> dict[str, Any]:
     return {
         **values,
         **judged,
+        "values that can be made": {  # which depends on the packages that are installed
+            dimension.name: list(dimension.values) for dimension in ready.space.dimensions if dimension.step is None
+        },
+        "threads": ready.threads,
         "batch": config.benchmark.batches[0],
         "seeds": list(config.seeds),
         "weights": ready.laboratory.weights,
@@ -288,7 +309,7 @@ def _is_ours(settings: Path) -> bool:
 
 def _clear(output: Path, study: str) -> None:
     """Remove what a search writes, and nothing else."""
-    for folder in (TUNED, BUNDLES, ORIGINS):
+    for folder in (TUNED, BUNDLES, ORIGINS, own_name(study, TRACES)):
         if (output / folder).is_dir():
             shutil.rmtree(output / folder)
     ours = [output / own_name(study, name) for name in (*FRONT, SETTINGS)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,6 +95,12 @@ class Space:
     def size(self) -> int:
         """How many points there are; several may stand for the same configuration."""
         return math.prod(len(dimension.settings) for dimension in self.dimensions)
+
+    def points(self) -> Iterator[dict[str, Parameter]]:
+        """All of them."""
+        names = [dimension.name for dimension in self.dimensions]
+        for values in itertools.product(*(dimension.values for dimension in self.dimensions)):
+            yield dict(zip(names, values, strict=True))
 
     def config(self, parameters: Parameters, seed: int | None = None) -> HardenConfig:
         """The configuration at a point, free of settings that mean nothing there.

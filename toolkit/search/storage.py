@@ -7,27 +7,36 @@ asked again, and whatever that process might still tell of it is refused. So eve
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from toolkit.errors import ToolkitError
-from toolkit.locks import locked, users_lock
+from toolkit.locks import locked
 from toolkit.progress import notice
-from toolkit.search.database import FAILURES, open_storage, patiently, quiet, storage_errors
+from toolkit.search.database import (
+    FAILURES,
+    is_sqlite,
+    open_storage,
+    patiently,
+    quiet,
+    storage_errors,
+    storage_lock,
+)
 from toolkit.search.ownership import this_process, vanished
 from toolkit.search.sampler import SeededSampler
 from toolkit.search.space import Dimension, Parameters, Space, digest
+from toolkit.search.untried import Untried
 
 HEARTBEAT_S = 5
 GRACE_S = 60
@@ -36,8 +45,8 @@ OPENING_S = 3
 """For so long is the opening of a storage tried again that another process is making, or that is not there yet."""
 ATTEMPTS = 3
 """So often a trial may end with the death of its process."""
-REPEATS, DRAWS = 5, 500
-"""After so many points in a row that were tried already, an untried one is looked for among so many random ones."""
+REPEATS = 5
+"""After so many points in a row that were tried already, an untried one is looked for."""
 DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
     "clean": "maximize",
     "robust": "maximize",
@@ -94,12 +103,17 @@ class Study:
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._space, self._seed, self._excess = space, seed, excess
+        self._asking: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        if is_sqlite(url):  # which would give two who ask at once the same waiting trial
+            self._asking = partial(locked, storage_lock(url))
         self._distributions = {dimension.name: _distribution(dimension) for dimension in space.dimensions}
         self._held: dict[int, optuna.Trial] = {}
         self._unsigned: dict[int, float] = {}
         """When a trial without an owner was first seen."""
+        self._untried = Untried(space, seed)
+        self._owner = {**this_process(), "study": uuid.uuid4().hex}
         # Optuna's making of a data base fails, and may fail for ever, where two make it at once
-        with storage_errors(url), locked(users_lock(f"storage-{hashlib.sha256(url.encode()).hexdigest()[:16]}")):
+        with storage_errors(url), locked(storage_lock(url)):
             self._storage, self._study = patiently(lambda: self._open(url, name), seconds=OPENING_S)
             self._check(name, identity)
         if not self._trials():
@@ -138,12 +152,14 @@ class Study:
         repeats = 0
         self.reap()
         while len(self._counted()) < wanted:
-            if repeats >= REPEATS and not self._enqueue_untried():
+            over = repeats >= REPEATS or self._untried.is_exhausted(self._tried())
+            if over and not self._is_waiting() and not self._enqueue_untried():
                 return None
-            with quiet():
+            with quiet(), self._asking():
                 trial = self._study.ask(self._distributions)
             self._storage.record_heartbeat(trial._trial_id)  # first: whoever dies later has a heart that stopped
-            trial.set_user_attr(OWNER, this_process())
+            if not self._sign(trial):
+                continue
             name = digest(self._space.config(trial.params))
             trial.set_user_attr(DIGEST, name)
             self._held[trial.number] = trial
@@ -156,6 +172,16 @@ class Study:
             else:
                 return Ticket(trial.number, dict(trial.params))
         return None
+
+    def _sign(self, trial: optuna.Trial) -> bool:
+        """Write down whose a trial is; False: another process was given the same, and was there before."""
+        if self._is_others(trial):
+            return False
+        trial.set_user_attr(OWNER, self._owner)
+        return not self._is_others(trial)
+
+    def _is_others(self, trial: optuna.Trial) -> bool:
+        return bool(self._trial(trial.number).user_attrs.get(OWNER, self._owner) != self._owner)
 
     def tell(self, ticket: Ticket, values: Mapping[str, float], result: Any) -> bool:
         """Keep the result of a trial; False if it is held no more, and the result does not count.
@@ -307,16 +333,20 @@ class Study:
         if set(trial.params) == set(self._distributions):  # else its process died while it was being drawn
             self._study.enqueue_trial(dict(trial.params), user_attrs={ATTEMPT: attempt})
 
+    def _is_waiting(self) -> bool:
+        return any(trial.state == TrialState.WAITING for trial in self._trials())
+
+    def _tried(self) -> frozenset[str | None]:
+        """Names of all that is made, under way or impossible."""
+        return frozenset(map(self._digest, self._counted()))
+
     def _enqueue_untried(self) -> bool:
-        """Find a point that nobody has tried, among random ones; False: there is none."""
-        known = {trial.user_attrs.get(DIGEST) for trial in self._counted()}
-        generator = np.random.default_rng([self._seed, len(self._trials())])
-        for _ in range(DRAWS):
-            point = {one.name: one.values[generator.integers(len(one.values))] for one in self._space.dimensions}
-            if digest(self._space.config(point)) not in known:
-                self._study.enqueue_trial(point)
-                return True
-        return False
+        """Ask a point next that nobody has tried; False: none is found."""
+        point = self._untried.find(self._tried(), draw=len(self._trials()))
+        if point is None:
+            return False
+        self._study.enqueue_trial(dict(point))
+        return True
 
 
 def same_network(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
