@@ -55,6 +55,27 @@ def test_a_defect_of_one_trial_is_noticed_and_the_others_go_on(
     assert str(file) in said and "in measure" in file.read_text()
 
 
+def test_defects_in_a_row_end_the_search_before_all_trials_are_used_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AllBroken(Broken):
+        def measure(self, config: HardenConfig) -> Measurement:
+            made.append(config)
+            if len(made) == 3:  # one that is made between them
+                return fakes.measured(Job(0, config))
+            raise self.error
+
+    made: list[HardenConfig] = []
+    space = a_space()
+    study = a_study(f"sqlite:///{tmp_path / 'study.sqlite'}", space)
+    bench = workbench(tmp_path, AllBroken(RuntimeError("CUDA error: an illegal memory access")), monkeypatch)
+    with pytest.raises(ToolkitError, match="3 trials in a row met a defect") as error:
+        run_trials(study, space, InProcess(bench), plan(20, traces=tmp_path / "defects"))
+    assert "illegal memory access" in error.value.found and "the same command goes on" in error.value.fix
+    assert len(made) == 6 and len([one for one in study.tried() if one.reason]) == 5
+    study.close()
+
+
 @pytest.mark.parametrize(
     ("error", "fatal", "said"),
     [

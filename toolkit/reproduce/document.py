@@ -20,7 +20,6 @@ from toolkit.reproduce.steps import TRAININGS, Step
 from toolkit.reproduce.targets import NUMBERING, Cell, Target
 
 QUANTITIES = ("test", "robust")
-NOT_MEASURED = "not measured: this machine does not tell"
 DEVIATIONS_OF_ALL = (
     "the arithmetic of training and of the attacks' gradients is bfloat16 where the machine is fast in it "
     "(the paper: float32); every figure is scored in float32",

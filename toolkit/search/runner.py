@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from toolkit.artifacts import Proportion
+from toolkit.errors import ToolkitError
 from toolkit.evaluators.timing import Interval
 from toolkit.progress import notice, warn
 from toolkit.search.executors import Executor
@@ -23,6 +24,8 @@ from toolkit.search.storage import Study, Ticket, Tried
 
 TRACES = "defects"
 """Folder, within that of the search, of the tracebacks of defects."""
+DEFECTS_IN_A_ROW = 3
+"""After so many, with no trial made between them, the search ends: they are hardly those trials' own."""
 POLL_S = 1.0
 """Between two looks at what other processes are doing."""
 
@@ -52,11 +55,11 @@ def run_trials(study: Study, space: Space, executor: Executor, plan: Plan) -> No
     """Make trials until there are as many as wanted, those of other processes included, or the time is spent.
 
     Raises:
-        ToolkitError: a problem that all trials would meet.
+        ToolkitError: a problem that all trials would meet, or a defect in several trials in a row.
     """
     end = None if plan.seconds is None else time.monotonic() + plan.seconds
     under_way: dict[int, _UnderWay] = {}
-    waiting = False
+    waiting, defects = False, 0
     while True:
         expired = end is not None and time.monotonic() >= end
         outstanding = sum(len(plan.seeds) - len(one.outcomes) for one in under_way.values())
@@ -68,7 +71,11 @@ def run_trials(study: Study, space: Space, executor: Executor, plan: Plan) -> No
                     executor.submit(Job(ticket.number, space.config(ticket.parameters, seed)))
                 continue
         if under_way:
-            _take(executor.next(), under_way, study, plan)
+            ended = _take(executor.next(), under_way, study, plan)
+            if ended is not None:
+                defects = 0 if ended.problem is None or ended.problem.trace is None else defects + 1
+                if defects == DEFECTS_IN_A_ROW:
+                    raise _all_defective(ended)
         elif not expired and study.others(plan.trials):
             if not waiting:
                 notice("waiting for the trials of other processes")
@@ -78,20 +85,30 @@ def run_trials(study: Study, space: Space, executor: Executor, plan: Plan) -> No
             return
 
 
-def _take(outcome: Outcome, under_way: dict[int, _UnderWay], study: Study, plan: Plan) -> None:
-    """Count what a job came to; with the last of its trial, tell the storage."""
+def _all_defective(last: Outcome) -> ToolkitError:
+    """A GPU that failed, or a broken library, would use up all trials."""
+    assert last.problem is not None
+    return ToolkitError(
+        f"{DEFECTS_IN_A_ROW} trials in a row met a defect",
+        found=f"the last: {last.problem.reason}",
+        fix="see whether this machine is in order (toolkit doctor); the same command goes on with other trials",
+    )
+
+
+def _take(outcome: Outcome, under_way: dict[int, _UnderWay], study: Study, plan: Plan) -> Outcome | None:
+    """Count what a job came to; with the last of its trial, tell the storage, and return what decided it."""
     one = under_way[outcome.job.trial]
     one.outcomes.append(outcome)
     if outcome.problem is not None and outcome.problem.fatal:
         raise outcome.problem.error()
     if len(one.outcomes) < len(plan.seeds):
-        return
+        return None
     del under_way[outcome.job.trial]
-    problems = [found.problem for found in one.outcomes if found.problem is not None]
-    if problems:
-        study.refuse(one.ticket, problems[0].reason)
-        tell_problem(f"trial {one.ticket.number} cannot be made", problems[0], plan.traces)
-        return
+    for outcome in one.outcomes:
+        if outcome.problem is not None:
+            study.refuse(one.ticket, outcome.problem.reason)
+            tell_problem(f"trial {one.ticket.number} cannot be made", outcome.problem, plan.traces)
+            return outcome
     by_seed = {found.job.config.seed: found.measurement for found in one.outcomes}
     measured = [by_seed[seed] for seed in plan.seeds]
     found = [measurement for measurement in measured if measurement is not None]
@@ -111,6 +128,7 @@ def _take(outcome: Outcome, under_way: dict[int, _UnderWay], study: Study, plan:
         f"{point.milliseconds:.4g} ms ({point.ratio.value:.2f} of the original's), {point.bytes:,} bytes; "
         f"{seconds:.0f} s; {study.made} of {plan.trials}{late}"
     )
+    return outcome
 
 
 def tell_problem(what: str, problem: Problem, traces: Path | None) -> None:
