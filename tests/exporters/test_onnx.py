@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -152,6 +154,33 @@ def test_equal_models_give_equal_files(tmp_path: Path) -> None:
     model = wrap(tiny(), (1, 8, 8))
     files = [export_onnx(model, tmp_path / name, ExportConfig()).path.read_bytes() for name in ("a", "b")]
     assert files[0] == files[1]
+
+
+def test_torchs_table_of_operators_is_built_once_for_each_operator_set_and_changes_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    build = vars(ONNXRegistry)["from_torchlib"].__func__
+    built: list[int] = []
+
+    def counted(kind: type, opset_version: int) -> object:
+        built.append(opset_version)
+        return build(kind, opset_version=opset_version)
+
+    watched: Any = classmethod(counted)
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", watched)
+    model = wrap(tiny(), (1, 8, 8))
+
+    def export(name: str, opset: int = 20) -> bytes:
+        file = export_onnx(model, tmp_path / name, ExportConfig(opset=opset)).path.read_bytes()
+        assert vars(ONNXRegistry)["from_torchlib"] is watched, "as it was"
+        return file
+
+    first, other, again = export("a"), export("b", opset=21), export("c")
+    assert built == [20, 21] and first == again != other
+    monkeypatch.setattr("toolkit.exporters.onnx._one_registry", contextlib.nullcontext)
+    assert export("d") == first and built == [20, 21, 20]
 
 
 @pytest.mark.parametrize("content", [None, b"hello", b""])

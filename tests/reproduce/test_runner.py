@@ -384,7 +384,7 @@ def test_deepfool_that_was_cut_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = Runner(small.settings(tmp_path, "table2", data={"source": "fashion-mnist"}))
 
-    def full(*_arguments: object) -> None:
+    def full(*_arguments: object, **_options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("toolkit.reproduce.work.save_checkpoint", full)
