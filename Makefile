@@ -10,8 +10,8 @@ DEMO := demo-out
 demo: $(STAMP)  ## harden the shipped network on the embedded sample and show the summary
 	$(BIN)/toolkit harden shipped:cnn8 --data sample --prune 0.5 --int8 --threat paper --epochs 30 --output $(DEMO) --force
 
-test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(STAMP)  ## all tests; two processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(STAMP)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

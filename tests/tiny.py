@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from toolkit import cli
+from toolkit.evaluators import timing
 
 NETWORK = '''
 """A user's own network, with its layers in a second file of the same folder."""
@@ -72,8 +74,10 @@ def working_folder(folder: Path) -> Iterator[None]:
 
 
 def run(*arguments: str | Path) -> int:
-    """The exit code of one command line, in this process."""
-    return cli.run([str(argument) for argument in arguments])
+    """The exit code of one command line, in this process; graphs are timed for a moment only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "BLOCK_S", 0.003)
+        return cli.run([str(argument) for argument in arguments])
 
 
 def harden_arguments(

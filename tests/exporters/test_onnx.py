@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from toolkit.config import ExportConfig
 from toolkit.errors import ToolkitError
+from toolkit.exporters import onnx as exporter
 from toolkit.exporters.onnx import export_onnx, load_onnx, read_metadata, save_onnx, write_metadata
 from toolkit.exporters.rewrites import rewrite
 from toolkit.exporters.session import OnnxPredictor
@@ -156,6 +157,60 @@ def test_equal_models_give_equal_files(tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
+@pytest.fixture
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has exported nothing yet."""
+    monkeypatch.setattr("toolkit.exporters.onnx._converted", {})
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_equal_programs_are_converted_once_and_others_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    convert = exporter._convert_anew
+
+    def counted(program: torch.export.ExportedProgram, opset: int) -> onnx.ModelProto:
+        made.append(opset)
+        return convert(program, opset)
+
+    monkeypatch.setattr(exporter, "_convert_anew", counted)
+
+    def export(network: nn.Module, opset: int = 20) -> bytes:
+        return export_onnx(wrap(network, (1, 8, 8)), tmp_path / "m.onnx", ExportConfig(opset=opset)).path.read_bytes()
+
+    network = tiny()
+    first = export(network)
+    load_onnx(tmp_path / "m.onnx").graph.node.pop()  # what is done with a graph does not reach what is kept
+    assert export(network) == first and made == [20]
+    assert export(network, opset=21) != first and made == [20, 21]
+    with torch.no_grad():
+        next(network.parameters()).view(-1)[0] += 1e-6
+    changed = export(network)
+    assert changed != first and made == [20, 21, 20], "one weight"
+    body = tiny()
+    assert isinstance(body, nn.Sequential)
+    other = nn.Sequential(*body, nn.Tanh())
+    other.load_state_dict(network.state_dict())
+    assert export(other) != changed and len(made) == 4, "the same weights in other code"
+    assert [export(network), len(made)] == [changed, 4]
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_no_more_graphs_are_kept_than_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = [wrap(tiny(), (1, 8, 8)) for _ in range(3)]
+    for number, network in enumerate(networks):
+        next(network.network.parameters()).data.fill_(number)
+    files = [export_onnx(network, tmp_path / "m.onnx", ExportConfig()).path.read_bytes() for network in networks]
+    size = max(map(len, exporter._converted.values()))
+    for kept, room in ((2, 2 * size), (0, size - 1)):
+        exporter._converted.clear()
+        monkeypatch.setattr(exporter, "KEPT_BYTES", room)
+        again = [export_onnx(network, tmp_path / "m.onnx", ExportConfig()).path.read_bytes() for network in networks]
+        assert again == files and len(exporter._converted) == kept
+
+
+@pytest.mark.usefixtures("nothing_kept")
 def test_torchs_table_of_operators_is_built_once_for_each_operator_set_and_changes_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +228,7 @@ def test_torchs_table_of_operators_is_built_once_for_each_operator_set_and_chang
     model = wrap(tiny(), (1, 8, 8))
 
     def export(name: str, opset: int = 20) -> bytes:
+        exporter._converted.clear()
         file = export_onnx(model, tmp_path / name, ExportConfig(opset=opset)).path.read_bytes()
         assert vars(ONNXRegistry)["from_torchlib"] is watched, "as it was"
         return file

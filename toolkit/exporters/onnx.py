@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import logging
 import re
@@ -25,8 +26,13 @@ from toolkit.exporters.rewrites import rewrite, strip_metadata
 
 INPUT, OUTPUT, BATCH = "image", "logits", "N"
 PROTOBUF_LIMIT = 2**31 - 1
+KEPT_BYTES = 2**27
+"""Of the last graphs, which are not converted again when the same network comes back: a trial's in its bundle."""
 EXAMPLE_BATCH = 2
 """Images of the example that is traced; 1 would be taken for a constant."""
+
+
+_converted: dict[str, bytes] = {}
 
 
 def export_onnx(
@@ -150,6 +156,32 @@ def _trace(module: torch.nn.Module, example: torch.Tensor) -> torch.export.Expor
 
 
 def _convert(program: torch.export.ExportedProgram, opset: int) -> ModelProto:
+    """The graph of a program; equal programs are converted once, as long as the last ones fit into `KEPT_BYTES`."""
+    key = _digest(program, opset)
+    file = _converted.pop(key, None)
+    if file is None:
+        proto = _convert_anew(program, opset)
+        if proto.ByteSize() > KEPT_BYTES:
+            return proto
+        file = proto.SerializeToString()
+    _converted[key] = file  # the last one used is the last one to go
+    while sum(map(len, _converted.values())) > KEPT_BYTES:
+        del _converted[next(iter(_converted))]
+    graph: ModelProto = ModelProto.FromString(file)
+    return graph
+
+
+def _digest(program: torch.export.ExportedProgram, opset: int) -> str:
+    """Of everything that a graph is made of: code, signature and ranges of the program, and all its tensors."""
+    found = hashlib.sha256(f"{opset}\n{program}".encode())
+    for name, value in sorted({**program.state_dict, **program.constants}.items()):
+        found.update(f"{name} {getattr(value, 'dtype', type(value))} {getattr(value, 'shape', value)}".encode())
+        if isinstance(value, torch.Tensor):
+            found.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _convert_anew(program: torch.export.ExportedProgram, opset: int) -> ModelProto:
     try:
         with silence(), _one_registry(), torch.no_grad():
             converted: Any = torch.onnx.export(
