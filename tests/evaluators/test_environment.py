@@ -60,6 +60,12 @@ def test_an_x86_cpu_tells_its_model_and_features(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_a_name_of_several_generations_is_told_with_family_and_model(tmp_path: Path) -> None:
+    info = "processor : 0\ncpu family : 25\nmodel : 17\nmodel name : AMD EPYC\nflags : avx2\n"
+    assert cpu_model(root=plant(tmp_path, {"proc/cpuinfo": info})) == "AMD EPYC (family 25, model 17)"
+    assert cpu_model(root=plant(tmp_path, {"proc/cpuinfo": "model name : AMD EPYC\n"})) == "AMD EPYC"
+
+
 def test_an_old_x86_cpu_has_no_vnni(tmp_path: Path) -> None:
     assert cpu_features(root=plant(tmp_path, {"proc/cpuinfo": HASWELL})) == ("avx2",)
 

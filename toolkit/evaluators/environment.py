@@ -53,11 +53,21 @@ UNLIMITED_V1 = 2**60
 
 
 def cpu_model(*, root: Path = ROOT) -> str:
-    """The CPU's name as the system gives it; the architecture where it gives none."""
+    """The CPU's name as the system gives it, with family and model where that names several generations (AMD EPYC).
+
+    The architecture where the system gives no name.
+    """
+    info = _cpuinfo(root)
     for key in ("model name", "cpu model", "hardware"):
-        found = _cpuinfo(root).get(key)
+        found = info.get(key)
         if found:
-            return found
+            kin = [
+                f"{word} {info[entry]}"
+                for word, entry in (("family", "cpu family"), ("model", "model"))
+                if entry in info
+            ]
+            told = any(letter.isdigit() for letter in found) or not kin
+            return found if told else f"{found} ({', '.join(kin)})"
     if sys.platform == "darwin":
         named = _sysctl("machdep.cpu.brand_string")
         if named:
