@@ -49,7 +49,7 @@ def test_one_seed_varies_as_the_papers(theirs: float, within: bool) -> None:
     """Both are of the same images, so the error that those cause is no excuse: of 0.4 points here, as it happens."""
     found = compare(ONE, Figure(theirs, 0.2))  # a deviation of 0.2 sqrt(3), and so 0.2 sqrt(3 + 1) with their error
     assert found.error == pytest.approx(0.4) and found.within is within
-    assert found.parts == "one seed, varying as the paper's and the paper's"
+    assert found.parts == "the paper's, and the spread of its seeds for our one"
 
 
 def test_one_seed_is_not_judged_where_nothing_tells_how_seeds_vary() -> None:

@@ -57,7 +57,9 @@ def _draw_curves(curves: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], 
             bars = [np.nan if error is None else error for error in errors]
             axes.errorbar(places, values, yerr=bars, color=colour, marker="o", capsize=4, label=LABELS[name])
             single = [error is None for error in errors]
-            axes.plot(places[single], values[single], "o", color=colour, mfc="white", label=f"{name}: one seed")
+            axes.plot(
+                places[single], values[single], "o", color=colour, mfc="white", zorder=3, label=f"{name}: one seed"
+            )
         axes.set_title(f"{panel['title']}: {curve['title']}", fontsize=10)
         axes.set_xlabel("precision" if bits else curve["axis"])
         axes.set_ylabel("accuracy, %")

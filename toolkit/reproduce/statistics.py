@@ -94,7 +94,7 @@ def compare(ours: Mean, theirs: Figure) -> Agreement:
         parts.insert(0, "test images alone")
     elif theirs.error is not None:
         known.append(theirs.error * math.sqrt(PAPER_SEEDS))
-        parts.insert(0, "one seed, varying as the paper's")
+        parts = ["the paper's, and the spread of its seeds for our one"]
     else:
         return Agreement(difference, None, "one seed, and the paper gives no error")
     return Agreement(difference, math.hypot(*known), " and ".join(parts))
