@@ -277,6 +277,21 @@ def doze(seconds: float) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.usefixtures("small_world")
+def test_no_path_of_data_or_code_is_shown(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from tests.reproduce import small\n\nnet = lambda num_classes: small.network(num_classes, (1, 8, 8))\n"
+    )
+    changes: dict[str, Any] = {"data": {"source": f"folder:{tmp_path / 'images'}"}, "network": f"{file}:net"}
+    found = Runner(small.settings(tmp_path / "work", "table2", **changes, max_runs=2))
+    assert all(step.text.startswith("folder:images, own.py:net, seed 0: ") for step in found.plan())
+    found.run()
+    (document,) = documents(found)
+    assert any(cell["runs"] for cell in document["panels"][0]["cells"])
+    assert str(tmp_path) not in json.dumps(document) + render(document)
+
+
 def test_the_time_is_over_even_where_a_shell_lets_interrupts_be_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -102,7 +102,7 @@ def _panel(runner: Runner, panel: Panel) -> dict[str, Any]:
     training = next((len(planner.splits.train) for planner in panel.planners.values()), None)
     from_files = panel.comparable and panel.world is not None and panel.world.is_from_files
     found: dict[str, Any] = {
-        "data": panel.world.source.name if panel.world else panel.experiment.data,
+        "data": public_name(_source(panel)),
         "title": _title(panel, from_files),
         "images": public_name(_source(panel)),
         "network": public_name(panel.network),

@@ -14,6 +14,7 @@ from toolkit.bundle import sha256
 from toolkit.config import ThreatConfig
 from toolkit.models.loading import resolve_path
 from toolkit.models.registry import code_digest
+from toolkit.paths import public_name
 from toolkit.reproduce.protocol import Experiment, Protocol, Stage
 from toolkit.reproduce.steps import Step
 
@@ -131,7 +132,7 @@ class Planner:
 
     @property
     def _name(self) -> str:
-        return f"{self.source}, {self.network}, seed {self.seed}"
+        return f"{public_name(self.source)}, {public_name(self.network)}, seed {self.seed}"
 
     @property
     def _pretrained(self) -> bool:
