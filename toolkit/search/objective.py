@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import bundle
-from toolkit.artifacts import OnnxModel, Predictor, Proportion, TorchModel
+from toolkit.artifacts import OnnxModel, Predictor, Proportion, TorchModel, weights_digest
 from toolkit.attacks.ensemble import compose
 from toolkit.config import BenchmarkConfig, HardenConfig
 from toolkit.errors import ToolkitError
@@ -140,7 +140,7 @@ class Laboratory:
     @cached_property
     def weights(self) -> str:
         """Names the network that came in."""
-        return weights_digest(self.prepared.model)
+        return model_digest(self.prepared.model)
 
     def tuned_file(self, config: HardenConfig) -> Path:
         """Where the fine-tuning of a resolved configuration is kept, in the folder of the search."""
@@ -151,7 +151,7 @@ class Laboratory:
             split.labelled_digest for split in (self.prepared.splits.train, self.prepared.splits.validation)
         ]
         teacher = self._teacher(config)  # what lies at a path may change
-        facts["finetune"]["teacher"] = weights_digest(teacher) if teacher else None
+        facts["finetune"]["teacher"] = model_digest(teacher) if teacher else None
         if config.finetune.qat:
             facts["weight_bits"] = config.quantize.int8_bits
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -247,15 +247,12 @@ def at_first_batch(config: BenchmarkConfig) -> BenchmarkConfig:
     return config.model_copy(update={"batches": config.batches[:1]})
 
 
-def weights_digest(model: TorchModel) -> str:
+def model_digest(model: TorchModel) -> str:
     """Of everything that makes a network what it is: its code, normalisation and pruning, and what it has learnt."""
-    spec = model.spec
-    code = code_digest(spec.architecture)
-    facts = [public_name(spec.architecture), code, spec.input_shape, asdict(spec.normalization), list(spec.pruning)]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=dict).encode())
-    for value in model.network.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    spec, learnt = model.spec, weights_digest(model.network)
+    made = [public_name(spec.architecture), code_digest(spec.architecture), spec.input_shape, list(spec.pruning)]
+    facts = [*made, asdict(spec.normalization), learnt]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=dict).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

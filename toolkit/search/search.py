@@ -29,7 +29,7 @@ from toolkit.search.database import failures, forget, without_password
 from toolkit.search.executors import Executor, InProcess
 from toolkit.search.finals import BUNDLES, ORIGINS, full_evidence
 from toolkit.search.front import Limits
-from toolkit.search.objective import TUNED, Laboratory, Workbench, weights_digest
+from toolkit.search.objective import TUNED, Laboratory, Workbench, model_digest
 from toolkit.search.plot import plot_front
 from toolkit.search.presence import at_work
 from toolkit.search.report import DATA, MARKDOWN, PICTURE, SearchResult, own_name, record, render_markdown
@@ -272,7 +272,7 @@ def _identity(ready: Search) -> dict[str, Any]:
         "batch": config.benchmark.batches[0],
         "seeds": list(config.seeds),
         "weights": ready.laboratory.weights,
-        "teacher": weights_digest(teacher) if teacher else None,
+        "teacher": model_digest(teacher) if teacher else None,
         "images of the data set": [
             split.labelled_digest for split in (prepared.splits.train, prepared.splits.validation)
         ],
