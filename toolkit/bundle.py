@@ -231,18 +231,26 @@ def disk_errors(path: Path, flag: str = "--output") -> Iterator[None]:
     except ToolkitError:
         raise
     except Exception as error:  # libraries raise their own kinds where they cannot write
-        number = error.errno if isinstance(error, OSError) else None
-        if number in UNWRITABLE and _concerns(error, path):
-            raise ToolkitError(
-                "the output cannot be written", found=f"{path}: {error}", fix=f"name a writable folder with {flag}"
-            ) from error
-        if number in FULL or TORCH_WRITER in str(error) or _free_bytes(path) < SMALLEST_FREE:
-            raise ToolkitError(
-                "the disk is full",
-                found=f"{path}: {_first_line(error)}",
-                fix=f"free some space, or name another disk with {flag}",
-            ) from error
+        told = disk_error(error, path, flag)
+        if told is not None:
+            raise told from error
         raise
+
+
+def disk_error(error: Exception, path: Path, flag: str = "--output") -> ToolkitError | None:
+    """What went wrong with the disk at `path`, in words; None if the error is of something else."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in UNWRITABLE and _concerns(error, path):
+        return ToolkitError(
+            "the output cannot be written", found=f"{path}: {error}", fix=f"name a writable folder with {flag}"
+        )
+    if number in FULL or TORCH_WRITER in str(error) or _free_bytes(path) < SMALLEST_FREE:
+        return ToolkitError(
+            "the disk is full",
+            found=f"{path}: {_first_line(error)}",
+            fix=f"free some space, or name another disk with {flag}",
+        )
+    return None
 
 
 def _concerns(error: Exception, path: Path) -> bool:

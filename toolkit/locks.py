@@ -12,8 +12,8 @@ from toolkit.errors import ToolkitError
 from toolkit.progress import notice
 
 
-def take(path: Path, *, wait: bool = False) -> int | None:
-    """Lock a folder, or a file, which is made if it is not there.
+def take(path: Path, *, wait: bool = False, shared: bool = False) -> int | None:
+    """Lock a folder, or a file, which is made if it is not there; `shared`: together with others who share it.
 
     Returns:
         The open descriptor that holds the lock until it is closed; None on systems without such locks.
@@ -27,7 +27,7 @@ def take(path: Path, *, wait: bool = False) -> int | None:
         return None
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BaseException:
         os.close(descriptor)
         raise

@@ -184,7 +184,7 @@ def test_points_that_were_not_run_are_gaps_and_single_seeds_have_no_bar(
     assert list(np.asarray(line.get_ydata())) == pytest.approx([81, 80, np.nan, 71], nan_ok=True)
     heights = [float(np.ptp(segment[:, 1])) for segment in bars.get_segments() if np.ndim(segment) == 2]
     assert [height for height in heights if np.isfinite(height)] == pytest.approx([2, 2]), "twice the standard error"
-    single = next(line for line in axes.lines if line.get_label() == "test: one seed")
+    single = next(line for line in axes.lines if line.get_label() == "test: one network")
     assert list(np.asarray(single.get_ydata())) == pytest.approx([80, np.nan], nan_ok=True)
 
 

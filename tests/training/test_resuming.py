@@ -149,6 +149,16 @@ def test_a_checkpoint_that_does_not_fit_is_given_up_where_that_is_asked_for(
     run(model, STANDARD, checkpoint=path, resume=True)
 
 
+def test_other_arithmetic_is_warned_of(model: TorchModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = STANDARD.model_copy(update={"precision": "float32"})
+    run(model, config, checkpoint=tmp_path / "a.pt")
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    for begun, said in (("bfloat16 on cuda", True), (state["arithmetic"], False)):
+        torch.save({**state, "arithmetic": begun}, tmp_path / "a.pt")
+        run(model, config, checkpoint=tmp_path / "a.pt", resume=True)
+        assert ("began in bfloat16 on cuda and goes on in float32" in capsys.readouterr().err) is said
+
+
 def test_another_number_of_threads_is_warned_of(
     model: TorchModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -205,14 +205,16 @@ def _one_registry() -> Iterator[None]:
     """Let exports share torch's table of operators, which it builds anew for each.
 
     That is half a second, and of a small network 40 % of the export (torch 2.14). The table depends on the operator set
-    alone and is only read. Where torch has no such function, nothing is done.
+    alone and is only read. Where a torch has no such method, nothing is done.
     """
     try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
         table: Any = ONNXRegistry
-        built = vars(table)["from_torchlib"]
-    except (ImportError, KeyError):
+        built = vars(table).get("from_torchlib")
+    except ImportError:
+        built = None
+    if not isinstance(built, classmethod):
         yield
         return
     table.from_torchlib = classmethod(lambda _class, *given, **how: _registry(built.__func__, table, *given, **how))

@@ -53,13 +53,12 @@ def _draw_curves(curves: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], 
         for name, colour in COLOURS.items():
             # what was not run is a gap, and what has no error no bar
             values = np.array([p["means"][name]["value"] if p["runs"] else np.nan for p in points])
-            errors = [p["means"][name]["error"] if len(p["runs"]) > 1 else None for p in points]
+            errors = [p["means"][name]["error"] if p["runs"] else None for p in points]
             bars = [np.nan if error is None else error for error in errors]
             axes.errorbar(places, values, yerr=bars, color=colour, marker="o", capsize=4, label=LABELS[name])
             single = [error is None for error in errors]
-            axes.plot(
-                places[single], values[single], "o", color=colour, mfc="white", zorder=3, label=f"{name}: one seed"
-            )
+            label = f"{name}: one network"
+            axes.plot(places[single], values[single], "o", color=colour, mfc="white", zorder=3, label=label)
         axes.set_title(f"{panel['title']}: {curve['title']}", fontsize=10)
         axes.set_xlabel("precision" if bits else curve["axis"])
         axes.set_ylabel("accuracy, %")

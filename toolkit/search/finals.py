@@ -149,7 +149,7 @@ class _Finals:
         one = next(one for one in self.tried if one.number == cheap.trial)
         try:
             return _bundle(self.config, folder, self.laboratory, self.space, one, cheap, self.search)
-        except Exception as error:
+        except Exception as error:  # whatever one bundle meets: the others have their evidence
             problem = problem_of(error, self.output)
             if problem.fatal:
                 raise problem.error() from error

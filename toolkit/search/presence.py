@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from toolkit.errors import ToolkitError
+from toolkit.locks import give_back, take
 
 
 @contextlib.contextmanager
@@ -35,47 +35,35 @@ def at_work(folder: Path, anew: Callable[[], None] | None = None) -> Iterator[No
 
 @contextlib.contextmanager
 def _shared(folder: Path, anew: Callable[[], None] | None) -> Iterator[None]:
-    descriptor = _open(folder)
-    try:
-        if anew is not None:
-            try:
-                _lock(descriptor, alone=True)
-            except BlockingIOError as error:
-                raise ToolkitError(
-                    "--force would remove the files of a search that is under way",
-                    found=f"another process searches in {folder}",
-                    fix="wait for it, or end it first; without --force both share the trials",
-                ) from error
+    if anew is not None:
+        try:
+            descriptor = _take(folder, shared=False)
+        except BlockingIOError as error:
+            raise ToolkitError(
+                "--force would remove the files of a search that is under way",
+                found=f"another process searches in {folder}",
+                fix="wait for it, or end it first; without --force both share the trials",
+            ) from error
+        try:
             anew()
-        _lock(descriptor, alone=False)
+        finally:
+            give_back(descriptor)
+    descriptor = _take(folder, shared=True)
+    try:
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        give_back(descriptor)
 
 
-def _open(folder: Path) -> int | None:
-    """None: the system has no locks of folders."""
-    try:
-        import fcntl  # noqa: F401
-    except ImportError:  # Windows
-        return None
-    return os.open(folder, os.O_RDONLY)
-
-
-def _lock(descriptor: int | None, *, alone: bool) -> None:
-    """Hold the folder together with others, once nobody is alone in it; or alone, at once.
+def _take(folder: Path, *, shared: bool) -> int | None:
+    """Hold the folder alone, at once, or together with others, once nobody is alone in it.
 
     Raises:
         BlockingIOError: others are there.
     """
-    if descriptor is None:
-        return
-    import fcntl
-
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        return take(folder, wait=shared, shared=shared)
     except BlockingIOError:
         raise
     except OSError:  # some shared disks know no locks of folders
-        return
+        return None

@@ -40,7 +40,7 @@ def problem_of(error: Exception, folder: Path) -> Problem:
     """What ended one trial, or the making of one bundle, in `folder`; fatal where others would meet it too."""
     trace = "".join(traceback.format_exception(error))
     cause = error.__cause__ if isinstance(error, ToolkitError) else error
-    disk = _of_the_disk(cause, folder) if isinstance(cause, Exception) else None
+    disk = bundle.disk_error(cause, folder) if isinstance(cause, Exception) else None
     if disk is not None:
         return Problem(disk.problem, disk.found, disk.fix, True)
     if isinstance(error, ToolkitError):
@@ -48,15 +48,6 @@ def problem_of(error: Exception, folder: Path) -> Problem:
     if isinstance(error, OSError) and error.errno != errno.ENOMEM:
         return Problem("the system refuses what a trial needs", _words(error), f"see to it; {GO_ON}", True)
     return Problem("a defect", _words(error), "report what the toolkit says of it", False, trace)
-
-
-def _of_the_disk(error: Exception, folder: Path) -> ToolkitError | None:
-    """The error in words if it is of the disk of `folder`."""
-    try:
-        with bundle.disk_errors(folder):
-            raise error
-    except Exception as found:
-        return found if isinstance(found, ToolkitError) and found is not error else None
 
 
 def _words(error: Exception) -> str:

@@ -308,7 +308,7 @@ class Run:
         return {
             "fingerprint": self.fingerprint,
             "threads": torch.get_num_threads(),
-            "arithmetic": f"{self.precision} on {self.device.type}",
+            "arithmetic": self._arithmetic,
             "step": self.step,
             "losses": self.losses,
             "epochs": [record.to_list() for record in self.epochs],
@@ -319,12 +319,15 @@ class Run:
             "observed": self.observer and self.observer.state(),
         }
 
+    @property
+    def _arithmetic(self) -> str:
+        return f"{self.precision} on {self.device.type}"
+
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
-        arithmetic = f"{self.precision} on {self.device.type}"
-        if state.get("arithmetic", arithmetic) != arithmetic:
+        if state.get("arithmetic", self._arithmetic) != self._arithmetic:
             warn(
-                f"the training began in {state['arithmetic']} and goes on in {arithmetic}: "
+                f"the training began in {state['arithmetic']} and goes on in {self._arithmetic}: "
                 "the result will differ from an uninterrupted run"
             )
         self.step, self.losses = state["step"], list(state["losses"])
