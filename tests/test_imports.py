@@ -15,7 +15,7 @@ PACKAGE = Path(toolkit.__file__).parent
 OWNERS = {
     "torch_pruning": {"pruning.py"},
     "onnxruntime_extensions": {"exporters/end_to_end.py"},
-    "yaml": {"config.py"},
+    "yaml": {"config/files.py", "config/space.py"},
     "optuna": {"search/database.py", "search/sampler.py", "search/storage.py"},
     "sqlalchemy": {"search/database.py"},
     "ray": {"search/cluster.py"},

@@ -1,0 +1,118 @@
+"""From nested settings and YAML files to configurations, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from toolkit import paths
+from toolkit.config.base import StageConfig
+from toolkit.errors import ToolkitError
+
+Config = TypeVar("Config", bound=StageConfig)
+
+
+def build(kind: type[Config], values: dict[str, Any], flags: Mapping[str, str] = MappingProxyType({})) -> Config:
+    """Validate `values` as a `kind`; what pydantic refuses becomes a `ToolkitError` that quotes the flag.
+
+    Args:
+        kind: the configuration's class.
+        values: nested settings.
+        flags: command-line flag by dotted path of the setting, e.g. `{"prune.ratio": "--prune"}`.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        name = flags.get(path, f"the setting '{path}'")
+        problem = f"{name} is missing" if first["type"] == "missing" else f"{name} has no usable value"
+        raise ToolkitError(
+            problem,
+            found=f"{path} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}",
+            fix=f"correct {name}; `--help` shows what it takes",
+        ) from error
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Deep merge of two nested mappings; `over` wins."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def override_threat(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Resolved threat settings with a user's own in their place.
+
+    Another preset or norm takes nothing over from `base`; another radius or number of steps gets its own step size,
+    and restarts start at random.
+    """
+    if any(over.get(name, base.get(name)) != base.get(name) for name in ("preset", "norm")):
+        return dict(over)
+    changed = any(over.get(name, base.get(name)) != base.get(name) for name in ("eps", "steps"))
+    follows: dict[str, Any] = {"step_size": None} if changed else {}
+    if (over.get("restarts") or 1) > 1:
+        follows["random_start"] = None  # restarts from one point would all be the same
+    return {**base, **follows, **over}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a config file; relative paths in it start at its own folder, as `write_settings` writes them.
+
+    Raises:
+        ToolkitError: the file is missing, is not YAML, or holds no mapping.
+    """
+    return _map_paths(_read_yaml(path), lambda setting: paths.resolved(setting, path.absolute().parent))
+
+
+def write_settings(config: StageConfig, path: Path, home: Path, title: str | None = None) -> None:
+    """Write the resolved configuration to `path`, which will stand in the folder `home`, under a comment if given."""
+    values = _map_paths(config.model_dump(mode="json"), lambda setting: paths.relative(setting, home.absolute()))
+    comment = f"# {title}\n" if title else ""
+    path.write_text(comment + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def _map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """`values` with `change` applied to every setting that may hold a path."""
+
+    def plain(path: str) -> str:
+        return path if path.startswith("shipped:") else change(f"folder:{path}").removeprefix("folder:")
+
+    places = {
+        ("model", "path"): plain,
+        ("model", "arch"): change,
+        ("data", "source"): change,
+        ("data", "data_dir"): plain,
+        ("finetune", "teacher"): plain,
+    }
+    mapped = {part: dict(inner) if isinstance(inner, dict) else inner for part, inner in values.items()}
+    for (part, name), how in places.items():
+        inner = mapped.get(part)
+        if isinstance(inner, dict) and isinstance(inner.get(name), str):
+            inner[name] = how(inner[name])
+    return mapped
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ToolkitError: the file is missing, is not YAML, or holds no mapping.
+    """
+    fix = "name a config.yaml as `toolkit harden` writes it into a bundle"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ToolkitError(
+            "the config file cannot be read", found=f"{path}: {type(error).__name__}", fix=fix
+        ) from error
+    if not isinstance(values, dict):
+        raise ToolkitError("the config file holds no settings", found=f"{path}: {type(values).__name__}", fix=fix)
+    return values
