@@ -130,6 +130,38 @@ def test_seeds_come_one_after_the_other_within_a_tier(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_world")
+def test_cells_can_be_chosen(tmp_path: Path) -> None:
+    def planned(target: str, only: str) -> list[str]:
+        found = Runner(small.settings(tmp_path, target, only=only))
+        return [step.text.removeprefix("fashion-mnist, cnn8, seed 0: ") for step in found.plan()]
+
+    assert planned("table3", "Pruned, from robust; S") == [
+        "robust network",
+        "prune 0.8 of the robust network",
+        "standard fine-tuning of prune 0.8 of the robust network",
+        "robust, pruned 0.8, standard fine-tuning: PGD-20, eps behind the normalisation, no clipping",
+    ]
+    assert planned("figure3", "from robust; 0.5")[1] == "prune 0.5 of the robust network"
+    assert planned("figure2", "t-sne")[-1] == "t-SNE of the class Bag"
+
+
+@pytest.mark.usefixtures("small_world")
+def test_cells_that_were_not_chosen_say_so(tmp_path: Path) -> None:
+    found = Runner(small.settings(tmp_path, "table2", only="standard; none"))
+    assert found.run() == "everything that can be run is done"
+    cells = documents(found)[0]["panels"][0]["cells"]
+    assert [cell["missing"] for cell in cells] == [{}, *[{"0": "not yet: --only leaves it out"}] * 2]
+
+
+@pytest.mark.usefixtures("small_world")
+def test_cells_that_no_table_has_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ToolkitError, match="no cell is called so") as error:
+        Runner(small.settings(tmp_path, "table2", only="from robots"))
+    assert error.value.found == "--only 'from robots'" and "robust; none" in error.value.fix
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("small_world")
 def test_everything_at_once_runs_nothing_twice(tmp_path: Path) -> None:
     found = Runner(small.settings(tmp_path, "all", seeds=(0, 1)))
     plan = [step.text for step in found.plan()]

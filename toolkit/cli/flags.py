@@ -216,6 +216,7 @@ REPRODUCE = (
     Flag("--work", "work", "Folder in which everything that was run is kept; by default in the user's cache.", Path),
     Flag("--budget", "budget", "Minutes after which this sitting stops; the next one goes on.", float),
     Flag("--max-runs", "max_runs", "Steps of this sitting at most; 0 shows what is known.", int),
+    Flag("--only", "only", "Fill only cells whose 'ROW; COLUMN' has this in it, e.g. 'from robust' or 'AutoAttack'."),
     Flag("--attack-images", "attack_images", "Evaluation images of AutoAttack and DeepFool; PGD takes all.", int),
     Flag("--threads", "threads", "CPU threads.", int),
 )

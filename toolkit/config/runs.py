@@ -108,6 +108,8 @@ class ReproduceConfig(StageConfig):
     """Minutes after which this sitting stops; what is under way is kept and continued."""
     max_runs: Annotated[int, Field(ge=0)] | None = None
     """Steps of this sitting at most."""
+    only: Annotated[str, Field(min_length=1)] | None = None
+    """Part of `ROW; COLUMN` of the cells that this sitting fills, in any case of letters; None: all."""
     attack_images: Annotated[int, Field(ge=1)] = 1000
     """Evaluation images of AutoAttack and DeepFool; PGD takes all."""
     threads: Annotated[int, Field(ge=1)] | None = None

@@ -35,6 +35,8 @@ from toolkit.training.distributed import launched
 class Place:
     """One cell of one seed: the step that fills it."""
 
+    name: str
+    """`ROW; COLUMN`; of a figure, its curve and the point on it."""
     step: Step
     planner: Planner
     tier: int
@@ -107,11 +109,16 @@ class Panel:
         for rank, (seed, planner) in enumerate(self.planners.items()):
             timed = self.target.kind == "time"
             of_cells = self.trained if timed else self.step
-            found += [Place(of_cells(cell, seed), planner, cell.tier, rank, timed) for cell in self.cells]
-            recipes = [recipe for curve in self.curves for recipe in curve.points.values()]
-            found += [Place(planner.measure(recipe, "pgd-paper"), planner, 1, rank) for recipe in recipes]
+            for cell in self.cells:
+                name = f"{cell.row}; {cell.column}"
+                found.append(Place(name, of_cells(cell, seed), planner, cell.tier, rank, timed))
+            for curve in self.curves:
+                for point, recipe in curve.points.items():
+                    step = planner.measure(recipe, "pgd-paper")
+                    found.append(Place(f"{curve.title}; {point:g}", step, planner, 1, rank))
             if self.recipes and rank == 0:
-                found.append(Place(planner.embed(self.recipes, targets.EMBEDDED_CLASS), planner, 2, rank))
+                step = planner.embed(self.recipes, targets.EMBEDDED_CLASS)
+                found.append(Place("t-SNE", step, planner, 2, rank))
         return found
 
 
@@ -130,8 +137,8 @@ class Runner:
         config: tables, data, seeds, protocol and limits.
 
     Raises:
-        ToolkitError: an unknown table, a repeated seed, a data set that was named and is not there, or a work folder of
-            another protocol.
+        ToolkitError: an unknown table, a repeated seed, a data set that was named and is not there, cells that no
+            table has, or a work folder of another protocol.
     """
 
     def __init__(self, config: ReproduceConfig) -> None:
@@ -143,6 +150,7 @@ class Runner:
         self._planners: dict[tuple[str, int], Planner] = {}
         self.panels = self._open_panels()
         self.targets = tuple(dict.fromkeys(panel.target for panel in self.panels))
+        self._places = self._choose()
         self.store = Store(config.work or default_folder(config.protocol), self.protocol)
         self.failed: dict[Step, str] = {}
         """What went wrong in this sitting."""
@@ -195,6 +203,20 @@ class Runner:
             planners[seed] = self._planners[key]
         return Panel(target, experiment, network, world, planners=planners)
 
+    def _choose(self) -> list[tuple[Place, World]]:
+        """The places that `--only` names, or all."""
+        places = [(place, panel.world) for panel in self.panels for place in panel.places() if panel.world]
+        if self.config.only is None:
+            return places
+        wanted = self.config.only.casefold()
+        chosen = [(place, world) for place, world in places if wanted in place.name.casefold()]
+        if places and not chosen:
+            names = dict.fromkeys(place.name for place, _ in places)
+            raise ToolkitError(
+                "no cell is called so", found=f"--only '{self.config.only}'", fix=f"name a part of: {', '.join(names)}"
+            )
+        return chosen
+
     def plan(self) -> list[PlannedStep]:
         """The steps that would be done, in their order, with estimates."""
         estimator, planned, done = Estimator(), [], set[Step]()
@@ -210,8 +232,7 @@ class Runner:
 
         What one place needs makes others cheaper, so the order is found anew after each.
         """
-        waiting = [(place, panel.world) for panel in self.panels for place in panel.places() if panel.world]
-        waiting = [(place, world) for place, world in waiting if lacking(place.step, world.class_names) is None]
+        waiting = [(place, world) for place, world in self._places if lacking(place.step, world.class_names) is None]
         needs = {place: self._missing(place) for place, _ in waiting}
 
         def cost(item: tuple[Place, World]) -> tuple[int, int, float]:
@@ -308,7 +329,9 @@ class Runner:
         if lacks:
             return lacks
         failed = next((self.failed[needed] for needed in step.walk() if needed in self.failed), None)
-        return failed or "not yet: run the same command again"
+        if failed or any(place.step == step for place, _ in self._places):
+            return failed or "not yet: run the same command again"
+        return "not yet: --only leaves it out"
 
 
 @contextmanager
