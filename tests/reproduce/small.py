@@ -27,10 +27,10 @@ def protocols() -> dict[ProtocolName, Protocol]:
         base={**ONE_EPOCH, "epochs": 3},
         after_pruning=ONE_EPOCH,
         with_quantisation=ONE_EPOCH,
-        with_rounding={**ONE_EPOCH, "epochs": 3, "learning_rate": 0.01},
+        with_rounding={**ONE_EPOCH, "epochs": 3, "learning_rate": 0.01, "qat_from": 0.0},
         attack=ATTACK,
     )
-    return {"paper": short, "fast": replace(short, name="fast", holds_out=True, prunes="all")}
+    return {"paper": short, "fast": replace(short, name="fast", holds_out=True, prunes="all", qat_per_channel=True)}
 
 
 def source(config: DataConfig) -> DataSource:

@@ -35,7 +35,7 @@ def test_fine_tuning() -> None:
 
 def test_quantisation_aware_training_keeps_its_rate() -> None:
     config = PAPER.training("with_rounding", "adversarial")
-    assert (config.epochs, config.learning_rate, config.momentum) == (20, 0.01, 0.9)
+    assert (config.epochs, config.learning_rate, config.momentum, config.qat_from) == (20, 0.01, 0.9, 0)
     assert all(SCHEDULES[config.schedule](epoch * 937, 20 * 937, 937) == 1 for epoch in range(20))
 
 

@@ -177,7 +177,12 @@ def test_every_objective_learns_to_be_rounded(changes: dict[str, Any]) -> None:
     plain = toy()
     assert result.model.network.state_dict().keys() == plain.network.state_dict().keys()
     assert not any(module._forward_pre_hooks for module in result.model.network.modules())
-    assert result.model.spec.training[-1]["rounding"] == {"weight_bits": 4, "activation_bits": 4, "margin": 0.0}
+    assert result.model.spec.training[-1]["rounding"] == {
+        "weight_bits": 4,
+        "activation_bits": 4,
+        "margin": 0.0,
+        "per_channel": True,
+    }
 
 
 def test_training_for_two_bits_beats_rounding_afterwards() -> None:
@@ -229,9 +234,28 @@ def test_rounding_begins_and_statistics_and_ranges_come_to_rest(monkeypatch: pyt
     assert result.best_epoch > 2  # epochs in float are not kept
 
 
+def test_rounding_may_begin_with_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "Run", Watched)
+    Watched.seen = []
+    result = run(toy(), epochs=2, qat_from=0.0)
+    assert [step[0] for step in Watched.seen] == [True] * len(Watched.seen)
+    assert result.learnt and not torch.equal(Watched.seen[0][3], Watched.seen[-1][3]), "ranges go on learning"
+
+
+def test_weights_may_share_one_scale() -> None:
+    result = run(toy(), Rounding(weight_bits=3, per_channel=False), qat_from=0.0)
+    assert result.learnt
+    rounded = simulate(result.model, result.learnt)
+    layer = next(module for module in rounded.network.modules() if isinstance(module, nn.Conv2d))
+    seen: list[Tensor] = []
+    layer.register_forward_pre_hook(lambda module, _: seen.append(module.weight.detach()))  # behind the one that lends
+    rounded.predict(TEST.take(np.arange(2)).images)
+    assert len(set(seen[0].flatten().tolist())) <= 7 < len(set(layer.weight.flatten().tolist()))
+
+
 def test_one_step_is_one_that_rounds() -> None:
     switch = prepare(toy(), INT8)
-    schedule = Schedule(switch, 1)
+    schedule = Schedule(switch, 1, 0.5)
     schedule.enter(0, nn.Identity())
     assert switch.rounding and schedule.counts(1) and not schedule.counts(0)
 
@@ -290,7 +314,7 @@ def test_a_state_is_weights_and_ranges() -> None:
 
 
 @pytest.mark.parametrize("bits", [{"weight_bits": 1}, {"activation_bits": 17}])
-def test_bits_out_of_range_are_refused(bits: dict[str, int]) -> None:
+def test_bits_out_of_range_are_refused(bits: dict[str, Any]) -> None:
     with pytest.raises(ToolkitError, match=r"cannot round (weights|activations) to so many bits") as caught:
         Rounding(**bits)
     assert f"{next(iter(bits.values()))} bits" in caught.value.found

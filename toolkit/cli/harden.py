@@ -34,6 +34,7 @@ HARDEN_FLAGS = (
     flags.Flag("--int8", "quantize.int8", "Quantise to int8; without it --allow-float is needed.", bool),
     *flags.under("finetune", flags.TRAINING),
     flags.Flag("--qat", "finetune.qat", "Round weights and activations in the last part of the fine-tuning.", bool),
+    flags.Flag("--qat-from", "finetune.qat_from", "Share of the fine-tuning before --qat rounds, in [0, 1).", float),
     *flags.MODEL,
     *flags.DATA,
     *flags.EVALUATION,

@@ -102,6 +102,8 @@ class TrainConfig(StageConfig):
     precision: PrecisionChoice = "auto"
     qat: bool = False
     """Whether, in `harden`, the last part of the training computes on rounded weights and activations."""
+    qat_from: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """With `qat`: share of the training before it rounds; 0: it rounds from its first step on."""
     augment: bool = False
     """Random horizontal flips and shifts of up to an eighth of the side."""
 

@@ -95,6 +95,7 @@ def build_report(config: HardenConfig, evidence: Evidence) -> Report:
             best_epoch=tuned.best_epoch,
             precision=tuned.precision,
             qat=tuned.learnt is not None,
+            qat_from=None if tuned.learnt is None else config.finetune.qat_from,
         ),
         baseline=schema.Baseline(
             accuracy=Share.of(evidence.baseline_accuracy), robust_accuracy=Share.of(evidence.baseline_robust)

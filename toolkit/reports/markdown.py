@@ -20,7 +20,6 @@ from toolkit.reports.schema import (
 )
 from toolkit.reports.targets import coverage_text, targets_section
 from toolkit.reports.words import percent, table, threat_text
-from toolkit.training.qat import FLOAT_SHARE
 
 
 def render_markdown(report: Report) -> str:
@@ -384,7 +383,7 @@ def _training(report: Report) -> str:
         for e in tuning.epochs
     ]
     rounded = (
-        f" Quantisation-aware: its last {1 - FLOAT_SHARE:.0%} computed, and were attacked, on weights and activations "
+        f" Quantisation-aware: {_rounded_part(tuning.qat_from)} computed, and was attacked, on weights and activations "
         "rounded as in `model.onnx`; epochs before that are not kept."
         if tuning.qat
         else ""
@@ -394,6 +393,12 @@ def _training(report: Report) -> str:
         f"(the last that is not clearly worse than the best on the validation images).{rounded}\n\n"
         f"{table(('epoch', 'loss', 'validation, clean', 'validation, attacked'), rows)}"
     )
+
+
+def _rounded_part(begins: float | None) -> str:
+    if begins is None:  # a report of before it could be set
+        return "its last part"
+    return f"its last {1 - begins:.0%}" if begins else "all of it"
 
 
 def _gates(report: Report) -> str:

@@ -146,6 +146,8 @@ class Finetuning(Part):
     precision: str
     qat: bool = False
     """Whether its last part computed on rounded weights and activations."""
+    qat_from: float | None = None
+    """Share of the training before that part."""
 
 
 class Accuracy(Part):

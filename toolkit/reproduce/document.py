@@ -27,8 +27,8 @@ DEVIATIONS_OF_ALL = (
     "the attack in training sees batch norm in evaluation mode (no difference for cnn8, which has none)",
     "the simulated integers: weights symmetric, activations asymmetric where a layer reads them, one grid a tensor "
     "(the paper's library rounds inputs and outputs of layers symmetrically, and outputs of ReLUs asymmetrically)",
-    "QAT: the second half of the training rounds, and in its last fifth ranges stand still; weights in one grid "
-    "an output channel; binary networks are not trained (the paper's figure has them)",
+    "QAT: in the last fifth of the training ranges stand still; binary networks are not trained (the paper's figure "
+    "has them)",
     "PTQ without fine-tuning: ranges over 500 training images (what the paper calibrated on is not known)",
     "the two defects of its published code are not repeated: networks are compressed with their trained weights, "
     "and integers are real where a row says integer graph",
@@ -40,6 +40,7 @@ DEVIATIONS: Mapping[str, tuple[str, ...]] = {
         "0.01), averaged weights; in training PGD-2 from a random start; some training images are held out and choose "
         "the epoch; as many epochs as the paper's, its pretrained network aside",
         "pruning takes filters of hidden linear layers too (the paper: of convolutions alone)",
+        "QAT: the second half of the training rounds, weights in one grid an output channel",
         "PTQ: the ranges are those of all epochs of the fine-tuning, of the weights before they were averaged",
         *DEVIATIONS_OF_ALL,
     ),

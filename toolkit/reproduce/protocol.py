@@ -54,6 +54,8 @@ class Protocol:
     """What adversarial objectives add."""
     prunes: Literal["convolutions", "all"]
     """Which layers lose filters: convolutions alone, or hidden linear layers too."""
+    qat_per_channel: bool
+    """Whether quantisation-aware training rounds weights with a scale for every output channel, or one for all."""
     holds_out: bool
     """Whether some training images are held out and choose the epoch; otherwise all are trained on."""
 
@@ -70,9 +72,10 @@ PROTOCOLS: Mapping[ProtocolName, Protocol] = {
         base={**PAPER_SGD, "epochs": BASE_EPOCHS},
         after_pruning={**PAPER_SGD, "epochs": TUNING_EPOCHS},
         with_quantisation={**PAPER_SGD, "epochs": TUNING_EPOCHS, **QUANTISER_SGD},
-        with_rounding={**PAPER_SGD, "epochs": BASE_EPOCHS, **QUANTISER_SGD, "schedule": "constant"},
+        with_rounding={**PAPER_SGD, "epochs": BASE_EPOCHS, **QUANTISER_SGD, "schedule": "constant", "qat_from": 0.0},
         attack={"attack_steps": PAPER_STEPS, "attack_schedule": "threat"},
         prunes="convolutions",
+        qat_per_channel=False,
         holds_out=False,
     ),
     "fast": Protocol(
@@ -83,6 +86,7 @@ PROTOCOLS: Mapping[ProtocolName, Protocol] = {
         with_rounding={**FAST_SGD, "epochs": BASE_EPOCHS, **QUANTISER_SGD},
         attack={"attack_steps": 2, "attack_schedule": "crossing"},
         prunes="all",
+        qat_per_channel=True,
         holds_out=True,
     ),
 }

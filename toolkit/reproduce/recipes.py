@@ -209,4 +209,5 @@ class Planner:
         parents = (self._base("standard"),) if self._pretrained else ()
         origin = {} if parents else self._origin
         label = f"{self._name}: quantisation-aware training, int{recipe.bits}"
-        return Step("qat", label, {**settings, **origin, "bits": recipe.bits}, parents)
+        grid = {"bits": recipe.bits, "per_channel": self.protocol.qat_per_channel}
+        return Step("qat", label, {**settings, **origin, **grid}, parents)

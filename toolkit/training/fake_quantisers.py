@@ -109,13 +109,14 @@ class WeightQuantiser(nn.Module):
     """Gives a layer rounded weights for the time of its forward pass; the gradient goes to the float ones unchanged.
 
     Args:
-        bits: of the symmetric grid, with a scale for every output channel.
+        bits: of the symmetric grid.
         switch: shared by all.
+        per_channel: whether every output channel has a scale of its own.
     """
 
-    def __init__(self, bits: int, switch: Switch) -> None:
+    def __init__(self, bits: int, switch: Switch, *, per_channel: bool = True) -> None:
         super().__init__()
-        self.bits, self.switch = bits, switch
+        self.bits, self.switch, self.per_channel = bits, switch, per_channel
         self._taken: nn.Parameter | None = None
         self._kept: tuple[int, Tensor] | None = None
 
@@ -137,13 +138,16 @@ class WeightQuantiser(nn.Module):
     def _rounded(self, weight: nn.Parameter) -> Tensor:
         """Of frozen weights, as in an attack's copy of the network, once for all steps of the attack."""
         if weight.requires_grad:
-            return weight + (quantise_weights(weight.detach(), self.bits) - weight.detach())
+            return weight + (self._quantised(weight) - weight.detach())
         if self._kept is None or self._kept[0] != weight._version or torch.is_inference_mode_enabled():
-            rounded = quantise_weights(weight.detach(), self.bits)
+            rounded = self._quantised(weight)
             if torch.is_inference_mode_enabled():  # no attack could use it
                 return rounded
             self._kept = (weight._version, rounded)
         return self._kept[1]
+
+    def _quantised(self, weight: nn.Parameter) -> Tensor:
+        return quantise_weights(weight.detach(), self.bits, per_channel=self.per_channel)
 
 
 def fit_range(values: Tensor, bits: int) -> tuple[float, float]:

@@ -17,8 +17,8 @@ ATTACK_STEPS = {"adversarial": 2, "distill": 2, "fgsm": 7, "trades": 7}
 """PGD steps where the user sets none, by objective; of `fgsm` those after a collapse."""
 TRAINING_PASS = 1.6
 """Time of a forward and backward pass with the gradients of the weights, in gradients with respect to the image."""
-ROUNDED_PASS = 1.2
-"""Time of a quantisation-aware training, in that of the same training in float."""
+ROUNDED_PASS = 1.4
+"""Time of a step on rounded weights and activations, in that of one in float."""
 
 
 class Step(Protocol):
@@ -137,4 +137,5 @@ def cost_per_image(config: TrainConfig) -> float:
         return 0.0
     attack = {"standard": 0, "fgsm": 1}.get(config.objective, attack_steps(config))
     passes = 1 + (config.objective == "trades" or (config.objective in ATTACKED and clean_share(config) > 0))
-    return (attack + TRAINING_PASS * passes) * (ROUNDED_PASS if config.qat else 1.0)
+    rounded = 1 - config.qat_from if config.qat else 0.0
+    return (attack + TRAINING_PASS * passes) * (1 + (ROUNDED_PASS - 1) * rounded)

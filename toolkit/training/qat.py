@@ -1,10 +1,11 @@
 """Quantisation-aware training: the last part of a training computes on rounded weights and activations.
 
-It begins in float. Then fake quantisers (`fake_quantisers`) come in at the tensors that the integer graph will quantise
-(`sites`), straight-through (Bengio et al. 2013; Jacob et al. 2018), and attacks are made through them. At last the
-statistics of batch norms and the ranges of activations stand still, so that the weights settle on what ships. Batch
+It may begin in float. Then fake quantisers (`fake_quantisers`) come in at the tensors that the integer graph will
+quantise (`sites`), straight-through (Bengio et al. 2013; Jacob et al. 2018), and attacks are made through them. At last
+the statistics of batch norms and the ranges of activations stand still, so that the weights settle on what ships. Batch
 norms need no folding for that: weights are rounded with a scale per output channel, which folding multiplies like the
-weights themselves, so that the integers are those of the folded graph.
+weights themselves, so that the integers are those of the folded graph. With one scale a tensor, which is for
+simulations alone, they are those of a graph that is not folded.
 """
 
 from __future__ import annotations
@@ -41,8 +42,6 @@ from toolkit.training.sites import find_sites
 
 MIN_BITS = 2
 """With one, nothing is left of a tensor but its sign, which needs a network of its own (binary weights)."""
-FLOAT_SHARE = 0.5
-"""Share of the training before it rounds."""
 SETTLED_SHARE = 0.8
 """Share of the training after which batch norms' statistics and ranges stand still."""
 REFIT_EVERY = 10
@@ -102,7 +101,7 @@ def check_qat(config: HardenConfig) -> None:
 class Rounding:
     """To what a training rounds: int8 as it ships, or fewer bits as a simulation.
 
-    Weights are symmetric with a scale per output channel, activations asymmetric; pixels cover [-margin, 1 + margin].
+    Weights are symmetric, activations asymmetric; pixels cover [-margin, 1 + margin].
 
     Raises:
         ToolkitError: bits out of range.
@@ -112,6 +111,8 @@ class Rounding:
     activation_bits: int = 8
     margin: float = 0.0
     """Pixels by which attacked images may leave [0, 1]."""
+    per_channel: bool = True
+    """Whether weights have a scale for every output channel, as what ships; else one for all."""
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits"):
@@ -148,7 +149,7 @@ def prepare(model: TorchModel, rounding: Rounding) -> Switch:
     sites, switch, network = find_sites(model), Switch(), model.network
     for name in sites.layers:
         layer = network.get_submodule(name)
-        layer.add_module(WEIGHT, WeightQuantiser(rounding.weight_bits, switch))
+        layer.add_module(WEIGHT, WeightQuantiser(rounding.weight_bits, switch, per_channel=rounding.per_channel))
         layer.register_forward_pre_hook(fake_quantisers.lend_weights)
         layer.register_forward_hook(fake_quantisers.take_weights_back, always_call=True)
         if name in sites.pixels:
@@ -225,11 +226,12 @@ class Schedule:
     Args:
         switch: of the quantisers.
         steps: of the whole training.
+        begins: share of them before rounding begins.
     """
 
-    def __init__(self, switch: Switch, steps: int) -> None:
+    def __init__(self, switch: Switch, steps: int, begins: float) -> None:
         self.switch = switch
-        self.first = min(math.ceil(FLOAT_SHARE * steps), steps - 1)
+        self.first = min(math.ceil(begins * steps), steps - 1)
         """The step (counted from 0) before which rounding begins."""
         self.settled = max(math.ceil(SETTLED_SHARE * steps), self.first + 1)
         """That from which on ranges and statistics stand still."""

@@ -96,7 +96,7 @@ class Run:
         # a last batch of one image would break batch norm, so incomplete batches are dropped where there are others
         self.steps_per_epoch = max(1, len(train_split) // self.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
-        self.schedule = Schedule(switch, self.steps) if switch else None
+        self.schedule = Schedule(switch, self.steps, config.qat_from) if switch else None
         self.guard = OverfittingGuard(copy.deepcopy(self._weights())) if config.objective == "fgsm" else None
         self.step = 0
         self.order = np.empty(0, dtype=np.int64)
