@@ -383,8 +383,7 @@ def _training(report: Report) -> str:
         for e in tuning.epochs
     ]
     rounded = (
-        f" Quantisation-aware: {_rounded_part(tuning.qat_from)} computed, and was attacked, on weights and activations "
-        "rounded as in `model.onnx`; epochs before that are not kept."
+        f" Quantisation-aware: {_rounded_part(tuning.qat_from)}, on weights and activations rounded as in `model.onnx`."
         if tuning.qat
         else ""
     )
@@ -396,9 +395,11 @@ def _training(report: Report) -> str:
 
 
 def _rounded_part(begins: float | None) -> str:
-    if begins is None:  # a report of before it could be set
-        return "its last part"
-    return f"its last {1 - begins:.0%}" if begins else "all of it"
+    """Which part of the fine-tuning rounded; None: a report of before it could be set."""
+    if begins == 0:
+        return "all of it computed, and was attacked"
+    part = "its last part" if begins is None else f"its last {1 - begins:.0%}"
+    return f"{part} (epochs before that are not kept) computed, and was attacked"
 
 
 def _gates(report: Report) -> str:

@@ -211,9 +211,9 @@ class Runner:
         wanted = self.config.only.casefold()
         chosen = [(place, world) for place, world in places if wanted in place.name.casefold()]
         if places and not chosen:
-            names = dict.fromkeys(place.name for place, _ in places)
+            names = " | ".join(dict.fromkeys(place.name for place, _ in places))
             raise ToolkitError(
-                "no cell is called so", found=f"--only '{self.config.only}'", fix=f"name a part of: {', '.join(names)}"
+                "no cell is called so", found=f"--only '{self.config.only}'", fix=f"name a part of one of: {names}"
             )
         return chosen
 
@@ -329,7 +329,7 @@ class Runner:
         if lacks:
             return lacks
         failed = next((self.failed[needed] for needed in step.walk() if needed in self.failed), None)
-        if failed or any(place.step == step for place, _ in self._places):
+        if failed or step in {place.step for place, _ in self._places}:
             return failed or "not yet: run the same command again"
         return "not yet: --only leaves it out"
 
