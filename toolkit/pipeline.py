@@ -39,6 +39,7 @@ from toolkit.prepare import (
     resolved_quantize,
     resolved_threat,
     tell_reduced,
+    warn_of_unused,
 )
 from toolkit.progress import notice
 from toolkit.pruning import PruningResult, prune
@@ -111,6 +112,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
         ToolkitError: bad input, or a stage that cannot handle the network.
     """
     check_settings(config)
+    warn_of_unused(config.finetune)
     watch = Stopwatch()
     with bundle.open_workspace(output, force=force, resume=resume) as workspace:
         with watch.stage("load"):

@@ -18,7 +18,7 @@ from toolkit.evaluators.portability import IMAGES
 from toolkit.evaluators.probes import PROBED_IMAGES, RADII, STEPS
 from toolkit.graphs import with_rounding
 from toolkit.pipeline import BASELINE_IMAGES, check_settings, resolve
-from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack
+from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack, warn_of_unused
 from toolkit.pruning import prune
 from toolkit.training.losses import cost_per_image
 from toolkit.training.sites import find_sites
@@ -44,6 +44,7 @@ class PlannedStep:
 def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: bool = False) -> list[PlannedStep]:
     """What `harden` would do; loads and checks everything that `harden` does, writes nothing."""
     check_settings(config)
+    warn_of_unused(config.finetune)
     bundle.check_output(output, force=force, resume=resume)
     prepared = prepare_attack(config)
     load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)

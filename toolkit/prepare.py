@@ -22,6 +22,7 @@ from toolkit.models.loading import assemble, read_model_file, resolve_path
 from toolkit.paths import public_name
 from toolkit.progress import notice, warn
 from toolkit.training.distributed import processes_here
+from toolkit.training.losses import unused
 from toolkit.training.teacher import check_teacher
 
 
@@ -119,8 +120,6 @@ def load_teacher(
         ToolkitError: none is named, its file is unusable, it does not fit the student, or it saw images that judge it.
     """
     if training.objective != "distill":
-        if training.teacher is not None:
-            warn(f"the objective {training.objective} learns from no teacher, so --teacher is ignored")
         return None
     if training.teacher is None:
         raise ToolkitError(
@@ -160,6 +159,15 @@ def _warn_of_ignored(config: ModelConfig) -> None:
     ignored = [flag for flag, value in given.items() if value is not None and ".py:" not in str(value)]
     if ignored:
         warn(f"the checkpoint describes itself, so {', '.join(ignored)} is ignored")
+
+
+def warn_of_unused(training: TrainConfig) -> None:
+    """Name the settings that the training will not look at."""
+    flags = [f"--{name.replace('_', '-')}" for name in unused(training)]
+    if flags:
+        warn(f"the objective {training.objective} makes no use of {', '.join(flags)}")
+    if training.qat_from != TrainConfig.model_fields["qat_from"].default and not training.qat:
+        warn("without --qat nothing rounds in training, so --qat-from is ignored")
 
 
 def resolved_data(config: DataConfig, source: DataSource) -> DataConfig:

@@ -57,6 +57,7 @@ from toolkit.prepare import (
     set_threads,
     tell_reduced,
     warn_of_other_images,
+    warn_of_unused,
 )
 from toolkit.progress import notice
 from toolkit.pruning import PruningResult, prune
@@ -98,6 +99,7 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
     spec = ModelSpec(config.arch, classes, shape, source.normalization_hint, source.name)
     model = TorchModel(Normalized(network, source.normalization_hint).eval(), spec)
     check_outputs(model, config.arch)
+    warn_of_unused(config.training)
     teacher = load_teacher(config.training, spec, splits)
     with bundle.disk_errors(output), bundle.folders_above(output), joined() as world:
         try:

@@ -20,6 +20,18 @@ def test_a_dry_run_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("here")
+def test_settings_without_effect_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = [*tiny.harden_arguments(), "--dry-run", "-q"]
+    idle = ["--finetune", "standard", "--radius", "1.5", "--attack-steps", "3", "--beta", "1", "--qat-from", "0.2"]
+    assert tiny.run(*plain) == cli.DONE
+    assert "warning" not in capsys.readouterr().err
+    assert tiny.run(*plain, *idle) == cli.DONE
+    said = capsys.readouterr().err
+    assert "the objective standard makes no use of --attack-steps, --radius, --beta" in said
+    assert "without --qat nothing rounds in training, so --qat-from is ignored" in said
+
+
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(("objective", "passes"), [("fgsm", 2.6), ("trades", 10.2), ("standard", 1.6), ("none", 0)])
 def test_a_dry_run_counts_the_passes_of_the_objective(
     objective: str, passes: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -11,7 +11,15 @@ from torch.nn import functional
 
 from toolkit.attacks.surrogate import Loss
 from toolkit.config import TrainConfig
-from toolkit.training.losses import ATTACKED, OBJECTIVES, clean_share, cost_per_image, cross_entropy_of, divergence
+from toolkit.training.losses import (
+    ATTACKED,
+    OBJECTIVES,
+    clean_share,
+    cost_per_image,
+    cross_entropy_of,
+    divergence,
+    unused,
+)
 
 LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
@@ -117,6 +125,15 @@ def test_the_attack_of_trades_raises_the_divergence_from_the_frozen_clean_output
     (raised,) = batch.raised
     assert torch.allclose(raised(LOGITS), divergence(LOGITS, batch.frozen_logits()))
     assert float(raised(batch.frozen_logits()).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", ["beta", "clean_share", "temperature"])
+def test_what_changes_no_loss_is_named(objective: str, name: str) -> None:
+    plain, changed = config(objective), config(objective, **{name: 0.7})
+    same = torch.equal(loss_of(step(), plain), loss_of(step(), changed))
+    assert unused(changed) == ((name,) if same else ())
+    assert unused(plain) == ()
 
 
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -129,6 +129,22 @@ OBJECTIVES: Mapping[str, Objective] = {
 }
 ATTACKED = ("adversarial", "fgsm", "trades", "distill")
 """Objectives that attack, and so need a threat model."""
+USED_BY: Mapping[str, Collection[str]] = {
+    "attack_steps": ATTACKED,
+    "attack_schedule": ATTACKED,
+    "radius": ATTACKED,
+    "clean_share": ("adversarial", "fgsm", "distill"),
+    "beta": ("trades",),
+    "teacher": ("distill",),
+    "temperature": ("distill",),
+}
+"""Settings that some objectives alone use, and which."""
+
+
+def unused(config: TrainConfig) -> tuple[str, ...]:
+    """Settings that are not as by default, and that the objective makes no use of."""
+    idle = [name for name, objectives in USED_BY.items() if config.objective not in objectives]
+    return tuple(name for name in idle if getattr(config, name) != TrainConfig.model_fields[name].default)
 
 
 def cost_per_image(config: TrainConfig) -> float:
