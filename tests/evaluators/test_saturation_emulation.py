@@ -188,6 +188,7 @@ def test_a_whole_graph_is_what_numpy_makes_of_it_with_and_without_saturation(tmp
     assert [row.layer for row in emulated.layers] == ["Conv", "Gemm"]
     assert [row.pairs for row in emulated.layers] == [40 * 4 * 36 * 14, 40 * 5 * 72]
     assert all(0.01 < row.share < 0.5 for row in emulated.layers)
+    assert emulated.predict(images[:0]).shape == (0, 5)
 
 
 @pytest.mark.usefixtures("quiet")

@@ -199,6 +199,8 @@ class _Pursuit:
         """An attack on what stands so near the boundary of the first of the judges."""
         first = judges[0]
         rows = first.left(how.near)
+        if not len(rows):
+            return
         size = max(1, evaluation_batch(self._shape) // how.copies)
         for chunk, chosen in enumerate(torch.split(rows, size)):
             images, labels, settle = (

@@ -188,7 +188,7 @@ def _saturating(step: Step, counted: Overflows, shift: int = 0) -> Callable[...,
 
     def layer(first: Any, second: Any, *rest: Any) -> Any:
         sums = step.function(first, second, *rest)
-        if not all(isinstance(value, Scaled) for value in (sums, first, second)):
+        if not all(isinstance(value, Scaled) for value in (sums, first, second)) or not sums.values.numel():
             return sums
         with torch.no_grad():
             moved = first._replace(zero_point=first.zero_point + shift)

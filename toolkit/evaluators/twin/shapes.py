@@ -36,7 +36,7 @@ def reshape(value: Tensor, target: Tensor, *, allowzero: int = 0) -> Tensor:
 def flatten(value: Tensor, *, axis: int = 1) -> Tensor:
     """Flatten to two axes."""
     axis = axis + value.ndim if axis < 0 else axis
-    return value.reshape(math.prod(value.shape[:axis]), -1)
+    return value.reshape(math.prod(value.shape[:axis]), math.prod(value.shape[axis:]))
 
 
 def transpose(value: Tensor, *, perm: Sequence[int] | None = None) -> Tensor:
