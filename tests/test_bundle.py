@@ -140,13 +140,15 @@ def test_force_keeps_the_old_bundle_if_the_last_move_fails(folder: Path, monkeyp
     assert Path("out", bundle.MANIFEST).read_text() == "old" and entries(folder) == ["out"]
 
 
-def test_force_replaces_a_file_and_an_empty_folder(folder: Path) -> None:
+def test_force_replaces_an_empty_folder_and_no_file(folder: Path) -> None:
     Path("out").write_text("a file")
     Path("empty").mkdir()
-    for name in ("out", "empty"):
-        with open_workspace(Path(name), force=True, resume=False) as workspace:
-            fill(workspace.files)
-        assert entries(folder / name) == [bundle.MANIFEST]
+    with open_workspace(Path("empty"), force=True, resume=False) as workspace:
+        fill(workspace.files)
+    assert entries(folder / "empty") == [bundle.MANIFEST]
+    with pytest.raises(ToolkitError, match="is a file"), open_workspace(Path("out"), force=True, resume=False):
+        pass
+    assert entries(folder) == ["empty", "out"] and Path("out").read_text() == "a file"
 
 
 def test_force_never_removes_what_harden_did_not_write(folder: Path) -> None:

@@ -176,13 +176,19 @@ def folders_above(output: Path) -> Iterator[None]:
 
 
 def _refuse_foreign(output: Path) -> None:
-    """Replacing removes what was there, so only bundles, files and empty folders are replaced.
+    """Replacing removes what was there, so only bundles and empty folders are replaced.
 
     Raises:
-        ToolkitError: `output` is a folder of something else, or the folder that this process works in.
+        ToolkitError: `output` is a file, a folder of something else, or the folder that this process works in.
     """
-    if not output.is_dir():
+    if not output.exists():
         return
+    if not output.is_dir():
+        raise ToolkitError(
+            "the output is a file, and a bundle is a folder",
+            found=str(output),
+            fix="name another place with --output; --force replaces bundles only",
+        )
     known = (output / MANIFEST).is_file() or (output / REPORT).is_file() or not any(output.iterdir())
     if not known or Path.cwd().is_relative_to(output.resolve()):
         raise ToolkitError(

@@ -7,8 +7,10 @@ A setting may hold a path inside: `folder:DIR`, `npz:FILE`, `pickle:FILE`, `path
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from toolkit.errors import ToolkitError
 
 KINDS = ("folder", "npz", "pickle")
 
@@ -44,7 +46,29 @@ def public_name(setting: str) -> str:
 def place(setting: str) -> Path | None:
     """The path in `folder:DIR` and its like; None if there is none."""
     kind, _, found = setting.partition(":")
-    return Path(found) if kind in KINDS and found else None
+    if kind in KINDS and found:
+        return Path(found)
+    return Path(setting.rpartition(":")[0]) if ".py:" in setting else None
+
+
+def refuse_inputs(output: Path, inputs: Iterable[str | Path | None]) -> None:
+    """Refuse an output in whose place, or below which, lies what is to be read.
+
+    Args:
+        output: file or folder that will be written anew.
+        inputs: paths, or settings that may hold one.
+
+    Raises:
+        ToolkitError: one of them would be gone.
+    """
+    for given in inputs:
+        path = place(given) if isinstance(given, str) else given
+        if path is not None and path.resolve().is_relative_to(output.resolve()):
+            raise ToolkitError(
+                "--force would remove what is to be read",
+                found=str(path) if path == output else f"{path} in {output}",
+                fix="name another place with --output, or copy that to another place first",
+            )
 
 
 def _with_path(setting: str, change: Callable[[str], str]) -> str:

@@ -31,8 +31,10 @@ from toolkit.exporters.session import OnnxPredictor
 from toolkit.exporters.target_kinds import chosen_targets
 from toolkit.graphs import Graphs, search_rounding, settled, some_pixels, timed, with_rounding, write_graphs
 from toolkit.lineup import Lineup
+from toolkit.paths import refuse_inputs
 from toolkit.prepare import (
     PreparedAttack,
+    inputs_of,
     load_teacher,
     prepare_attack,
     resolved_data,
@@ -112,6 +114,8 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
         ToolkitError: bad input, or a stage that cannot handle the network.
     """
     check_settings(config)
+    if force:
+        refuse_inputs(output, inputs_of(config))
     warn_of_unused(config.finetune)
     watch = Stopwatch()
     with bundle.open_workspace(output, force=force, resume=resume) as workspace:

@@ -17,8 +17,9 @@ from toolkit.evaluators.judge import images_of
 from toolkit.evaluators.portability import IMAGES
 from toolkit.evaluators.probes import PROBED_IMAGES, RADII, STEPS
 from toolkit.graphs import with_rounding
+from toolkit.paths import refuse_inputs
 from toolkit.pipeline import BASELINE_IMAGES, check_settings, resolve
-from toolkit.prepare import PreparedAttack, load_teacher, prepare_attack, warn_of_unused
+from toolkit.prepare import PreparedAttack, inputs_of, load_teacher, prepare_attack, warn_of_unused
 from toolkit.pruning import prune
 from toolkit.training.losses import cost_per_image
 from toolkit.training.sites import find_sites
@@ -44,6 +45,8 @@ class PlannedStep:
 def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: bool = False) -> list[PlannedStep]:
     """What `harden` would do; loads and checks everything that `harden` does, writes nothing."""
     check_settings(config)
+    if force:
+        refuse_inputs(output, inputs_of(config))
     warn_of_unused(config.finetune)
     bundle.check_output(output, force=force, resume=resume)
     prepared = prepare_attack(config)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from toolkit import __version__
 from toolkit.artifacts import ModelSpec, Normalization, Splits, TorchModel
 from toolkit.attacks.threat import PgdPlan, resolve_plan
-from toolkit.config import DataConfig, ModelConfig, ModelRunConfig, QuantizeConfig, ThreatConfig, TrainConfig
+from toolkit.config import (
+    DataConfig,
+    HardenConfig,
+    ModelConfig,
+    ModelRunConfig,
+    QuantizeConfig,
+    ThreatConfig,
+    TrainConfig,
+)
 from toolkit.data.pixels import PixelStatistics, differences
 from toolkit.data.sources import DataSource, check_fits, load_source
 from toolkit.data.splits import check_trained_on, make_splits
@@ -105,6 +114,12 @@ def prepare_attack(config: ModelRunConfig) -> PreparedAttack:
     return PreparedAttack(found.model, found.source, found.splits, found.threads, plan)
 
 
+def inputs_of(config: HardenConfig) -> tuple[str | Path | None, ...]:
+    """What a hardening reads: files and folders, and settings that may hold one."""
+    model, data = config.model, config.data
+    return (model.path, model.arch, config.finetune.teacher, data.data_dir, data.source)
+
+
 def load_teacher(
     training: TrainConfig, student: ModelSpec, splits: Splits, how: ModelConfig | None = None
 ) -> TorchModel | None:
@@ -161,12 +176,14 @@ def _warn_of_ignored(config: ModelConfig) -> None:
         warn(f"the checkpoint describes itself, so {', '.join(ignored)} is ignored")
 
 
-def warn_of_unused(training: TrainConfig) -> None:
-    """Name the settings that the training will not look at."""
-    flags = [f"--{name.replace('_', '-')}" for name in unused(training)]
+def warn_of_unused(*trainings: TrainConfig) -> None:
+    """Name the settings that none of the trainings, which differ in objective or rounding, will look at."""
+    first = trainings[0]
+    flags = [f"--{name.replace('_', '-')}" for name in unused(first) if all(name in unused(one) for one in trainings)]
     if flags:
-        warn(f"the objective {training.objective} makes no use of {', '.join(flags)}")
-    if training.qat_from != TrainConfig.model_fields["qat_from"].default and not training.qat:
+        objectives = " or ".join(dict.fromkeys(one.objective for one in trainings))
+        warn(f"the objective {objectives} makes no use of {', '.join(flags)}")
+    if first.qat_from != TrainConfig.model_fields["qat_from"].default and not any(one.qat for one in trainings):
         warn("without --qat nothing rounds in training, so --qat-from is ignored")
 
 

@@ -49,6 +49,7 @@ from toolkit.input_form import refuse_wrong_input
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import SHIPPED, check_outputs
 from toolkit.models.registry import build_network
+from toolkit.paths import refuse_inputs
 from toolkit.prepare import (
     describe,
     load_teacher,
@@ -89,6 +90,7 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
     checkpoint = training_checkpoint(output)
     if not follows():
         _check_output(output, checkpoint, force=force, resume=resume)
+        refuse_inputs(output, (config.arch, config.training.teacher, config.data.data_dir, config.data.source))
     set_threads(config.threads)
     source = load_source(config.data)
     splits = make_splits(source, config.data, config.seed)

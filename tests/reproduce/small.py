@@ -15,9 +15,12 @@ from toolkit.data.images import ArrayImages
 from toolkit.data.sources import DataSource
 from toolkit.data.standard import FASHION_MNIST_CLASSES
 from toolkit.reproduce.protocol import PAPER_SGD, PROTOCOLS, Protocol, ProtocolName
+from toolkit.reproduce.recipes import Measure, Recipe
+from toolkit.reproduce.runner import Runner
 
 TRAIN, TEST = 640, 100
 ONE_EPOCH = {**PAPER_SGD, "epochs": 1, "learning_rate": 0.05, "momentum": 0.9, "batch_size": 8}
+TUNED = Recipe("standard", 0.8, "adversarial")
 ATTACK = {"attack_steps": 2, "attack_schedule": "threat"}
 
 
@@ -61,3 +64,16 @@ def network(classes: int, shape: tuple[int, int, int]) -> nn.Module:
 def settings(work: Path, target: str = "table3", **changes: Any) -> ReproduceConfig:
     values = {"target": target, "seeds": (0,), "threads": 1, "work": work, "attack_images": 20} | changes
     return ReproduceConfig.model_validate(values)
+
+
+def fill(runner: Runner, recipe: Recipe, measure: Measure = "pgd-paper") -> dict[str, Any]:
+    """Do one cell's steps, whatever others there are."""
+    panel = runner.panels[0]
+    assert panel.world is not None
+    planner = panel.planners[0]
+    step = planner.measure(recipe, measure)
+    for needed in runner.store.missing(step):
+        assert runner._do(needed, planner, panel.world), runner.failed
+    found = runner.store.result(step)
+    assert found is not None
+    return found

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests import tiny
@@ -177,7 +178,7 @@ def test_force_does_not_remove_what_it_is_to_read(capsys: pytest.CaptureFixture[
     command = arguments("--force")
     command[command.index("model.pt")] = str(inner)
     assert tiny.run(*command, "-q") == cli.BAD_INPUT
-    assert "--force would remove what the search is to read" in capsys.readouterr().err and inner.is_file()
+    assert "--force would remove what is to be read" in capsys.readouterr().err and inner.is_file()
 
 
 @pytest.mark.usefixtures("here")
@@ -186,6 +187,37 @@ def test_flags_that_would_do_nothing_are_said(capsys: pytest.CaptureFixture[str]
     assert "no ratio varies" in capsys.readouterr().err and not Path("search-out").exists()
     assert tiny.run(*arguments("--workers", "2", "--dry-run")) == cli.DONE
     assert "without --address they are ignored" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("again")
+def test_force_removes_nothing_for_want_of_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    before = tiny.entries(Path("search-out"))
+    assert "cannot be reached" in refused(capsys, *arguments("--force", "--address", "127.0.0.1:1"), "-q")
+    assert tiny.entries(Path("search-out")) == before
+
+
+@pytest.mark.usefixtures("again")
+def test_another_teacher_is_another_study(capsys: pytest.CaptureFixture[str]) -> None:
+    """Though a trial of the space alone learns from it."""
+    space = "finetune.objective=standard,distill; prune.ratio=0.25:0.5:0.25"
+    shutil.copy("model.pt", "one.pt")
+    first = arguments("--output", "two", "--teacher", "one.pt", space=space, trials=1, epochs=1)
+    assert tiny.run(*first, "-q") == cli.DONE
+    teacher = torch.load("model.pt", weights_only=True)
+    name = next(iter(teacher["state_dict"]))
+    teacher["state_dict"][name] = teacher["state_dict"][name] + 0.25
+    torch.save(teacher, "one.pt")
+    assert "the storage holds another study" in refused(capsys, *first, "-q")
+
+
+@pytest.mark.usefixtures("here")
+def test_settings_that_no_trial_uses_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    space = "finetune.objective=standard,trades; prune.ratio=0.25:0.5:0.25"
+    idle = ["--beta", "3", "--clean-share", "0.5", "--qat-from", "0.3", "--dry-run"]
+    assert tiny.run(*arguments(*idle, space=space)) == cli.DONE
+    said = capsys.readouterr().err
+    assert "the objective standard or trades makes no use of --clean-share" in said
+    assert "so --qat-from is ignored" in said and "--beta" not in said
 
 
 @pytest.mark.usefixtures("again")
@@ -203,7 +235,7 @@ def test_force_spares_the_images_that_the_search_is_to_read(capsys: pytest.Captu
     images = Path("search-out/data.npz")
     shutil.copy("data.npz", images)
     assert tiny.run(*arguments("--force", "--data", f"npz:{images}"), "-q") == cli.BAD_INPUT
-    assert "--force would remove what the search is to read" in capsys.readouterr().err and images.is_file()
+    assert "--force would remove what is to be read" in capsys.readouterr().err and images.is_file()
 
 
 @pytest.mark.usefixtures("here")
@@ -413,6 +445,8 @@ def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
         (["--round-to", "auto"], "would measure inside a measurement"),
         (["--space", "prune.round_to=8,auto; prune.ratio=0.4,0.6"], "would measure inside a measurement"),
         (["--address", "127.0.0.1:1"], "the Ray cluster cannot be reached"),
+        (["--space", "prune.ratoi=0.4,0.6"], "did you mean 'prune.ratio'?"),
+        (["--space", "finetune.objective=distill,none"], "distillation needs a teacher"),
     ],
 )
 @pytest.mark.usefixtures("here")

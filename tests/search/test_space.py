@@ -108,7 +108,7 @@ def test_ranges_hold_both_ends() -> None:
         ("precision=0:1:0.5", "cannot vary precision", "range"),
         ("precision=int8,int4", "unknown precision assignment", "int4"),
         ("prune.ratio=0.5:1.5:0.5", "'prune.ratio'", "less than 1"),
-        ("prune.rato=0.5,0.6", "'prune.rato'", "not permitted"),
+        ("prune.rato=0.5,0.6", "unknown setting", "'prune.rato'"),
         ("quantize.calibrate=minmax,guess", "'quantize.calibrate'", "guess"),
     ],
 )

@@ -19,9 +19,9 @@ from toolkit.evaluators.environment import usable_threads
 from toolkit.exporters.onnx import load_onnx
 from toolkit.exporters.precision import named_layers
 from toolkit.locks import locked
-from toolkit.paths import place
+from toolkit.paths import refuse_inputs
 from toolkit.pipeline import check_settings
-from toolkit.prepare import load_teacher
+from toolkit.prepare import inputs_of, load_teacher, warn_of_unused
 from toolkit.progress import notice, warn
 from toolkit.pruning import find_groups
 from toolkit.search import cluster
@@ -54,6 +54,8 @@ class Search:
     laboratory: Laboratory
     bench: Workbench
     space: Space
+    teacher: str | None
+    """Names the network whose soft labels trials may learn."""
     threads: int | None
     """As the user gave them; workers of `config` have as many as this machine gives them."""
 
@@ -74,22 +76,25 @@ def search(config: SearchRunConfig, output: Path, *, force: bool = False) -> Sea
     """
     _refuse_torchrun()
     if force:
-        _keep_inputs(config, output)
+        refuse_inputs(output, inputs_of(config))
     ready = prepare_search(config, output)
     config, url = ready.config, config.search.storage or f"sqlite:///{output / STORAGE}"
     identity = _identity(ready)
-    with bundle.disk_errors(output), at_work(output, partial(_begin_anew, ready, url, identity) if force else None):
-        with _open_study(ready, url, identity) as study, failures(url):
-            _write_settings(ready, url)
-            _ = ready.laboratory.alone_ms  # timed now, before there are workers
-            traces = output / own_name(config.search.study, TRACES)
-            with _executor(ready) as executor:
+    anew = partial(_begin_anew, ready, url, identity) if force else None
+    _ = ready.laboratory.alone_ms  # timed now, before there are workers
+    with bundle.disk_errors(output), contextlib.ExitStack() as workers:
+        executor = workers.enter_context(_executor(ready))  # first: nothing is removed for want of a cluster
+        with at_work(output, anew):
+            with _open_study(ready, url, identity) as study, failures(url):
+                _write_settings(ready, url)
+                traces = output / own_name(config.search.study, TRACES)
                 plan = Plan(config.search.trials, config.seeds, Limits.of(config), config.search.budget, traces)
                 run_trials(study, ready.space, executor, plan)
-            tried = study.tried()
-        with locked(output / FINALS_LOCK, "it writes the bundles of this search"):
-            found = full_evidence(config, output, ready.laboratory, ready.space, tried, identity)
-            write_front(found)
+                tried = study.tried()
+            workers.close()
+            with locked(output / FINALS_LOCK, "it writes the bundles of this search"):
+                found = full_evidence(config, output, ready.laboratory, ready.space, tried, identity)
+                write_front(found)
     return found
 
 
@@ -119,22 +124,6 @@ def _refuse_torchrun() -> None:
             found="a search started by torchrun",
             fix="start it without torchrun; --address, or --storage with several processes, share the trials",
         )
-
-
-def _keep_inputs(config: SearchRunConfig, output: Path) -> None:
-    """Refuse to remove with the folder what the search is to read.
-
-    Raises:
-        ToolkitError: an input lies in `output`.
-    """
-    images = place(config.data.source or "")
-    for path in (config.model.path, config.finetune.teacher, config.data.data_dir, images):
-        if path is not None and path.resolve().is_relative_to(output.resolve()):
-            raise ToolkitError(
-                "--force would remove what the search is to read",
-                found=f"{path} in {output}",
-                fix="copy it to another place first, or name another folder with --output",
-            )
 
 
 def _keep_others(config: SearchRunConfig, output: Path) -> None:
@@ -179,8 +168,27 @@ def prepare_search(config: SearchRunConfig, output: Path) -> Search:
     groups = find_groups(laboratory.prepared.model) if how.per_group else ()
     space = Space(config, Anatomy(layers, groups), check_settings)
     check_settings(space.config(space.start()))
+    warn_of_unused(
+        *(
+            config.finetune.model_copy(update={"objective": objective, "qat": qat})
+            for objective in space.choices("finetune.objective")
+            for qat in space.choices("finetune.qat")
+        )
+    )
     bench.adopt(laboratory, base)
-    return Search(config, output, laboratory, bench, space, threads)
+    return Search(config, output, laboratory, bench, space, _teacher(config, space, laboratory), threads)
+
+
+def _teacher(config: SearchRunConfig, space: Space, laboratory: Laboratory) -> str | None:
+    """Digest of the network that trials learn from; None if none does.
+
+    Raises:
+        ToolkitError: there are to be such trials, and no usable teacher.
+    """
+    objectives, prepared = space.choices("finetune.objective"), laboratory.prepared
+    tuning = config.finetune.model_copy(update={"objective": "distill"} if "distill" in objectives else {})
+    teacher = load_teacher(tuning, prepared.model.spec, prepared.splits, config.model)
+    return model_digest(teacher) if teacher else None
 
 
 def _check_flags(config: SearchRunConfig) -> None:
@@ -258,7 +266,6 @@ def _identity(ready: Search) -> dict[str, Any]:
     values["data"].pop("evaluation")
     values["data"] = {**values["data"], "data_dir": None, "source": prepared.source.name.partition(":")[0]}
     values["finetune"].pop("teacher")
-    teacher = load_teacher(config.finetune, prepared.model.spec, prepared.splits, config.model)
     values["benchmark"] = {name: values["benchmark"][name] for name in ("provider", "threads")}
     judged = {name: values["search"][name] for name in ("space", "per_group", "images", "attacks")}
     del values["search"]
@@ -272,7 +279,7 @@ def _identity(ready: Search) -> dict[str, Any]:
         "batch": config.benchmark.batches[0],
         "seeds": list(config.seeds),
         "weights": ready.laboratory.weights,
-        "teacher": model_digest(teacher) if teacher else None,
+        "teacher": ready.teacher,
         "images of the data set": [
             split.labelled_digest for split in (prepared.splits.train, prepared.splits.validation)
         ],

@@ -17,12 +17,13 @@ from toolkit.config import (
     QuantizeConfig,
     RangeConfig,
     SearchRunConfig,
+    TrainConfig,
     build,
     merge,
 )
 from toolkit.errors import ToolkitError, unknown_name
 from toolkit.progress import notice
-from toolkit.training.losses import ATTACKED
+from toolkit.training.losses import unused
 
 Parameter = str | float
 """A number of a range, or the label of an option."""
@@ -30,6 +31,10 @@ Parameters = Mapping[str, Parameter]
 
 VARIED = ("prune", "finetune", "quantize", "export")
 """Parts of the configuration that make another network or graph; the others decide how it is measured."""
+SETTINGS = tuple(
+    f"{part}.{name}" for part in VARIED for name in type(HardenConfig.model_fields[part].default).model_fields
+)
+"""Of `harden`, by dotted name, as in a bundle's config.yaml."""
 PRECISION = "precision"
 RATIO = "prune.ratio"
 GROUP_RATIO = "prune.ratios."
@@ -90,6 +95,12 @@ class Space:
                 build(HardenConfig, merge(self._base, dict(settings)))
         if refuse is not None:
             self.dimensions = tuple(self._possible(dimension, refuse) for dimension in self.dimensions)
+
+    def choices(self, name: str) -> tuple[Any, ...]:
+        """What the setting of this dotted name may be; one value where it does not vary."""
+        varied = [dimension for dimension in self.dimensions if dimension.name == name]
+        settings = [dict(option) for dimension in varied for option in dimension.settings.values()] or [self._base]
+        return tuple(_lookup(one, name) for one in settings)
 
     @property
     def size(self) -> int:
@@ -164,6 +175,8 @@ def _make(name: str, options: Options, config: SearchRunConfig, anatomy: Anatomy
         return tuple(_dimension(GROUP_RATIO + group[0], options) for group in anatomy.groups)
     if name.partition(".")[0] not in VARIED or "." not in name:
         raise _unusable(name, f"'{name}'", f"vary {PRECISION} or settings of {', '.join(VARIED)}, e.g. {RATIO}")
+    if not name.startswith(GROUP_RATIO) and name not in SETTINGS:
+        raise unknown_name("setting to vary (--space)", name, SETTINGS)
     return (_dimension(name, options),)
 
 
@@ -223,8 +236,9 @@ def _canonical(config: HardenConfig) -> HardenConfig:
         tuning = update["finetune"] = tuning.model_copy(update={"qat": False})
     if tuning.objective == "none" or tuning.epochs == 0:
         update["finetune"] = type(tuning)(objective="none", epochs=0, precision=tuning.precision)
-    elif tuning.objective not in ATTACKED:
-        update["finetune"] = tuning.model_copy(update={"radius": 1.0})
+    elif idle := unused(tuning):
+        defaults = {name: TrainConfig.model_fields[name].default for name in idle}
+        update["finetune"] = tuning.model_copy(update=defaults)
     return config.model_copy(update=update)
 
 
