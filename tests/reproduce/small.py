@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from toolkit.config import DataConfig, ReproduceConfig
 from toolkit.data.images import ArrayImages
 from toolkit.data.sources import DataSource
 from toolkit.data.standard import FASHION_MNIST_CLASSES
+from toolkit.models import registry
+from toolkit.reproduce import runner, world
 from toolkit.reproduce.protocol import PAPER_SGD, PROTOCOLS, Protocol, ProtocolName
 from toolkit.reproduce.recipes import Measure, Recipe
 from toolkit.reproduce.runner import Runner
@@ -61,19 +64,26 @@ def network(classes: int, shape: tuple[int, int, int]) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(80, 32), nn.ReLU(), nn.Linear(32, classes))
 
 
+def shrink(set_attribute: Callable[[Any, str, Any], object] = setattr) -> None:
+    """Make every data set small, and every training short."""
+    set_attribute(world, "load_source", source)
+    set_attribute(runner, "PROTOCOLS", protocols())
+    set_attribute(registry, "ARCHITECTURES", {**registry.ARCHITECTURES, "cnn8": network})
+
+
 def settings(work: Path, target: str = "table3", **changes: Any) -> ReproduceConfig:
     values = {"target": target, "seeds": (0,), "threads": 1, "work": work, "attack_images": 20} | changes
     return ReproduceConfig.model_validate(values)
 
 
-def fill(runner: Runner, recipe: Recipe, measure: Measure = "pgd-paper") -> dict[str, Any]:
+def fill(filling: Runner, recipe: Recipe, measure: Measure = "pgd-paper") -> dict[str, Any]:
     """Do one cell's steps, whatever others there are."""
-    panel = runner.panels[0]
+    panel = filling.panels[0]
     assert panel.world is not None
     planner = panel.planners[0]
     step = planner.measure(recipe, measure)
-    for needed in runner.store.missing(step):
-        assert runner._do(needed, planner, panel.world), runner.failed
-    found = runner.store.result(step)
+    for needed in filling.store.missing(step):
+        assert filling._do(needed, planner, panel.world), filling.failed
+    found = filling.store.result(step)
     assert found is not None
     return found

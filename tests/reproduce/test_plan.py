@@ -155,7 +155,7 @@ def test_a_plan_runs_nothing(tmp_path: Path) -> None:
     text = command.plan(found, as_json=False)
     assert "not to be run: quantisation-aware training rounds to at least 2 bits" in text
     assert "quantisation-aware training, int8   about" in text
-    assert [path.name for path in tmp_path.iterdir()] == ["reproduce.json"]
+    assert not list(tmp_path.iterdir())
     steps = json.loads(command.plan(Runner(small.settings(tmp_path, "table2")), as_json=True))
     assert all(step["seconds"] > 0 for step in steps)
 

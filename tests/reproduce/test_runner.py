@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,79 @@ def test_a_table_is_filled_over_several_sittings_and_shared_with_others(tmp_path
     left = {step.text for step in Runner(small.settings(tmp_path, "table6", data={"source": "fashion-mnist"})).plan()}
     assert left and not left & done, "what tables share is not run again"
     assert not any("PGD" in text for text in left), "times need no attacks"
+
+
+@pytest.mark.usefixtures("small_world")
+def test_what_another_run_does_is_waited_for_last_and_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def filled() -> set[str]:
+        return {json.loads(path.read_text())["label"] for path in tmp_path.glob("*/step.json")}
+
+    settings = small.settings(tmp_path, "table2", data={"source": "fashion-mnist"})
+    mine, theirs = Runner(settings), Runner(settings)
+    everything = {step.text for step in mine.plan()}
+    robust = mine.panels[0].planners[0].network_of(Recipe("robust"))
+    waited = []
+    with ExitStack() as other:
+        assert other.enter_context(theirs.store.claim(robust))
+
+        def pause(_seconds: float) -> None:
+            waited.append(filled())
+            other.close()
+            small.fill(theirs, Recipe("robust"))
+
+        monkeypatch.setattr("time.sleep", pause)
+        assert mine.run() == "everything that can be run is done"
+    (before,) = waited
+    assert filled() == everything and everything - before == {text for text in everything if "robust" in text}
+    spent = [json.loads(path.read_text())["spent"] for path in tmp_path.glob("*/result.json")]
+    assert all((one["count"], one["lost"]) == (1, 0) for one in spent)
+
+
+SHARE = """
+import sys, time
+from pathlib import Path
+from tests.reproduce import small
+from toolkit.reproduce import runner, workers
+from toolkit.reproduce.output import write
+
+small.shrink()
+if "hang" in sys.argv:
+    runner.WORKERS = {**workers.WORKERS, "train": lambda *_: time.sleep(600)}
+found = runner.Runner(small.settings(Path("work"), "table2", data={"source": "fashion-mnist"}))
+found.run(lambda: write(found, Path("out")))
+"""
+
+
+def test_a_run_takes_over_from_one_that_was_killed(tmp_path: Path) -> None:
+    """Two processes on one work folder: the first hangs in the first training, the second does the rest and waits."""
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    how: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": path}, "stderr": subprocess.PIPE}
+    with (tmp_path / "said").open("w+") as said:
+        first = subprocess.Popen([sys.executable, "-c", SHARE, "hang"], **how)
+        wait_for(lambda: any(tmp_path.glob("work/*/sittings.json")), first)
+        second = subprocess.Popen([sys.executable, "-c", SHARE], **{**how, "stderr": said})
+        try:
+            wait_for(lambda: "waiting for another run" in (tmp_path / "said").read_text(), second)
+            assert len(list(tmp_path.glob("work/*/result.json"))) >= 2, "what does not need the first training"
+            first.kill()
+            assert second.wait(120) == 0, (tmp_path / "said").read_text()
+        finally:
+            for process in (first, second):
+                process.kill()
+                process.communicate()
+    spent = [json.loads(path.read_text())["spent"] for path in tmp_path.glob("work/*/result.json")]
+    assert sorted((one["count"], one["lost"]) for one in spent) == [(1, 0)] * (len(spent) - 1) + [(1, 1)]
+    assert "not run" not in (tmp_path / "out" / "table2.md").read_text()
+
+
+def wait_for(reached: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Until it is so, for two minutes, while the process lives."""
+    end = time.monotonic() + 120
+    while not reached():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
 
 
 class Cut:

@@ -29,7 +29,7 @@ def test_what_is_finished_is_found_again(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_another_protocol_is_refused(tmp_path: Path) -> None:
-    Store(tmp_path, PROTOCOLS["fast"])
+    Store(tmp_path, PROTOCOLS["fast"]).begin()
     with pytest.raises(ToolkitError, match="the work folder is of another protocol") as error:
         Store(tmp_path, PAPER)
     assert "filled under the protocol fast, and this run is under paper" in error.value.found
@@ -37,7 +37,7 @@ def test_the_folder_of_another_protocol_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_another_version_is_refused_if_its_form_is_another(tmp_path: Path) -> None:
-    Store(tmp_path, PAPER)
+    Store(tmp_path, PAPER).begin()
     marker = json.loads((tmp_path / "reproduce.json").read_text())
     (tmp_path / "reproduce.json").write_text(json.dumps({**marker, "settings": "which every step knows for itself"}))
     Store(tmp_path, PAPER)
@@ -94,20 +94,26 @@ def test_a_network_takes_its_place_only_when_its_step_is_finished(tmp_path: Path
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ToolkitError, match="the work folder cannot be used"):
-        Store(tmp_path / "file" / "work", PAPER)
+        Store(tmp_path / "file" / "work", PAPER).begin()
+    with pytest.raises(ToolkitError, match="the work folder cannot be used"):
+        Store(tmp_path / "file", PAPER)
 
 
-def test_two_runs_do_not_fill_one_folder(tmp_path: Path) -> None:
+def test_a_step_is_held_by_one_run(tmp_path: Path) -> None:
     first, second = Store(tmp_path, PAPER), Store(tmp_path, PAPER)
-    with (
-        first.locked(),
-        pytest.raises(ToolkitError, match="another run is filling this work folder") as error,
-        second.locked(),
-    ):
-        pass
-    assert error.value.found == str(tmp_path) and "--max-runs 0" in error.value.fix
-    with second.locked():  # the first is done
-        pass
+    other = Step("train", "another training", {"seed": 1})
+    with first.claim(STEP) as ours, second.claim(STEP) as theirs, second.claim(other) as another:
+        assert (ours, theirs, another) == (True, False, True)
+    with second.claim(STEP) as theirs:
+        assert theirs, "the first is done"
+
+
+def test_nothing_is_written_before_a_run_begins(tmp_path: Path) -> None:
+    store = Store(tmp_path / "work", PAPER)
+    assert store.result(STEP) is None and store.missing(STEP) == [STEP] and not list(tmp_path.iterdir())
+    Store(tmp_path / "work", PROTOCOLS["fast"]).begin()
+    with pytest.raises(ToolkitError, match="of another protocol"):
+        store.begin()
 
 
 def test_a_damaged_result_is_refused(tmp_path: Path) -> None:

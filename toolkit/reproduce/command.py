@@ -27,9 +27,13 @@ def plan(runner: Runner, as_json: bool) -> str:
 
 
 def fill(runner: Runner, output: Path | None, as_json: bool) -> str:
-    """Run what can be run within the limits, write all documents, and show them."""
+    """Run what can be run within the limits, write all documents, and show them.
+
+    Raises:
+        ToolkitError: the folder cannot be written, which shows before anything is run.
+    """
     folder = output or runner.store.root / TABLES
-    ended = runner.run(after_each=lambda: write(runner, folder))
+    ended = runner.run(show=lambda: write(runner, folder))
     documents = write(runner, folder)
     if as_json:
         return json.dumps(documents)

@@ -20,8 +20,8 @@ def write(runner: Runner, folder: Path) -> Sequence[dict[str, Any]]:
     Raises:
         ToolkitError: the folder cannot be written.
     """
-    found = documents(runner)
-    with disk_errors(folder):
+    with disk_errors(folder), runner.store.publishing():
+        found = documents(runner)
         folder.mkdir(parents=True, exist_ok=True)
         for document in found:
             name = document["target"]

@@ -1,4 +1,7 @@
-"""Fills the cells of tables and figures, the most useful first, and goes on where an earlier sitting stopped."""
+"""Fills the cells of tables and figures, the most useful first, and goes on where an earlier sitting stopped.
+
+Runs that share a work folder share the steps: each does what no other one is doing.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,9 @@ from toolkit.reproduce.work import Bench
 from toolkit.reproduce.workers import WORKERS, lacking
 from toolkit.reproduce.world import World, open_world
 from toolkit.training.distributed import launched
+
+POLL_S = 2.0
+"""Seconds between two looks at whether another run has done its step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +134,35 @@ class PlannedStep:
 
     text: str
     seconds: float
+
+
+class _Reached(Exception):
+    """A limit of the run, in words."""
+
+
+@dataclass
+class _Limits:
+    """How many steps a run does, and for how long."""
+
+    most: int | None
+    minutes: float | None
+    runs: int = 0
+    begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def spent(self) -> str:
+        return f"--budget {self.minutes:g} (minutes) is spent"
+
+    def check(self) -> None:
+        """Whether another step may begin.
+
+        Raises:
+            _Reached: it may not.
+        """
+        if self.most is not None and self.runs >= self.most:
+            raise _Reached(f"--max-runs {self.most} is reached")
+        if self.minutes is not None and time.monotonic() >= self.begun + 60 * self.minutes:
+            raise _Reached(self.spent)
 
 
 class Runner:
@@ -254,11 +289,14 @@ class Runner:
             return []
         return self.store.missing(place.step)
 
-    def run(self, after_each: Callable[[], object] = lambda: None) -> str:
+    def run(self, show: Callable[[], object] = lambda: None) -> str:
         """Do steps until all are done, or the limits are reached; says why it stopped.
 
         Args:
-            after_each: called after every step, to show what is known.
+            show: shows what is known; called at the beginning and after every step.
+
+        Raises:
+            ToolkitError: the work folder cannot be written, or torchrun started this.
         """
         if self.config.max_runs == 0:
             return "--max-runs 0: nothing was run"
@@ -266,34 +304,56 @@ class Runner:
             raise ToolkitError(
                 "runs of tables are not shared by torchrun",
                 found="reproduce started by torchrun",
-                fix="start it without torchrun, or one process a table, each with a --work of its own",
+                fix="start it without torchrun; several processes, each started like this, share the work folder",
             )
-        with self.store.locked():
-            return self._run(after_each)
-
-    def _run(self, after_each: Callable[[], object]) -> str:
-        budget, limit = self.config.budget, self.config.max_runs
-        deadline = None if budget is None else time.monotonic() + 60 * budget
-        runs, done = 0, set[Step]()
-        with _alarm(budget) as expired:
+        self.store.begin()
+        show()
+        limits = _Limits(self.config.max_runs, self.config.budget)
+        with _alarm(limits.minutes) as expired:
             try:
-                for place, world in self._in_order(Estimator(), done):
-                    for step in self._missing(place):
-                        if limit is not None and runs >= limit:
-                            return f"--max-runs {limit} is reached"
-                        if deadline is not None and time.monotonic() >= deadline:
-                            return f"--budget {budget:g} (minutes) is spent"
-                        if not self._do(step, place.planner, world):
-                            break
-                        done.add(step)
-                        runs += 1
-                        after_each()
-                    done.add(place.step)
+                while busy := self._sweep(limits, show):
+                    self._wait(busy, limits)
+            except _Reached as reached:
+                return str(reached)
             except KeyboardInterrupt:
                 if not expired():
                     raise
-                return f"--budget {budget:g} (minutes) is spent"
+                return limits.spent
         return "everything that can be run is done"
+
+    def _sweep(self, limits: _Limits, show: Callable[[], object]) -> list[Step]:
+        """Do everything that no other run is doing; gives what others are doing, on which cells still wait.
+
+        Raises:
+            _Reached: a limit is.
+        """
+        done, busy = set[Step](), dict[Step, None]()
+        for place, world in self._in_order(Estimator(), done):
+            for step in self._missing(place):
+                limits.check()
+                with self.store.claim(step) as ours:
+                    if not ours:
+                        busy[step] = None
+                        break
+                    if not self.store.has(step):  # or another run has done it since
+                        if not self._do(step, place.planner, world):
+                            break
+                        limits.runs += 1
+                        show()
+                done.add(step)
+            done.add(place.step)
+        return list(busy)
+
+    def _wait(self, busy: Sequence[Step], limits: _Limits) -> None:
+        """Until one of these steps is nobody's any more."""
+        notice(f"waiting for another run: {busy[0].label}{f', and {len(busy) - 1} more' if busy[1:] else ''}")
+        while True:
+            for step in busy:
+                with self.store.claim(step) as free:
+                    if free:
+                        return
+            limits.check()
+            time.sleep(POLL_S)
 
     def _do(self, step: Step, planner: Planner, world: World) -> bool:
         """Do one step; False if it failed, which another sitting may try again."""

@@ -1,8 +1,12 @@
-"""The work folder: what came of every step, in a folder of its own under the step's digest."""
+"""The work folder: what came of every step, in a folder of its own under the step's digest.
+
+Several runs may fill it at a time, on all machines that see it: each holds the step that it does.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +18,7 @@ from typing import Any
 from toolkit import __version__
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.environment import cpu_model, gpu_names
-from toolkit.locks import alone
+from toolkit.locks import give_back, locked, take
 from toolkit.paths import cache_folder
 from toolkit.reproduce.energy import Meter
 from toolkit.reproduce.protocol import Protocol
@@ -51,28 +55,50 @@ class Store:
     """Keeps what comes of steps.
 
     Args:
-        root: the work folder.
+        root: the work folder; nothing is written before `begin`.
         protocol: whose work it keeps.
 
     Raises:
-        ToolkitError: the folder is another protocol's, or cannot be written.
+        ToolkitError: the folder is another protocol's, or cannot be read.
     """
 
     def __init__(self, root: Path, protocol: Protocol) -> None:
-        self.root = root
-        marker = {"format": FORMAT, "protocol": protocol.name}
-        path = root / MARKER
+        self.root, self._protocol = root, protocol
+        self._check()
+
+    def begin(self) -> None:
+        """Make the folder one of this protocol.
+
+        Raises:
+            ToolkitError: it cannot be written, or has become another protocol's.
+        """
+        with self._usable():
+            self.root.mkdir(parents=True, exist_ok=True)
+            if not (self.root / MARKER).exists():
+                _write(self.root / MARKER, self._marker)
+        self._check()
+
+    @property
+    def _marker(self) -> dict[str, object]:
+        return {"format": FORMAT, "protocol": self._protocol.name}
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-            if known is None:
-                _write(path, marker)
+            yield
         except (OSError, ValueError) as error:
             raise ToolkitError(
                 "the work folder cannot be used",
-                found=f"{root}: {type(error).__name__}: {error}",
+                found=f"{self.root}: {type(error).__name__}: {error}",
                 fix="name a folder that you may write with --work DIR",
             ) from error
+
+    def _check(self) -> None:
+        root, path, marker, protocol = self.root, self.root / MARKER, self._marker, self._protocol
+        with self._usable():
+            if root.exists() and not root.is_dir():
+                raise NotADirectoryError("a file")
+            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         theirs = {name: known.get(name) for name in marker} if isinstance(known, dict) else known
         if known is not None and theirs != marker:
             other = "another version of the toolkit"
@@ -85,18 +111,30 @@ class Store:
             )
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other runs out of the folder while steps are done; on systems without such locks nothing is kept out.
+    def claim(self, step: Step) -> Iterator[bool]:
+        """Hold a step for the block, so that no other run does it meanwhile; False where another run holds it.
 
-        Raises:
-            ToolkitError: another run is filling it.
+        The system lifts the claim of a run that died. Where it knows no such locks, every claim is granted.
         """
-        busy = ToolkitError(
-            "another run is filling this work folder",
-            found=str(self.root),
-            fix="wait for it, name another folder with --work DIR, or show what is known with --max-runs 0",
-        )
-        with alone(self.root / LOCK, busy):
+        folder = self.folder(step)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = take(folder / LOCK)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            give_back(descriptor)
+
+    @contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Keep other runs from writing the documents at the same time, of older results."""
+        if not os.access(self.root, os.W_OK):  # then nobody fills it
+            yield
+            return
+        with locked(self.root / LOCK):
             yield
 
     def folder(self, step: Step) -> Path:
@@ -135,7 +173,7 @@ class Store:
         found: dict[Step, None] = {}
 
         def visit(needed: Step) -> None:
-            if needed in found or self._complete(needed):
+            if needed in found or self.has(needed):
                 return
             for parent in needed.parents:
                 visit(parent)
@@ -144,7 +182,8 @@ class Store:
         visit(step)
         return list(found)
 
-    def _complete(self, step: Step) -> bool:
+    def has(self, step: Step) -> bool:
+        """Whether the step is done and its files are there."""
         folder = self.folder(step)
         return (folder / RESULT).is_file() and all((folder / name).is_file() for name in FILES[step.kind])
 
