@@ -5,6 +5,8 @@ import gzip
 import hashlib
 import pickle
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,28 @@ def test_download_only_when_asked(bare_machine: Path, monkeypatch: pytest.Monkey
     source = load_source(DataConfig(source="fashion-mnist", download=True))
     assert len(source.train.labels) == 40
     assert (bare_machine / "FashionMNIST").is_dir()
+
+
+@pytest.mark.usefixtures("bare_machine")
+def test_processes_that_start_together_download_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those that torchrun starts; a folder that is half there is not taken for the data set."""
+    begun: list[Path] = []
+
+    def download(folder: Path, download: bool) -> None:
+        assert download
+        begun.append(folder)
+        write_fashion_mnist(folder / "FashionMNIST" / "raw", monkeypatch)
+        (half,) = (folder / "FashionMNIST" / "raw").glob("t10k-images*")
+        content = half.read_bytes()
+        half.write_bytes(content[:100])
+        time.sleep(0.3)
+        half.write_bytes(content)
+
+    monkeypatch.setattr(datasets, "FashionMNIST", download)
+    with ThreadPoolExecutor(3) as pool:
+        config = DataConfig(source="fashion-mnist", download=True)
+        found = list(pool.map(load_source, [config] * 3))
+    assert len(begun) == 1 and [len(source.train.labels) for source in found] == [40] * 3
 
 
 @pytest.mark.usefixtures("bare_machine")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from toolkit import cli, planning
+from toolkit import cli, pipeline, planning
 
 
 def test_a_dry_run_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,6 +29,17 @@ def test_settings_without_effect_are_named(capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr().err
     assert "the objective standard makes no use of --attack-steps, --radius, --beta" in said
     assert "without --qat nothing rounds in training, so --qat-from is ignored" in said
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_a_layer_that_is_not_there_is_told_before_anything_is_trained(
+    more: list[str], here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tiny.entries(here)
+    monkeypatch.setattr(pipeline, "train", lambda *_arguments, **_options: pytest.fail("trained"))
+    assert tiny.run(*tiny.harden_arguments(), "--keep-float", "node_liner", *more, "-q") == cli.BAD_INPUT
+    assert "did you mean 'node_linear" in capsys.readouterr().err
+    assert tiny.entries(here) == before
 
 
 @pytest.mark.usefixtures("here")

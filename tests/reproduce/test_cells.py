@@ -93,7 +93,11 @@ def test_all_training_images_train_under_the_papers_protocol_alone(tmp_path: Pat
 def test_another_network_or_fewer_images_are_not_compared_with_the_paper(tmp_path: Path) -> None:
     for changes in ({"network": "resnet18"}, {"data": {"source": "fashion-mnist", "evaluation": 50}}):
         found = Runner(small.settings(tmp_path, max_runs=0, **changes))
-        assert all(cell["paper"] is None for cell in documents(found)[0]["panels"][0]["cells"])
+        (panel,) = documents(found)[0]["panels"]
+        assert all(cell["paper"] is None for cell in panel["cells"])
+        assert panel["attack_images"] == 20
+    few = Runner(small.settings(tmp_path, max_runs=0, data={"evaluation": 15}))
+    assert documents(few)[0]["panels"][0]["attack_images"] == 15
     assert all(cell["paper"] for cell in documents(Runner(small.settings(tmp_path, "table2")))[0]["panels"][0]["cells"])
 
 

@@ -11,11 +11,15 @@ from tests import tiny
 from tests.reproduce import small
 from toolkit import cli
 from toolkit.attacks.threat import PgdPlan
+from toolkit.config import DataConfig
+from toolkit.data.sources import DataSource
 from toolkit.errors import ToolkitError
-from toolkit.reproduce import command, world
+from toolkit.reproduce import command, runner, workers, world
 from toolkit.reproduce.document import documents
 from toolkit.reproduce.recipes import Recipe
 from toolkit.reproduce.runner import Runner
+from toolkit.reproduce.steps import Step
+from toolkit.reproduce.work import Bench
 
 # Bad input
 
@@ -45,13 +49,27 @@ def test_data_without_the_papers_radius_are_refused(tmp_path: Path) -> None:
     assert "fashion-mnist" in error.value.fix
 
 
-def test_a_data_set_that_only_the_table_names_leaves_empty_cells(tmp_path: Path) -> None:
-    data = {"data_dir": tmp_path / "nowhere"}
-    found = Runner(small.settings(tmp_path / "work", "table5", data=data))
-    assert found.run() == "everything that can be run is done"
-    cells = documents(found)[0]["panels"][0]["cells"]
+def test_a_table_none_of_whose_data_sets_is_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ToolkitError, match="CIFAR-10 is not on this machine") as error:
+        Runner(small.settings(tmp_path / "work", "table5", data={"data_dir": tmp_path / "nowhere"}))
+    assert "--data-dir" in error.value.fix and not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("small_world")
+def test_a_data_set_that_only_the_table_names_leaves_empty_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(config: DataConfig) -> DataSource:
+        if config.source == "cifar10":
+            raise ToolkitError("CIFAR-10 is not on this machine", found="nothing", fix="get it")
+        return small.source(config)
+
+    monkeypatch.setattr(world, "load_source", load)
+    found = Runner(small.settings(tmp_path / "work", "table2", max_runs=0))
+    cells = next(panel["cells"] for panel in documents(found)[0]["panels"] if "CIFAR" in panel["title"])
     assert cells and all(cell["missing"] == {"all": "CIFAR-10 is not on this machine"} for cell in cells)
-    assert all(cell["paper"] for cell in cells)
+    assert any(cell["paper"] for cell in cells), "the paper's numbers are shown all the same"
+    assert "not to be run: CIFAR-10: CIFAR-10 is not on this machine" in command.plan(found, as_json=False)
 
 
 def test_the_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,6 +100,30 @@ def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ToolkitError, match="not shared by torchrun"):
         Runner(small.settings(tmp_path, "table2", data={"source": "fashion-mnist"})).run()
+
+
+@pytest.mark.usefixtures("small_world")
+def test_the_command_line_tells_of_steps_that_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(_step: Step, _bench: Bench) -> dict[str, Any]:
+        raise ToolkitError("the training diverged", found="loss nan", fix="none")
+
+    monkeypatch.setattr(runner, "WORKERS", {**workers.WORKERS, "train": diverge})
+    command = ("reproduce", "table2", "--data", "fashion-mnist", "--only", "robust", "--work", tmp_path / "work", "-q")
+    assert tiny.run(*command) == cli.BAD_INPUT
+    shown = capsys.readouterr().out
+    assert "failed:  fashion-mnist, cnn8, seed 0: robust network: the training diverged: loss nan" in shown
+    assert (tmp_path / "work" / "tables" / "table2.md").is_file()
+
+
+@pytest.mark.usefixtures("small_world")
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    found = Runner(small.settings(tmp_path / "work", "table2", data={"source": "fashion-mnist"}))
+    with pytest.raises(ToolkitError, match="the output cannot be written"):
+        command.fill(found, tmp_path / "file" / "tables", as_json=False)
+    assert not list((tmp_path / "work").glob("*/result.json"))
 
 
 # The plan

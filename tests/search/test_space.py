@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from tests.search.fakes import ANATOMY, a_space, config
-from toolkit.config import HardenConfig, RangeConfig, SearchRunConfig, build
+from toolkit.config import HardenConfig, RangeConfig, SearchConfig, SearchRunConfig, build
 from toolkit.errors import ToolkitError
 from toolkit.search.space import Parameters, Space, digest
 
@@ -135,3 +136,17 @@ def test_what_is_neither_a_range_nor_a_list_of_options_is_refused(space: str, fo
     with pytest.raises(ToolkitError) as caught:
         build(SearchRunConfig, {"model": {"path": "model.pt"}, "search": {"space": space}})
     assert found in caught.value.found
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("300000", 300_000), ("500k", 500_000), ("500KB", 500_000), ("1.5M", 1_500_000), (" 2 GB ", 2_000_000_000)],
+)
+def test_sizes_may_have_units(text: str, size: int) -> None:
+    assert SearchConfig.model_validate({"max_size": text}).max_size == size
+
+
+@pytest.mark.parametrize("text", ["little", "infk", "nanM", "-5k", "1.5e6", "k", "0", ""])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ValidationError, match=r"no number of bytes|greater than 0"):
+        SearchConfig.model_validate({"max_size": text})

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from toolkit.cli import flags
-from toolkit.cli.app import Json, Quiet, Settings, Verbose, app, say_on_interrupt, start
+from toolkit.cli.app import BAD_INPUT, Json, Quiet, Settings, Verbose, app, say_on_interrupt, start
 from toolkit.config import ReproduceConfig, build
 
 REPRODUCE_FLAGS = (*flags.REPRODUCE, *flags.DATA[:3], *flags.EVALUATION)
@@ -42,3 +42,5 @@ def reproduce(
     runner = command.Runner(config)
     say_on_interrupt(lambda: f"what is done is kept in {runner.store.root}; the same command goes on")
     print(command.plan(runner, as_json) if dry_run else command.fill(runner, output, as_json))
+    if runner.failed:
+        raise typer.Exit(BAD_INPUT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -11,6 +11,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from toolkit.config.base import StageConfig
 
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)[bB]?")
+UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
 MOST_VALUES = 1000
 """Of one range: each is checked before a search begins."""
 
@@ -67,12 +69,17 @@ def _option(text: str) -> Any:
 
 
 def parse_bytes(value: object) -> object:
-    """Turn `500k` or `2M` into a number of bytes; leave what is no such text."""
-    units = {"k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
-    if isinstance(value, str) and value[-1:].lower() in units:
-        with contextlib.suppress(ValueError):
-            return round(float(value[:-1]) * units[value[-1].lower()])
-    return value
+    """Turn `500k`, `1.5 MB` or `300000` into a number of bytes; leave what is no text.
+
+    Raises:
+        ValueError: a text that is no such size.
+    """
+    if not isinstance(value, str):
+        return value
+    found = SIZE.fullmatch(value.strip())
+    if found is None:
+        raise ValueError(f"'{value}' is no number of bytes, such as 300000, 500k or 1.5M")
+    return round(float(found[1]) * UNITS[found[2].lower()])
 
 
 class SearchConfig(StageConfig):
@@ -101,7 +108,7 @@ class SearchConfig(StageConfig):
     """So many points of the front get full evidence, up to twice as many where none keeps the limits."""
     storage: str | None = None
     """URL of the data base that keeps the trials; None: an SQLite file in the output's folder."""
-    study: str = "search"
+    study: Annotated[str, Field(min_length=1)] = "search"
     """Name of the search in its storage."""
     address: str | None = None
     """Ray cluster that runs the trials: `auto`, `local` or HOST:PORT; None: this process runs them."""

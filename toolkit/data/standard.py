@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from toolkit import progress
 from toolkit.artifacts import UInt8Array
 from toolkit.data.images import ArrayImages
 from toolkit.errors import ToolkitError
+from toolkit.locks import locked
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -35,6 +38,9 @@ FASHION_MNIST_SHA256 = {
 
 IDX_HEADER = {"images": 16, "labels": 8}
 """Bytes before the data of an IDX file of three and of one dimension."""
+
+
+LOCK = ".download.lock"
 
 
 def cache_dir() -> Path:
@@ -60,11 +66,11 @@ def read_fashion_mnist(data_dir: Path | None, *, download: bool) -> tuple[ArrayI
     Raises:
         ToolkitError: the data set is not there, cannot be downloaded, or its files are not the original ones.
     """
-    folder = find_fashion_mnist(data_dir)
-    if folder is None and download:
+    if download:
         from torchvision.datasets import FashionMNIST
 
-        _download(FashionMNIST, data_dir or cache_dir(), "Fashion-MNIST")
+        folder = _fetch(find_fashion_mnist, FashionMNIST, data_dir, "Fashion-MNIST")
+    else:
         folder = find_fashion_mnist(data_dir)
     if folder is None:
         raise ToolkitError(
@@ -115,10 +121,7 @@ def read_cifar10(data_dir: Path | None, *, download: bool) -> tuple[ArrayImages,
     """
     from torchvision.datasets import CIFAR10
 
-    folder = find_cifar10(data_dir)
-    if folder is None and download:
-        folder = data_dir or cache_dir()
-        _download(CIFAR10, folder, "CIFAR-10")
+    folder = _fetch(find_cifar10, CIFAR10, data_dir, "CIFAR-10") if download else find_cifar10(data_dir)
     if folder is None:
         raise ToolkitError(
             "CIFAR-10 is not on this machine",
@@ -142,6 +145,18 @@ def read_cifar10(data_dir: Path | None, *, download: bool) -> tuple[ArrayImages,
         array = np.ascontiguousarray(original.data.transpose(0, 3, 1, 2))
         parts.append(ArrayImages("cifar10", CIFAR10_CLASSES, array, np.array(original.targets, dtype=np.int64)))
     return parts[0], parts[1]
+
+
+def _fetch(find: Callable[[Path | None], Path | None], dataset: Any, data_dir: Path | None, title: str) -> Path | None:
+    """The folder of a data set, downloaded if it is not there; of several processes one downloads, the others wait."""
+    folder = data_dir or cache_dir()
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # a folder that is only read holds the data set, or the download says why
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder / LOCK, f"it may be downloading {title}"))
+        if find(data_dir) is None:
+            _download(dataset, folder, title)
+        return find(data_dir)
 
 
 def _download(dataset: Any, folder: Path, title: str) -> None:

@@ -38,4 +38,5 @@ def fill(runner: Runner, output: Path | None, as_json: bool) -> str:
     if as_json:
         return json.dumps(documents)
     text = "\n".join(render(document) for document in documents)
-    return f"{text}\nstopped: {ended}\nwritten: {folder}"
+    failed = "".join(f"failed:  {step.label}: {reason}\n" for step, reason in runner.failed.items())
+    return f"{text}\n{failed}stopped: {ended}\nwritten: {folder}"

@@ -111,7 +111,7 @@ def _panel(runner: Runner, panel: Panel) -> dict[str, Any]:
         "from_files": from_files,
         "training_images": training,
         "evaluation_images": evaluation,
-        "attack_images": runner.config.attack_images,
+        "attack_images": min(runner.config.attack_images, evaluation or runner.config.attack_images),
         "cells": [_cell(runner, panel, cell) for cell in panel.cells],
         "curves": [
             {

@@ -172,8 +172,8 @@ class Runner:
         config: tables, data, seeds, protocol and limits.
 
     Raises:
-        ToolkitError: an unknown table, a repeated seed, a data set that was named and is not there, cells that no
-            table has, or a work folder of another protocol.
+        ToolkitError: an unknown table, a repeated seed, a data set that was named and is not there, none of those
+            that the tables name, cells that no table has, or a work folder of another protocol.
     """
 
     def __init__(self, config: ReproduceConfig) -> None:
@@ -198,6 +198,9 @@ class Runner:
                 if data not in worlds:
                     worlds[data] = self._open(data)
                 panels.append(self._panel(target, data, worlds[data]))
+        missing = [world for world in worlds.values() if isinstance(world, ToolkitError)]
+        if len(missing) == len(worlds):
+            raise missing[0]
         if self.config.target == targets.ALL and self.config.data.source:
             # of tables of one data set, that of another one would be the same once more
             panels = [p for p in panels if p.target.kind != "main" or p.experiment.data in p.target.data]

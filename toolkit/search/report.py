@@ -174,6 +174,10 @@ def _warnings(found: SearchResult) -> list[str]:
     if not all(one.point.trusted for one in found.candidates):
         load = f"other processes took {found.foreign_load:.0%} of the CPU time meanwhile"
         lines.append(f"LATENCY NOT TO BE TRUSTED: {load}")
+    best = found.recommendation.point.trial
+    alarms = [name for one in found.candidates if one.point.trial == best for name in one.alarms]
+    if alarms:
+        lines.append(f"ALARM of trial {best}: {', '.join(alarms)}; its report.md says what its figures are worth")
     return lines
 
 
