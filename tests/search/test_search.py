@@ -470,6 +470,12 @@ def test_a_folder_of_something_else(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("storage", ["foo", "nosql:///x", "postgresql+nodriver://host/x"])
+def test_a_storage_that_cannot_be_is_told_by_the_plan(storage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the storage cannot be used" in refused(capsys, *arguments("--storage", storage, "--dry-run"))
+
+
+@pytest.mark.usefixtures("here")
 def test_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no model is named" in refused(capsys, "search")
 

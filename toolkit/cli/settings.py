@@ -31,6 +31,8 @@ def merged(settings: Settings, model: str | None, config: Path | None) -> dict[s
     values = merge(saved, given)
     if "model" not in values:
         raise ToolkitError(
-            "no model is named", found="neither MODEL nor --config", fix="toolkit harden model.pt --prune 0.5 --int8"
+            "no model is named",
+            found="neither MODEL nor --config",
+            fix="name a checkpoint, such as model.pt or shipped:cnn8, or settings with --config FILE",
         )
     return values

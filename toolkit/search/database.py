@@ -47,6 +47,16 @@ def patiently(attempt: Callable[[], Result], *, seconds: float) -> Result:
         pause *= 2
 
 
+def check_url(url: str) -> None:
+    """Refuse what names no data base, or one whose driver is not installed; nothing is opened.
+
+    Raises:
+        ToolkitError: it does.
+    """
+    with storage_errors(url):
+        sqlalchemy.make_url(url).get_dialect().import_dbapi()
+
+
 def forget(url: str, name: str, ours: Callable[[optuna.Study], bool]) -> None:
     """Remove a study from its storage, if it is there.
 

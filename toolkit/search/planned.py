@@ -46,8 +46,8 @@ def dry_run(config: SearchRunConfig, output: Path) -> list[PlannedStep]:
             min(trials_s, how.budget or trials_s),
         ),
         PlannedStep(
-            f"front      {how.bundles} bundles with full evidence, or up to twice as many; limits: {asked or 'none'}",
-            how.bundles * full + BENCHMARK_S,
+            f"front      {min(how.bundles, tries)} bundles with full evidence, or up to twice as many; limits: {asked or 'none'}",
+            min(how.bundles, tries) * full + BENCHMARK_S,
         ),
     ]
 

@@ -25,7 +25,7 @@ from toolkit.prepare import inputs_of, load_teacher, warn_of_unused
 from toolkit.progress import notice, warn
 from toolkit.pruning import find_groups
 from toolkit.search import cluster
-from toolkit.search.database import failures, forget, without_password
+from toolkit.search.database import check_url, failures, forget, without_password
 from toolkit.search.executors import Executor, InProcess
 from toolkit.search.finals import BUNDLES, ORIGINS, full_evidence
 from toolkit.search.front import Limits
@@ -192,12 +192,14 @@ def _teacher(config: SearchRunConfig, space: Space, laboratory: Laboratory) -> s
 
 
 def _check_flags(config: SearchRunConfig) -> None:
-    """Flags and settings that would do nothing.
+    """Flags and settings that would do nothing, or name what cannot be.
 
     Raises:
-        ToolkitError: groups are to have ratios of their own, and no ratio varies; or a limit that a search has not.
+        ToolkitError: no such storage; groups are to have ratios of their own, and no ratio varies; or a limit that a search has not.
     """
     how = config.search
+    if how.storage is not None:
+        check_url(how.storage)
     if how.address is None and (how.workers is not None or how.gpus):
         warn("--workers and --trial-gpus are for Ray: without --address they are ignored")
     if how.per_group and "prune.ratio" not in how.space:
