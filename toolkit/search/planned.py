@@ -37,6 +37,7 @@ def dry_run(config: SearchRunConfig, output: Path) -> list[PlannedStep]:
     asked = ", ".join(f"{name} {limit:g}" for name, limit in limits.items())
     start = ", ".join(f"{name} {value}" for name, value in space.start().items())
     tries = min(how.trials, space.size)
+    bundles = min(how.bundles, tries)
     trials_s = tries * len(seeds) * trial / workers
     return [
         PlannedStep(f"space      {space.size:,} points: {varied}", 0.0),
@@ -46,8 +47,8 @@ def dry_run(config: SearchRunConfig, output: Path) -> list[PlannedStep]:
             min(trials_s, how.budget or trials_s),
         ),
         PlannedStep(
-            f"front      {min(how.bundles, tries)} bundles with full evidence, or up to twice as many; limits: {asked or 'none'}",
-            min(how.bundles, tries) * full + BENCHMARK_S,
+            f"front      {bundles} bundles with full evidence, or up to twice as many; limits: {asked or 'none'}",
+            bundles * full + BENCHMARK_S,
         ),
     ]
 

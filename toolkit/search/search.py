@@ -195,7 +195,8 @@ def _check_flags(config: SearchRunConfig) -> None:
     """Flags and settings that would do nothing, or name what cannot be.
 
     Raises:
-        ToolkitError: no such storage; groups are to have ratios of their own, and no ratio varies; or a limit that a search has not.
+        ToolkitError: no such storage; groups are to have ratios of their own, and no ratio varies; or a limit that a
+            search has not.
     """
     how = config.search
     if how.storage is not None:
