@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +109,26 @@ def test_a_step_is_held_by_one_run(tmp_path: Path) -> None:
         assert (ours, theirs, another) == (True, False, True)
     with second.claim(STEP) as theirs:
         assert theirs, "the first is done"
+
+
+def test_runs_may_begin_at_the_same_time(tmp_path: Path) -> None:
+    """Processes, for a process has one writer."""
+    begin = (
+        "import sys; from pathlib import Path; from toolkit.reproduce.protocol import PROTOCOLS;"
+        "from toolkit.reproduce.store import Store; store = Store(Path(sys.argv[1]), PROTOCOLS['paper']);"
+        "print('ready', flush=True); input(); store.begin()"
+    )
+    how: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen([sys.executable, "-c", begin, str(tmp_path / "work")], **how) for _ in range(3)]
+    assert [run.stdout.readline() for run in runs if run.stdout] == ["ready\n"] * 3
+    for run in runs:
+        assert run.stdin is not None
+        run.stdin.write("\n")
+        run.stdin.flush()
+    for run in runs:
+        run.communicate(timeout=60)
+    assert [run.returncode for run in runs] == [0] * 3
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["reproduce.json"]
 
 
 def test_nothing_is_written_before_a_run_begins(tmp_path: Path) -> None:

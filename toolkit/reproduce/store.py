@@ -245,7 +245,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: object) -> None:
-    """Whole, or as it was."""
-    partial = path.with_name(path.name + ".tmp")
+    """Whole, or as it was, whoever writes the same file at this moment."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
