@@ -169,7 +169,7 @@ def test_processes_that_start_together_download_once(monkeypatch: pytest.MonkeyP
         (half,) = (folder / "FashionMNIST" / "raw").glob("t10k-images*")
         content = half.read_bytes()
         half.write_bytes(content[:100])
-        time.sleep(0.3)
+        time.sleep(0.3)  # so that the others look while the file is cut
         half.write_bytes(content)
 
     monkeypatch.setattr(datasets, "FashionMNIST", download)

@@ -20,8 +20,8 @@ import torch
 from tests.reproduce import small
 from toolkit.attacks.deepfool import deepfool
 from toolkit.errors import ToolkitError
+from toolkit.reproduce import limits, paper, runner, workers
 from toolkit.reproduce import measure as measuring
-from toolkit.reproduce import paper, runner, workers
 from toolkit.reproduce.document import documents
 from toolkit.reproduce.recipes import Recipe
 from toolkit.reproduce.render import render
@@ -71,7 +71,7 @@ def test_what_another_run_does_is_waited_for_last_and_not_done_again(
             other.close()
             small.fill(theirs, Recipe("robust"))
 
-        monkeypatch.setattr("time.sleep", pause)
+        monkeypatch.setattr("time.sleep", pause)  # while this run waits, the other one does its step
         assert mine.run() == "everything that can be run is done"
     (before,) = waited
     assert filled() == everything and everything - before == {text for text in everything if "robust" in text}
@@ -88,7 +88,7 @@ from toolkit.reproduce.output import write
 
 small.shrink()
 if "hang" in sys.argv:
-    runner.WORKERS = {**workers.WORKERS, "train": lambda *_: time.sleep(600)}
+    runner.WORKERS = {**workers.WORKERS, "train": lambda *_: time.sleep(600)}  # until it is killed
 found = runner.Runner(small.settings(Path("work"), "table2", data={"source": "fashion-mnist"}))
 found.run(lambda: write(found, Path("out")))
 """
@@ -209,7 +209,7 @@ def test_no_path_of_data_or_code_is_shown(tmp_path: Path) -> None:
 def test_the_time_is_over_even_where_a_shell_lets_interrupts_be_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with pytest.raises(KeyboardInterrupt), runner._alarm(0.2 / 60) as expired:
+        with pytest.raises(KeyboardInterrupt), limits.alarm(0.2 / 60) as expired:
             doze(30)
         assert expired() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:

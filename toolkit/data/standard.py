@@ -41,6 +41,7 @@ IDX_HEADER = {"images": 16, "labels": 8}
 
 
 LOCK = ".download.lock"
+"""In the folder of downloads: whoever looks for a data set, and may download it, holds it."""
 
 
 def cache_dir() -> Path:

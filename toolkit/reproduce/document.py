@@ -12,9 +12,10 @@ from toolkit.bundle import sha256
 from toolkit.evaluators.environment import environment_record
 from toolkit.models.loading import resolve_path
 from toolkit.paths import public_name
+from toolkit.reproduce.panels import Panel
 from toolkit.reproduce.paper import Figure, PaperCell
 from toolkit.reproduce.recipes import MEASURES, Recipe
-from toolkit.reproduce.runner import Panel, Runner
+from toolkit.reproduce.runner import Runner
 from toolkit.reproduce.statistics import Mean, compare
 from toolkit.reproduce.steps import TRAININGS, Step
 from toolkit.reproduce.targets import NUMBERING, Cell, Target

@@ -5,29 +5,26 @@ Runs that share a work folder share the steps: each does what no other one is do
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from _thread import interrupt_main
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
 from toolkit.bundle import disk_errors
 from toolkit.config import DataConfig, ReproduceConfig
 from toolkit.errors import ToolkitError
 from toolkit.prepare import set_threads
 from toolkit.progress import notice
-from toolkit.reproduce import paper, targets
+from toolkit.reproduce import targets
 from toolkit.reproduce.estimate import Estimator
+from toolkit.reproduce.limits import Limits, Reached, alarm
+from toolkit.reproduce.panels import Panel, Place
 from toolkit.reproduce.pretrained import read_pretrained
-from toolkit.reproduce.protocol import EXPERIMENTS, PROTOCOLS, Experiment
-from toolkit.reproduce.recipes import Planner, Recipe
+from toolkit.reproduce.protocol import EXPERIMENTS, PROTOCOLS
+from toolkit.reproduce.recipes import Planner
 from toolkit.reproduce.statistics import first_repeated
 from toolkit.reproduce.steps import Step
 from toolkit.reproduce.store import Store, default_folder
-from toolkit.reproduce.targets import Cell, Curve, Target
+from toolkit.reproduce.targets import Target
 from toolkit.reproduce.work import Bench
 from toolkit.reproduce.workers import WORKERS, lacking
 from toolkit.reproduce.world import World, open_world
@@ -37,132 +34,12 @@ POLL_S = 2.0
 """Seconds between two looks at whether another run has done its step."""
 
 
-@dataclass(frozen=True, eq=False)
-class Place:
-    """One cell of one seed: the step that fills it."""
-
-    name: str
-    """`ROW; COLUMN`; of a figure, its curve and the point on it."""
-    step: Step
-    planner: Planner
-    tier: int
-    rank: int
-    """Of the seed in the list."""
-    result_only: bool = False
-    """Whether the place shows what the step took, for which its network need not be kept."""
-
-
-@dataclass
-class Panel:
-    """A table or figure on one data set."""
-
-    target: Target
-    experiment: Experiment
-    network: str
-    world: World | None
-    missing: str = ""
-    """Why nothing can be run; empty if it can."""
-    planners: dict[int, Planner] = field(default_factory=dict)
-    """By seed."""
-
-    @property
-    def comparable(self) -> bool:
-        """Whether the paper's numbers are of these images and this network."""
-        if self.world is None:
-            return self.network == self.experiment.network
-        return self.world.has_the_papers_images and self.network == self.experiment.network
-
-    @cached_property
-    def cells(self) -> list[Cell]:
-        """The paper's cells, and behind them those that it does not have."""
-        kind, experiment = self.target.kind, self.experiment
-        found = targets.baselines(experiment) if kind in ("baselines", "appendix") else []
-        if kind == "main":
-            fashion = experiment.data == "fashion-mnist"
-            found += targets.compressed(
-                experiment, paper.FASHION_MNIST_COMPRESSED if fashion else paper.CIFAR10_COMPRESSED
-            )
-            found += targets.beyond(experiment)
-        elif kind == "appendix":
-            fashion = experiment.data == "fashion-mnist"
-            numbers = paper.FASHION_MNIST_APPENDIX if fashion else paper.CIFAR10_APPENDIX
-            found = targets.renumbered([*found, *targets.compressed(experiment, numbers)], numbers)
-        elif kind == "time":
-            found = targets.timed(experiment)
-        return found
-
-    @cached_property
-    def curves(self) -> tuple[Curve, ...]:
-        """The panels of a figure over compression."""
-        return targets.curves(self.target.name) if self.target.kind == "curves" else ()
-
-    @property
-    def recipes(self) -> dict[str, Recipe]:
-        """The networks of figure 2."""
-        return targets.embedded(self.experiment) if self.target.kind == "embedding" else {}
-
-    def step(self, cell: Cell, seed: int) -> Step:
-        """The step that fills a cell."""
-        return self.planners[seed].measure(cell.recipe, cell.measure)
-
-    def trained(self, cell: Cell, seed: int) -> Step:
-        """The step that makes a cell's network."""
-        return self.planners[seed].network_of(cell.recipe)
-
-    def places(self) -> list[Place]:
-        """Everything that is to be filled."""
-        found = []
-        for rank, (seed, planner) in enumerate(self.planners.items()):
-            timed = self.target.kind == "time"
-            of_cells = self.trained if timed else self.step
-            for cell in self.cells:
-                name = f"{cell.row}; {cell.column}"
-                found.append(Place(name, of_cells(cell, seed), planner, cell.tier, rank, timed))
-            for curve in self.curves:
-                for point, recipe in curve.points.items():
-                    step = planner.measure(recipe, "pgd-paper")
-                    found.append(Place(f"{curve.title}; {point:g}", step, planner, 1, rank))
-            if self.recipes and rank == 0:
-                step = planner.embed(self.recipes, targets.EMBEDDED_CLASS)
-                found.append(Place("t-SNE", step, planner, 2, rank))
-        return found
-
-
 @dataclass(frozen=True, slots=True)
 class PlannedStep:
     """A step that would be done, and for about how long."""
 
     text: str
     seconds: float
-
-
-class _Reached(Exception):
-    """A limit of the run, in words."""
-
-
-@dataclass
-class _Limits:
-    """How many steps a run does, and for how long."""
-
-    most: int | None
-    minutes: float | None
-    runs: int = 0
-    begun: float = field(default_factory=time.monotonic)
-
-    @property
-    def spent(self) -> str:
-        return f"--budget {self.minutes:g} (minutes) is spent"
-
-    def check(self) -> None:
-        """Whether another step may begin.
-
-        Raises:
-            _Reached: it may not.
-        """
-        if self.most is not None and self.runs >= self.most:
-            raise _Reached(f"--max-runs {self.most} is reached")
-        if self.minutes is not None and time.monotonic() >= self.begun + 60 * self.minutes:
-            raise _Reached(self.spent)
 
 
 class Runner:
@@ -311,12 +188,12 @@ class Runner:
             )
         self.store.begin()
         show()
-        limits = _Limits(self.config.max_runs, self.config.budget)
-        with _alarm(limits.minutes) as expired:
+        limits = Limits(self.config.max_runs, self.config.budget)
+        with alarm(limits.minutes) as expired:
             try:
                 while busy := self._sweep(limits, show):
                     self._wait(busy, limits)
-            except _Reached as reached:
+            except Reached as reached:
                 return str(reached)
             except KeyboardInterrupt:
                 if not expired():
@@ -324,11 +201,11 @@ class Runner:
                 return limits.spent
         return "everything that can be run is done"
 
-    def _sweep(self, limits: _Limits, show: Callable[[], object]) -> list[Step]:
+    def _sweep(self, limits: Limits, show: Callable[[], object]) -> list[Step]:
         """Do everything that no other run is doing; gives what others are doing, on which cells still wait.
 
         Raises:
-            _Reached: a limit is.
+            Reached: a limit is.
         """
         done, busy = set[Step](), dict[Step, None]()
         for place, world in self._in_order(Estimator(), done):
@@ -347,7 +224,7 @@ class Runner:
             done.add(place.step)
         return list(busy)
 
-    def _wait(self, busy: Sequence[Step], limits: _Limits) -> None:
+    def _wait(self, busy: Sequence[Step], limits: Limits) -> None:
         """Until one of these steps is nobody's any more."""
         notice(f"waiting for another run: {busy[0].label}{f', and {len(busy) - 1} more' if busy[1:] else ''}")
         while True:
@@ -395,32 +272,6 @@ class Runner:
         if failed or step in {place.step for place, _ in self._places}:
             return failed or "not yet: run the same command again"
         return "not yet: --only leaves it out"
-
-
-@contextmanager
-def _alarm(minutes: float | None) -> Iterator[Callable[[], bool]]:
-    """Interrupt the main thread when the time is over, as Ctrl-C does; give a function that says whether it is."""
-    rung = threading.Event()
-
-    def ring() -> None:
-        rung.set()
-        interrupt_main()
-
-    if minutes is None:
-        yield lambda: False
-        return
-    timer = threading.Timer(60 * minutes, ring)
-    timer.daemon = True
-    # a shell lets what it starts in the background ignore the signal
-    ignored = threading.current_thread() is threading.main_thread() and not callable(signal.getsignal(signal.SIGINT))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler) if ignored else None
-    timer.start()
-    try:
-        yield rung.is_set
-    finally:
-        timer.cancel()
-        if ignored:
-            signal.signal(signal.SIGINT, before)
 
 
 def _check_pretrained(config: ReproduceConfig) -> None:
