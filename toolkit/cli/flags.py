@@ -171,7 +171,12 @@ GATES = (
 SEARCH = (
     Flag("--max-latency", "search.max_latency", "Most milliseconds of model.onnx, at the first of --batch.", float),
     Flag("--max-size", "search.max_size", "Most bytes of model.onnx, e.g. 500k."),
-    Flag("--space", "search.space", 'What varies: "prune.ratio=0.2:0.8:0.1; precision=int8,float; NAME=ONE,OTHER".'),
+    Flag(
+        "--space",
+        "search.space",
+        'What varies: "prune.ratio=0.2:0.8:0.1; precision=int8,float; NAME=ONE,OTHER"; a NAME is a setting that makes '
+        "the network or its graph, as in config.yaml (prune, finetune, quantize, export).",
+    ),
     Flag("--per-group", "search.per_group", "A prune ratio for every group of layers that go together.", bool),
     Flag("--trials", "search.trials", "Number of trials, those of other processes on the storage included.", int),
     Flag("--budget", "search.budget", "Seconds after which no trial begins; the bundles come after them.", float),
