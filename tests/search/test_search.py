@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from tests import tiny
 from tests.search import fakes
-from tests.tiny import World
-from toolkit import bundle, cli, progress
+from tests.search.commands import arguments, front_of
+from toolkit import bundle, cli
 from toolkit.config import (
     DataConfig,
-    GateConfig,
     HardenConfig,
     ModelConfig,
     SearchRunConfig,
@@ -31,48 +29,12 @@ from toolkit.search import cluster, finals, planned
 from toolkit.search import search as search_module
 from toolkit.search.cluster import work_on
 from toolkit.search.objective import Job, Laboratory, Measurement, Outcome, Workbench
-from toolkit.search.presence import at_work
 from toolkit.search.problems import Problem
 from toolkit.search.report import own_name
 from toolkit.search.search import Search
 from toolkit.search.storage import Study
 from toolkit.training.losses import cost_per_image
 from toolkit.training.run import Run
-
-SPACE = "prune.ratio=0.25:0.5:0.25; precision=int8,float"
-"""Two fine-tunings, two graphs of each."""
-
-
-def arguments(*more: str, trials: int = 3, space: str = SPACE, epochs: int = 1, bundles: int = 1) -> list[str]:
-    command = ["search", "model.pt", "--space", space, "--trials", str(trials), "--epochs", str(epochs)]
-    command += ["--images", "20", "--quick-attacks", "pgd", "--attacks", "pgd", "--bundles", str(bundles)]
-    return [*command, "--threads", "1", "--no-end-to-end", *tiny.QUICK, *more]
-
-
-def front_of(folder: Path = Path("search-out")) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "front.json").read_text())
-    return found
-
-
-@pytest.fixture(scope="module")
-def searched(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with a search of three trials; read only."""
-    folder = tmp_path_factory.mktemp("searched")
-    for path in world.folder.iterdir():
-        if path.is_file():
-            shutil.copy(path, folder)
-    with tiny.working_folder(folder):
-        assert tiny.run(*arguments(bundles=2), "-q") == cli.DONE
-    progress.set_quiet(False)
-    return folder
-
-
-@pytest.fixture
-def again(searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, as the working folder."""
-    shutil.copytree(searched, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-    return tmp_path / "copy"
 
 
 def test_the_folder_of_a_search(searched: Path) -> None:
@@ -173,54 +135,6 @@ def test_a_bundle_of_another_search_is_not_taken_for_ones_own(monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("again")
-def test_force_does_not_remove_what_it_is_to_read(capsys: pytest.CaptureFixture[str]) -> None:
-    inner = next(Path("search-out/bundles").glob("*/model.pt"))
-    command = arguments("--force")
-    command[command.index("model.pt")] = str(inner)
-    assert tiny.run(*command, "-q") == cli.BAD_INPUT
-    assert "--force would remove what is to be read" in capsys.readouterr().err and inner.is_file()
-
-
-@pytest.mark.usefixtures("here")
-def test_flags_that_would_do_nothing_are_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tiny.run(*arguments("--per-group", space="precision=int8,float")) == cli.BAD_INPUT
-    assert "no ratio varies" in capsys.readouterr().err and not Path("search-out").exists()
-    assert tiny.run(*arguments("--workers", "2", "--dry-run")) == cli.DONE
-    assert "without --address they are ignored" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("again")
-def test_force_removes_nothing_for_want_of_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
-    before = tiny.entries(Path("search-out"))
-    assert "cannot be reached" in refused(capsys, *arguments("--force", "--address", "127.0.0.1:1"), "-q")
-    assert tiny.entries(Path("search-out")) == before
-
-
-@pytest.mark.usefixtures("again")
-def test_another_teacher_is_another_study(capsys: pytest.CaptureFixture[str]) -> None:
-    """Though a trial of the space alone learns from it."""
-    space = "finetune.objective=standard,distill; prune.ratio=0.25:0.5:0.25"
-    shutil.copy("model.pt", "one.pt")
-    first = arguments("--output", "two", "--teacher", "one.pt", space=space, trials=1, epochs=1)
-    assert tiny.run(*first, "-q") == cli.DONE
-    teacher = torch.load("model.pt", weights_only=True)
-    name = next(iter(teacher["state_dict"]))
-    teacher["state_dict"][name] = teacher["state_dict"][name] + 0.25
-    torch.save(teacher, "one.pt")
-    assert "the storage holds another study" in refused(capsys, *first, "-q")
-
-
-@pytest.mark.usefixtures("here")
-def test_settings_that_no_trial_uses_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    space = "finetune.objective=standard,trades; prune.ratio=0.25:0.5:0.25"
-    idle = ["--beta", "3", "--clean-share", "0.5", "--qat-from", "0.3", "--dry-run"]
-    assert tiny.run(*arguments(*idle, space=space)) == cli.DONE
-    said = capsys.readouterr().err
-    assert "the objective standard or trades makes no use of --clean-share" in said
-    assert "so --qat-from is ignored" in said and "--beta" not in said
-
-
-@pytest.mark.usefixtures("again")
 def test_force_removes_what_a_search_wrote_and_nothing_else() -> None:
     Path("search-out/thesis.tex").write_text("mine")
     Path("search-out/pictures").mkdir()
@@ -228,24 +142,6 @@ def test_force_removes_what_a_search_wrote_and_nothing_else() -> None:
     assert tiny.run(*arguments("--force", trials=1, epochs=0), "-q") == cli.DONE
     assert Path("search-out/thesis.tex").read_text() == "mine" and Path("search-out/pictures/one.png").is_file()
     assert len(front_of()["trials"]) == 1
-
-
-@pytest.mark.usefixtures("again")
-def test_force_spares_the_images_that_the_search_is_to_read(capsys: pytest.CaptureFixture[str]) -> None:
-    images = Path("search-out/data.npz")
-    shutil.copy("data.npz", images)
-    assert tiny.run(*arguments("--force", "--data", f"npz:{images}"), "-q") == cli.BAD_INPUT
-    assert "--force would remove what is to be read" in capsys.readouterr().err and images.is_file()
-
-
-@pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("flags", [(), ("--force",)])
-def test_a_settings_file_of_the_users_is_no_search(flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    Path("search-out").mkdir()
-    Path("search-out/search.yaml").write_text("prune:\n  ratio: 0.5\n")
-    assert tiny.run(*arguments(*flags, trials=1, epochs=0), "-q") == cli.BAD_INPUT
-    assert "no search wrote" in capsys.readouterr().err
-    assert Path("search-out/search.yaml").read_text() == "prune:\n  ratio: 0.5\n"
 
 
 @pytest.mark.usefixtures("here")
@@ -315,29 +211,6 @@ def test_machines_with_other_packages_do_not(monkeypatch: pytest.MonkeyPatch, tm
     with pytest.raises(ToolkitError, match="the storage holds another study") as caught:
         Study(*ort)
     assert "differs in: values that can be made" in caught.value.found
-
-
-def test_a_limit_that_a_search_has_not_is_refused() -> None:
-    config = fakes.config().model_copy(update={"gates": GateConfig(min_integer_coverage=0.9)})
-    with pytest.raises(ToolkitError, match="no limit on integer coverage") as caught:
-        search_module._check_flags(config)
-    assert "gates.min_integer_coverage 0.9" in caught.value.found
-
-
-@pytest.mark.usefixtures("here")
-def test_force_spares_a_search_that_is_under_way(capsys: pytest.CaptureFixture[str]) -> None:
-    kept = Path("search-out/study.sqlite")
-    with at_work(kept.parent):
-        kept.touch()
-        assert tiny.run(*arguments("--force", trials=1, epochs=0), "-q") == cli.BAD_INPUT
-    assert "a search that is under way" in capsys.readouterr().err and kept.is_file()
-
-
-@pytest.mark.usefixtures("here")
-def test_torchrun_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert tiny.run(*arguments(), "-q") == cli.BAD_INPUT
-    assert "start it without torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("again")
@@ -422,65 +295,6 @@ def test_a_dry_run_writes_nothing(
 # Bad input.
 
 
-def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
-    assert tiny.run(*command) == cli.BAD_INPUT
-    return " ".join(capsys.readouterr().err.replace("│", " ").split())
-
-
-@pytest.mark.parametrize(
-    ("more", "problem"),
-    [
-        (["--seeds", "1,2,1"], "--seeds has no usable value"),
-        (["--seeds", ","], "there is no seed"),
-        (["--space", "prune.ratio"], "is no NAME=LOW:HIGH:STEP"),
-        (["--space", "prune.ratio=0.5:0.1:0.1"], "0.5 is not below 0.1"),
-        (["--space", "prune.ratio=0.5,0.6;prune.ratio=0.7,0.8"], "each name once"),
-        (["--space", ";"], "--space has no usable value"),
-        (["--max-size", "little"], "--max-size has no usable value"),
-        (["--trials", "0"], "--trials has no usable value"),
-        (["--quick-attacks", "magic"], "unknown attack"),
-        (["--attacks", "magic"], "unknown attack"),
-        (["--space", "seed=1,2"], "the search cannot vary seed"),
-        (["--storage", "nonsense"], "the storage cannot be used"),
-        (["--space", "prune.ratio=0.01,0.02; precision=int8"], "no trial could be made"),
-        (["--round-to", "auto"], "would measure inside a measurement"),
-        (["--space", "prune.round_to=8,auto; prune.ratio=0.4,0.6"], "would measure inside a measurement"),
-        (["--address", "127.0.0.1:1"], "the Ray cluster cannot be reached"),
-        (["--space", "prune.ratoi=0.4,0.6"], "did you mean 'prune.ratio'?"),
-        (["--space", "finetune.objective=distill,none"], "distillation needs a teacher"),
-    ],
-)
-@pytest.mark.usefixtures("here")
-def test_what_is_refused(capsys: pytest.CaptureFixture[str], more: list[str], problem: str) -> None:
-    assert problem in refused(capsys, *arguments(epochs=0), *more)
-
-
-@pytest.mark.usefixtures("again")
-def test_a_storage_of_another_study(capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(capsys, *arguments(epochs=2))
-    assert "the storage holds another study" in message and "finetune" in message and "--study" in message
-
-
-@pytest.mark.usefixtures("here")
-def test_a_folder_of_something_else(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("mine").mkdir()
-    Path("mine/thesis.txt").write_text("years of work")
-    for more in ([], ["--force"]):
-        assert "the output is no folder of a search" in refused(capsys, *arguments("--output", "mine", *more))
-    assert Path("mine/thesis.txt").exists()
-
-
-@pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("storage", ["foo", "nosql:///x", "postgresql+nodriver://host/x"])
-def test_a_storage_that_cannot_be_is_told_by_the_plan(storage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "the storage cannot be used" in refused(capsys, *arguments("--storage", storage, "--dry-run"))
-
-
-@pytest.mark.usefixtures("here")
-def test_no_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no model is named" in refused(capsys, "search")
-
-
 def job(**changes: Any) -> Job:
     config = HardenConfig(
         model=ModelConfig(path=Path("model.pt")),
@@ -544,16 +358,6 @@ def test_two_studies_in_one_folder_are_kept_apart(capsys: pytest.CaptureFixture[
     assert tiny.run(*command, "--force", "-q") == cli.BAD_INPUT
     assert "--force would remove other studies" in capsys.readouterr().err
     assert first < {path.name for path in (output / "bundles").iterdir()}
-
-
-@pytest.mark.usefixtures("again")
-def test_a_refused_search_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = Path("search-out/search.yaml").read_bytes()
-    assert tiny.run(*arguments(epochs=2), "-q") == cli.BAD_INPUT
-    assert "the storage holds another study" in capsys.readouterr().err
-    assert Path("search-out/search.yaml").read_bytes() == settings
-    assert tiny.run(*arguments("--storage", "sqlite:////proc/none/a", "--output", "new"), "-q") == cli.BAD_INPUT
-    assert not Path("new").exists()
 
 
 @pytest.mark.usefixtures("here")
