@@ -9,7 +9,7 @@ graph, and behind every convolution a batch norm with the statistics of attacked
 What the norm of a filter is then is free, and decides how fast it learns; it gets the one at which gradient and weight
 decay are in balance at a rate of 0.1. `mean` is the mean of the weights of two networks of the same shape, statistics
 of batch norm included (Wortsman et al. 2022). `attack` counts preset `paper` on all test images, or the first `--n`:
-PGD made on the graph's twin, judged by ONNX Runtime, at the last step (as everywhere in the toolkit) and at any. Sums
+PGD made on the graph's twin, judged by ONNX Runtime, at the last step (as the toolkit's PGD) and at any. Sums
 are exact on any machine: the graph runs as it stands in the file.
 """
 
@@ -86,7 +86,7 @@ class Folded:
 def rebuild(path: Path, data: str) -> TorchModel:
     """The network of an integer graph that `harden` wrote of a ResNet-18 with half of its filters."""
     torch.manual_seed(0)
-    source, train = images(data)
+    source, train = training_part(data)
     spec = ModelSpec("resnet18", tuple(source.train.class_names), source.train.shape, NORMALIZATION, data)
     whole = Normalized(build_network("resnet18", len(spec.class_names), spec.input_shape), NORMALIZATION)
     model = prune(TorchModel(whole.eval(), spec), PruneConfig(ratio=0.5)).model
@@ -101,7 +101,7 @@ def rebuild(path: Path, data: str) -> TorchModel:
     batches = attacked_images(model, train)
     hooks = [layer.convolution.register_forward_hook(layer.observe) for layer in layers]
     with torch.inference_mode():
-        before = torch.cat([model.module(images) for images, _ in batches])
+        before = torch.cat([model.module(shown) for shown, _ in batches])
     for hook in hooks:
         hook.remove()
     for layer in layers:
@@ -110,7 +110,7 @@ def rebuild(path: Path, data: str) -> TorchModel:
     for layer, gradient in zip(layers, gradients, strict=True):
         layer.install((RATE_OVER_DECAY * gradient).sqrt().clamp(0.1, 2.0))
     with torch.inference_mode():
-        after = torch.cat([model.module(images) for images, _ in batches])
+        after = torch.cat([model.module(shown) for shown, _ in batches])
     print(f"logits differ by at most {float((after - before).abs().max()):.2g} from those with everything folded")
     return replace(model, training_hashes=np.unique(train.hashes))
 
@@ -140,7 +140,7 @@ def read(arrays: dict[str, np.ndarray], name: str) -> Tensor:
     return torch.from_numpy(codes * scale.reshape(-1, *[1] * (codes.ndim - 1)))
 
 
-def images(data: str) -> tuple[DataSource, Split]:
+def training_part(data: str) -> tuple[DataSource, Split]:
     """The data set, and its training part."""
     config = DataConfig(source=data)
     source = load_source(config)
