@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from toolkit.errors import ToolkitError
-from toolkit.progress import notice
+from toolkit.progress import notice, warn
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF}
+"""What flock gives where the file system knows no locks, or none of folders, as some shared disks."""
+_told: set[int] = set()
+"""Devices whose want of locks was told."""
 
 
 def take(path: Path, *, wait: bool = False, shared: bool = False) -> int | None:
     """Lock a folder, or a file, which is made if it is not there; `shared`: together with others who share it.
 
     Returns:
-        The open descriptor that holds the lock until it is closed; None on systems without such locks.
+        The open descriptor that holds the lock until it is closed; None on systems, and disks, without such locks.
 
     Raises:
         BlockingIOError: another process holds it, unless `wait`.
@@ -25,13 +31,28 @@ def take(path: Path, *, wait: bool = False, shared: bool = False) -> int | None:
         import fcntl
     except ImportError:  # Windows
         return None
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = _open(path)
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except BaseException:
+    except BaseException as error:
+        device = os.fstat(descriptor).st_dev
         os.close(descriptor)
-        raise
+        if not isinstance(error, OSError) or error.errno not in NO_LOCKS:
+            raise
+        if device not in _told:
+            _told.add(device)
+            warn(f"the disk of {path} knows no locks: let one process at a time work there")
+        return None
     return descriptor
+
+
+def _open(path: Path) -> int:
+    if path.is_dir():
+        return os.open(path, os.O_RDONLY)
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask: users may share a folder
+    except PermissionError:
+        return os.open(path, os.O_RDONLY)  # another user's, in a folder that both may write
 
 
 def give_back(descriptor: int | None) -> None:

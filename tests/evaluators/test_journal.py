@@ -114,6 +114,27 @@ def test_resuming_what_is_no_journal_is_refused(tmp_path: Path, content: bytes) 
     Journal(tmp_path / "a.sqlite", "run").close()
 
 
+@pytest.mark.parametrize("content", [None, b"no database, by no means" * 40, b"SQLite format 3\0" + b"x" * 2000])
+def test_what_cannot_be_continued_may_be_given_up(
+    tmp_path: Path, content: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.sqlite"
+    earlier = Journal(path, "another run")
+    earlier.put("key", flags(1))
+    earlier.close()
+    if content is not None:
+        path.write_bytes(content)
+    journal = Journal(path, "run", resume="or anew")
+    assert journal.get("key") is None
+    assert "cannot be continued, and begins anew" in capsys.readouterr().err
+    journal.put("key", flags(0))
+    journal.close()
+    again = Journal(path, "run", resume="or anew")
+    found = again.get("key")
+    assert found is not None and not found["deployed"][0]
+    again.close()
+
+
 def test_a_journal_that_cannot_be_made_costs_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     journal = Journal(tmp_path / "file" / "a.sqlite", "run")

@@ -128,5 +128,7 @@ def test_the_class_must_exist(tmp_path: Path, small_world: None, monkeypatch: py
 def test_too_few_images_of_the_class_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "embedded", lambda _experiment: {"a": Recipe("standard")})
     found = Runner(small.settings(tmp_path, "figure2", data={"source": "fashion-mnist", "evaluation": 20}))
-    found.run()
-    assert list(found.failed.values()) == ["too few images of the class Bag to lay out: 2 among 20 evaluation images"]
+    assert found.plan() == [], "nothing is trained for it"
+    why = "2 evaluation images of the class Bag, and a layout wants 4: raise --n or leave it away"
+    assert found.impossible() == [why]
+    assert documents(found)[0]["panels"][0]["embedding"]["missing"] == why

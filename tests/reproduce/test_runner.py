@@ -12,21 +12,23 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.reproduce import small
+from toolkit.artifacts import weights_digest
 from toolkit.attacks.deepfool import deepfool
 from toolkit.errors import ToolkitError
-from toolkit.reproduce import limits, paper, runner, workers
+from toolkit.reproduce import limits, paper, runner, store, workers
 from toolkit.reproduce import measure as measuring
 from toolkit.reproduce.document import documents
 from toolkit.reproduce.recipes import Recipe
 from toolkit.reproduce.render import render
 from toolkit.reproduce.runner import Runner
-from toolkit.reproduce.steps import MODEL, Step
+from toolkit.reproduce.steps import INTEGER_GRAPH, MODEL, Step
 from toolkit.reproduce.work import Bench
 from toolkit.training import loop
 
@@ -299,8 +301,58 @@ def test_times_are_known_without_networks(tmp_path: Path) -> None:
     assert all(row["runs"] for row in documents(again)[0]["panels"][0]["times"])
 
 
+def made_otherwise(work: Path) -> None:
+    """Change every network of a work folder as another machine might that makes it again."""
+    for path in work.glob(f"*/{MODEL}"):
+        content = torch.load(path, weights_only=True)
+        for value in content["state_dict"].values():
+            value.mul_(1.5)
+        torch.save(content, path)
+
+
+def told(work: Path) -> None:
+    """Let results tell of the networks that are there."""
+    for path in work.glob(f"*/{MODEL}"):
+        state = torch.load(path, weights_only=True)["state_dict"]
+        result = json.loads(path.with_name("result.json").read_text())
+        digest = weights_digest(SimpleNamespace(state_dict=lambda state=state: state))  # type: ignore[arg-type]
+        path.with_name("result.json").write_text(json.dumps({**result, store.WEIGHTS: digest}))
+
+
 @pytest.mark.usefixtures("small_world")
-def test_deepfool_that_was_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_is_not_the_one_of_its_result_is_refused(tmp_path: Path) -> None:
+    """As where folders that were filled apart are joined, one of them without its networks."""
+    tuned = Recipe("standard", 0.5, "standard")
+    small.fill(Runner(small.settings(tmp_path)), tuned)
+    made_otherwise(tmp_path)
+    found = Runner(small.settings(tmp_path, "table3"))
+    planner = found.panels[0].planners[0]
+    (step,) = found.store.missing(planner.measure(tuned, "pgd-pixel"))
+    assert found.panels[0].world is not None
+    assert not found._do(step, planner, found.panels[0].world)
+    assert "is not the one that its step's result tells of" in found.failed[step] and MODEL in found.failed[step]
+
+
+@pytest.mark.usefixtures("small_world")
+def test_a_graph_that_is_not_the_one_of_its_result_is_refused(tmp_path: Path) -> None:
+    real = replace(small.TUNED, form="integer")
+    small.fill(Runner(small.settings(tmp_path)), real)
+    (graph,) = tmp_path.glob(f"*/{INTEGER_GRAPH}")
+    assert not list(graph.parent.glob("unfinished*"))
+    graph.write_bytes(graph.read_bytes()[:1000])
+    found = Runner(small.settings(tmp_path))
+    planner = found.panels[0].planners[0]
+    (step,) = found.store.missing(planner.measure(real, "pgd-pixel"))
+    assert found.panels[0].world is not None
+    assert not found._do(step, planner, found.panels[0].world)
+    assert INTEGER_GRAPH in found.failed[step]
+
+
+@pytest.mark.parametrize("otherwise", [False, True])
+@pytest.mark.usefixtures("small_world")
+def test_deepfool_that_was_cut_goes_on_with_the_same_network_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, otherwise: bool
+) -> None:
     whole = small.fill(Runner(small.settings(tmp_path / "whole", attack_images=8)), small.TUNED, "deepfool-paper")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for path in (tmp_path / "cut").glob("*/step.json"):
@@ -318,6 +370,12 @@ def test_deepfool_that_was_cut_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(measuring, "deepfool", cut)
     with pytest.raises(KeyboardInterrupt):
         small.fill(Runner(small.settings(tmp_path / "cut", attack_images=8)), small.TUNED, "deepfool-paper")
+    if otherwise:
+        made_otherwise(tmp_path / "cut")
+        told(tmp_path / "cut")
     again = small.fill(Runner(small.settings(tmp_path / "cut", attack_images=8)), small.TUNED, "deepfool-paper")
-    assert seen == [3, 3, 2, 2], "the last batch alone is made again"
-    assert again["robust"] == whole["robust"]
+    if otherwise:
+        assert seen == [3, 3, 2, 3, 3, 2]
+    else:
+        assert seen == [3, 3, 2, 2], "the last batch alone is made again"
+        assert again["robust"] == whole["robust"]

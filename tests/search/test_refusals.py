@@ -44,12 +44,16 @@ def test_force_removes_nothing_for_want_of_a_cluster(capsys: pytest.CaptureFixtu
     assert tiny.entries(Path("search-out")) == before
 
 
+@pytest.mark.parametrize("varied", [False, True])
 @pytest.mark.usefixtures("again")
-def test_another_teacher_is_another_study(capsys: pytest.CaptureFixture[str]) -> None:
-    """Though a trial of the space alone learns from it."""
+def test_another_teacher_is_another_study(capsys: pytest.CaptureFixture[str], varied: bool) -> None:
+    """Though a trial of the space alone learns from it, or the space names it."""
     space = "finetune.objective=standard,distill; prune.ratio=0.25:0.5:0.25"
     shutil.copy("model.pt", "one.pt")
     first = arguments("--output", "two", "--teacher", "one.pt", space=space, trials=1, epochs=1)
+    if varied:
+        space += "; finetune.teacher=model.pt,one.pt"
+        first = arguments("--output", "two", space=space, trials=1, epochs=1)
     assert tiny.run(*first, "-q") == cli.DONE
     teacher = torch.load("model.pt", weights_only=True)
     name = next(iter(teacher["state_dict"]))

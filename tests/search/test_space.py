@@ -78,6 +78,13 @@ def test_rounding_in_training_means_nothing_for_a_float_graph() -> None:
     assert [space.config({"precision": name}).finetune.qat for name in ("float", "int8")] == [False, True]
 
 
+def test_what_is_written_beside_is_written_beside_a_float_graph_too() -> None:
+    base = config("precision=float,int8")
+    given = base.model_copy(update={"quantize": base.quantize.model_copy(update={"targets": ("cuda",)})})
+    space = Space(given, ANATOMY)
+    assert [space.config({"precision": name}).quantize.targets for name in ("float", "int8")] == [("cuda",)] * 2
+
+
 def test_what_cannot_be_made_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     def refuse(config: HardenConfig) -> None:
         if config.quantize.calibrate in ("mse", "percentile"):

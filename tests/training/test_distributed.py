@@ -133,6 +133,9 @@ def test_shared_norms_keep_names_and_parameters_and_are_plain_in_evaluation() ->
     plain = copy.deepcopy(made)
     before = dict(made.named_parameters())
     share_statistics(made, World(0, 2))
+    twice = nn.Sequential(plain[1], nn.ReLU(), plain[1])
+    share_statistics(twice, World(0, 2))
+    assert isinstance(twice[2], SharedBatchNorm) and twice[2] is twice[0], "one batch norm under two names"
     assert isinstance(made[1], SharedBatchNorm) and made.state_dict().keys() == plain.state_dict().keys()
     assert all(value is before[name] for name, value in made.named_parameters())
     torch.testing.assert_close(made(IMAGES), plain(IMAGES))

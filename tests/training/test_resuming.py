@@ -122,6 +122,15 @@ def test_another_run_cannot_be_resumed(
     assert "--resume" in caught.value.fix
 
 
+def test_another_start_of_the_attack_is_another_run(model: TorchModel, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"epochs": 1, "attack_schedule": "threat"})
+    from_zero = replace(PLAN, random_start=False)
+    found = run(model, config, checkpoint=tmp_path / "a.pt")
+    assert found.model.spec.training[-1]["attack"] == {"steps": 3, "step_size": 0.0125, "start": "uniform"}
+    with pytest.raises(ToolkitError, match="other settings, data or weights"):
+        train(model, TRAIN, VALIDATION, config, from_zero, seed=0, checkpoint=tmp_path / "a.pt", resume=True)
+
+
 @pytest.mark.parametrize("content", [b"", b"rubbish", None])
 def test_a_damaged_checkpoint_cannot_be_resumed(model: TorchModel, tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "a.pt"

@@ -7,7 +7,7 @@ import io
 import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from toolkit.errors import ToolkitError
 from toolkit.locks import give_back, take
 from toolkit.paths import cache_folder
-from toolkit.progress import warn
+from toolkit.progress import notice, warn
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 FINGERPRINT = "fingerprint"
@@ -36,13 +36,16 @@ class Journal:
     Args:
         path: the file; None: nothing is kept.
         fingerprint: names the run; entries of another run are never read.
-        resume: go on from what the file holds; otherwise it starts empty.
+        resume: go on from what the file holds; otherwise it starts empty. What is of another run, or damaged, is
+            refused, or with "or anew" given up.
 
     Raises:
         ToolkitError: another process has it open; with `resume`, the file is of another run or is no journal.
     """
 
-    def __init__(self, path: Path | None = None, fingerprint: str = "", *, resume: bool = False) -> None:
+    def __init__(
+        self, path: Path | None = None, fingerprint: str = "", *, resume: bool | Literal["or anew"] = False
+    ) -> None:
         self.path = path
         self._database: sqlite3.Connection | None = None
         self._lock: int | None = None
@@ -53,16 +56,29 @@ class Journal:
             self._take_alone(path)
             if not resume:
                 path.unlink(missing_ok=True)
-            self._database = _open(path)
-            self._check(fingerprint)
+            try:
+                self._begin(path, fingerprint, resume=bool(resume))
+            except ToolkitError as error:
+                if resume is True:
+                    raise
+                notice(f"{error.problem}, and begins anew: {error.found}")
+                self._leave()
+                path.unlink()
+                self._begin(path, fingerprint, resume=False)
         except ToolkitError:
             self.close()
             raise
         except (OSError, sqlite3.Error) as error:
-            if resume and isinstance(error, sqlite3.DatabaseError):
-                self.close()
-                raise self._unreadable(f"{path}: {error}") from error
             self._give_up(error)
+
+    def _begin(self, path: Path, fingerprint: str, *, resume: bool) -> None:
+        try:
+            self._database = _open(path)
+            self._check(fingerprint)
+        except sqlite3.DatabaseError as error:
+            if resume:
+                raise self._unreadable(f"{path}: {error}") from error
+            raise
 
     def _take_alone(self, path: Path) -> None:
         try:
@@ -96,9 +112,7 @@ class Journal:
 
     def close(self, *, discard: bool = False) -> None:
         """Close the file; with `discard` it is removed, because the run is finished."""
-        if self._database is not None:
-            self._database.close()
-            self._database = None
+        self._leave()
         if self.path is not None and self._lock is not None:
             with contextlib.suppress(OSError):
                 if discard:
@@ -106,6 +120,11 @@ class Journal:
                 self.path.with_suffix(".lock").unlink(missing_ok=True)
         give_back(self._lock)
         self._lock = None
+
+    def _leave(self) -> None:
+        if self._database is not None:
+            self._database.close()
+            self._database = None
 
     def _read(self, key: str) -> dict[str, npt.NDArray[Any]] | None:
         if self._database is None:

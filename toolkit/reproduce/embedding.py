@@ -5,7 +5,6 @@ The only module that imports scikit-learn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from toolkit.artifacts import Split, TorchModel
 from toolkit.attacks.pgd import pgd
 from toolkit.attacks.surrogate import Surrogate, resolve_precision
-from toolkit.errors import ToolkitError
 from toolkit.evaluators.fake_quantised import LAYERS
 from toolkit.progress import task
 from toolkit.reproduce.recipes import plan_of
@@ -34,7 +32,7 @@ MIN_IMAGES, MAX_IMAGES = 4, 500
 def do_embedding(step: Step, bench: Bench) -> dict[str, Any]:
     """Attack one class's images on every network, and lay out input and layers, clean and attacked images together."""
     settings = step.settings
-    split = _of_class(bench, settings["class"], settings["evaluation"][0])
+    split = _of_class(step, bench.splits.evaluation)
     layouts: dict[str, npt.NDArray[np.float32]] = {}
     accuracy: dict[str, list[int]] = {}
     names = list(settings["forms"])
@@ -49,26 +47,27 @@ def do_embedding(step: Step, bench: Bench) -> dict[str, Any]:
                 layouts[f"{name}|{layer}"] = _lay_out(values, settings["perplexity"], settings["seed"])
                 bar.advance()
     # numpy's stub takes a name that may be "allow_pickle" for that argument; these are "network|layer"
-    np.savez_compressed(bench.file(step, POINTS), **layouts)  # type: ignore[arg-type]
+    np.savez_compressed(bench.store.unfinished(step, POINTS), **layouts)  # type: ignore[arg-type]
     return {"images": len(split), "robust": accuracy, "layers": sorted({name.split("|")[1] for name in layouts})}
 
 
-def position_of(class_name: str, class_names: Sequence[str]) -> int | None:
-    """Which of the classes is meant, however it is written; None: none of them."""
-    names = [name.lower() for name in class_names]
-    return names.index(class_name.lower()) if class_name.lower() in names else None
+def lacking_class(step: Step, evaluation: Split) -> str | None:
+    """Why a step cannot lay out its class's images; None if it can."""
+    name = step.settings["class"]
+    if name.lower() not in map(str.lower, evaluation.images.class_names):
+        return f"the data set has no class {name}"
+    count = len(_of_class(step, evaluation))
+    if count < MIN_IMAGES:
+        found = f"{count} evaluation images of the class {name}"
+        return f"{found}, and a layout wants {MIN_IMAGES}: raise --n or leave it away"
+    return None
 
 
-def _of_class(bench: Bench, class_name: str, images: int) -> Split:
-    split = bench.splits.evaluation.first(images)
-    chosen = split.indices[split.labels == position_of(class_name, bench.world.source.train.class_names)]
-    if len(chosen) < MIN_IMAGES:
-        raise ToolkitError(
-            f"too few images of the class {class_name} to lay out",
-            found=f"{len(chosen)} among {len(split)} evaluation images",
-            fix=f"raise --n until {MIN_IMAGES} are among them, or leave it away",
-        )
-    return Split(split.images, chosen[:MAX_IMAGES])
+def _of_class(step: Step, evaluation: Split) -> Split:
+    """The images of the step's class, however that is written."""
+    split = evaluation.first(step.settings["evaluation"][0])
+    position = [name.lower() for name in split.images.class_names].index(step.settings["class"].lower())
+    return Split(split.images, split.indices[split.labels == position][:MAX_IMAGES])
 
 
 def _attack(model: TorchModel, split: Split, bench: Bench) -> tuple[Tensor, Tensor, int]:

@@ -23,7 +23,7 @@ from toolkit.evaluators.scoring import Judges, SurrogateName, TargetName, primar
 from toolkit.evaluators.surrogate import twin_model
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.progress import task
-from toolkit.reproduce.steps import INTEGER_GRAPH, Step
+from toolkit.reproduce.steps import Step
 from toolkit.reproduce.work import Bench, read_plan
 
 JOURNAL = "journal.sqlite"
@@ -44,7 +44,7 @@ def do_measuring(step: Step, bench: Bench) -> dict[str, Any]:
     assert plan is not None  # every measure has one
     split = bench.splits.evaluation.first(settings["evaluation"][0])
     surrogates, targets = _lineup(step, bench)
-    journal = Journal(bench.file(step, JOURNAL), step.digest, resume=True)
+    journal = Journal(bench.file(step, JOURNAL), _fingerprint(step, bench), resume="or anew")
     try:
         found = _attacked(step, bench, surrogates, targets, plan, split, journal)
     except BaseException:
@@ -52,6 +52,11 @@ def do_measuring(step: Step, bench: Bench) -> dict[str, Any]:
         raise
     journal.close(discard=True)
     return found
+
+
+def _fingerprint(step: Step, bench: Bench) -> str:
+    """Of the step and of the very networks: one that was made again may have come out otherwise."""
+    return "/".join([step.digest, *(str(bench.store.weights(parent)) for parent in step.parents)])
 
 
 def _attacked(
@@ -95,7 +100,7 @@ def _lineup(step: Step, bench: Bench) -> tuple[Surrogates, dict[TargetName, Pred
         return {"fake_quantised": simulated}, {"torch": simulated}
     if form == "qat":
         return {"fake_quantised": simulated, "float": bench.model(network)}, {"torch": simulated}
-    path = bench.file(step.parents[1], INTEGER_GRAPH)
+    path = bench.graph(step.parents[1])
     twin = twin_model(twin_of_session(path), bench.world.source.train.class_names)
     surrogates: Surrogates = {"twin": twin, "fake_quantised": simulated, "float": bench.model(network)}
     return surrogates, {"deployed": OnnxPredictor(OnnxModel(path, "deployed").path)}

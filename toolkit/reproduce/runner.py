@@ -147,7 +147,7 @@ class Runner:
 
         What one place needs makes others cheaper, so the order is found anew after each.
         """
-        waiting = [(place, world) for place, world in self._places if lacking(place.step, world.class_names) is None]
+        waiting = [item for item in self._places if lacking(item[0].step, item[0].planner.splits.evaluation) is None]
         needs = {place: self._missing(place) for place, _ in waiting}
 
         def cost(item: tuple[Place, World]) -> tuple[int, int, float]:
@@ -256,16 +256,16 @@ class Runner:
         """Why some cells cannot be filled here, each reason once."""
         reasons = {f"{panel.experiment.title}: {panel.missing}" for panel in self.panels if panel.missing}
         for panel in self.panels:
-            classes = panel.world.class_names if panel.world else ()
-            reasons |= {lacks for place in panel.places() if (lacks := lacking(place.step, classes))}
+            for place in panel.places():
+                reasons |= {lacks for lacks in [lacking(place.step, place.planner.splits.evaluation)] if lacks}
         return sorted(reasons)
 
     def reason(self, panel: Panel, step: Step | None) -> str:
         """Why a cell is empty."""
         if panel.missing:
             return panel.missing
-        assert step is not None and panel.world is not None  # every panel with a world has steps
-        lacks = lacking(step, panel.world.class_names)
+        assert step is not None and panel.planners  # every panel with a world has steps
+        lacks = lacking(step, next(iter(panel.planners.values())).splits.evaluation)
         if lacks:
             return lacks
         failed = next((self.failed[needed] for needed in step.walk() if needed in self.failed), None)

@@ -26,7 +26,7 @@ from toolkit.reproduce.steps import FILES, Step
 
 FORMAT = 1
 WEIGHTS = "weights_sha256"
-"""In the result of what makes a network: its digest."""
+"""In the result of what makes a network, or an integer graph: the digest of its weights, or of the file."""
 MARKER, LOCK = "reproduce.json", "lock"
 RESULT, STEP, SITTINGS = "result.json", "step.json", "sittings.json"
 TRAINING = "training.partial"
@@ -115,16 +115,19 @@ class Store:
         """Hold a step for the block, so that no other run does it meanwhile; False where another run holds it.
 
         The system lifts the claim of a run that died. Where it knows no such locks, every claim is granted.
+
+        Raises:
+            ToolkitError: the folder cannot be written.
         """
-        folder = self.folder(step)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder, descriptor, ours = self.folder(step), None, True
+        with self._usable():
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = take(folder / LOCK)
+            except BlockingIOError:
+                ours = False
         try:
-            descriptor = take(folder / LOCK)
-        except BlockingIOError:
-            yield False
-            return
-        try:
-            yield True
+            yield ours
         finally:
             give_back(descriptor)
 
@@ -192,13 +195,14 @@ class Store:
         for needed in step.walk():
             seen = (self.result(needed) or {}).get("made_from")
             if seen and any(
-                known is not None and known != self._weights(parent)
+                known is not None and known != self.weights(parent)
                 for known, parent in zip(seen, needed.parents, strict=True)
             ):
                 return True
         return False
 
-    def _weights(self, step: Step) -> str | None:
+    def weights(self, step: Step) -> str | None:
+        """Digest of the step's network, or graph; None where it makes none, or an older result does not tell."""
         found: str | None = (self.result(step) or {}).get(WEIGHTS)
         return found
 
@@ -211,7 +215,7 @@ class Store:
         facts = {"kind": step.kind, "label": step.label, "settings": step.settings}
         _write(folder / STEP, {**facts, "parents": [parent.digest for parent in step.parents]})
         machine = {"cpu": cpu_model(), "gpus": list(gpu_names()), "torch": version("torch")}
-        origins = {"made_from": [self._weights(parent) for parent in step.parents], "toolkit_version": __version__}
+        origins = {"made_from": [self.weights(parent) for parent in step.parents], "toolkit_version": __version__}
         _write(folder / RESULT, {**result, **origins, "spent": vars(sittings), "machine": machine})
         for name in (TRAINING, SITTINGS):  # if it is ever done again, that time counts from nothing
             (folder / name).unlink(missing_ok=True)

@@ -12,7 +12,9 @@ from torch import nn
 
 from toolkit.artifacts import ModelSpec, Normalized, Splits, TorchModel, weights_digest
 from toolkit.attacks.threat import PgdPlan, ThreatModel
+from toolkit.bundle import sha256
 from toolkit.config import ExportConfig, PruneConfig, QuantizeConfig, TrainConfig
+from toolkit.errors import ToolkitError
 from toolkit.evaluators.cost import integer_coverage
 from toolkit.evaluators.fake_quantised import RangeRecorder, fake_quantise
 from toolkit.exporters.onnx import export_onnx
@@ -42,9 +44,13 @@ class Bench:
     """The standard network, where the user brings it."""
 
     def model(self, step: Step) -> TorchModel:
-        """The network that came of a step."""
+        """The network that came of a step.
+
+        Raises:
+            ToolkitError: the file is damaged, or of another training, as where folders filled apart are joined.
+        """
         source = self.world.source
-        return assemble(
+        model = assemble(
             read_model_file(self.store.folder(step) / MODEL),
             arch=None,
             class_names=source.train.class_names,
@@ -52,6 +58,27 @@ class Bench:
             normalization=source.normalization_hint,
             dataset=source.name,
         )
+        self._check(step, MODEL, weights_digest(model.network))
+        return model
+
+    def graph(self, step: Step) -> Path:
+        """The integer graph that came of a step.
+
+        Raises:
+            ToolkitError: the file is of another run.
+        """
+        path = self.file(step, INTEGER_GRAPH)
+        self._check(step, INTEGER_GRAPH, sha256(path))
+        return path
+
+    def _check(self, step: Step, name: str, digest: str) -> None:
+        known = self.store.weights(step)
+        if known is not None and known != digest:
+            raise ToolkitError(
+                "a network in the work folder is not the one that its step's result tells of",
+                found=f"{self.file(step, name)}, {step.label}",
+                fix="remove this file; the network is then made again where it is needed",
+            )
 
     def simulated(self, step: Step, rounding: Mapping[str, Any]) -> TorchModel:
         """The same with weights and activations rounded, all of a tensor in one grid, as the paper simulates integers.
@@ -188,12 +215,13 @@ def do_integer(step: Step, bench: Bench) -> dict[str, Any]:
     model = bench.model(step.parents[0])
     fp32 = export_onnx(model, bench.file(step, FLOAT_GRAPH), ExportConfig())
     config = QuantizeConfig(int8=True, per_channel=step.settings["per_channel"], calibrate=step.settings["calibrate"])
-    path = bench.file(step, INTEGER_GRAPH)
+    path = bench.store.unfinished(step, INTEGER_GRAPH)
     quantize_int8(fp32, path, bench.splits.calibration, config, input_margin=bench.margin)
     coverage = integer_coverage(path)
     return {
+        WEIGHTS: sha256(path),
         "integer_coverage": coverage.share,
         "kernel_time_share_integer": coverage.kernel_time_share_integer,
-        "bytes": {name: bench.file(step, name).stat().st_size for name in (FLOAT_GRAPH, INTEGER_GRAPH)},
+        "bytes": {FLOAT_GRAPH: fp32.path.stat().st_size, INTEGER_GRAPH: path.stat().st_size},
         "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
     }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from toolkit.reproduce.embedding import do_embedding, position_of
+from toolkit.artifacts import Split
+from toolkit.reproduce.embedding import do_embedding, lacking_class
 from toolkit.reproduce.measure import do_measuring
 from toolkit.reproduce.steps import Kind, Step
 from toolkit.reproduce.work import Bench, do_integer, do_loading, do_pruning, do_training
@@ -23,12 +24,13 @@ WORKERS: Mapping[Kind, Worker] = {
 }
 
 
-def lacking(step: Step, class_names: Sequence[str]) -> str | None:
-    """Why the step cannot be done with images of these classes, whatever the machine; None if it can."""
-    shown = [needed.settings["class"] for needed in step.walk() if needed.kind == "embed"]
-    for name in shown:
-        if position_of(name, class_names) is None:
-            return f"the data set has no class {name}"
+def lacking(step: Step, evaluation: Split) -> str | None:
+    """Why the step cannot be done with these evaluation images, whatever the machine; None if it can."""
+    shown = [needed for needed in step.walk() if needed.kind == "embed"]
+    for embedding in shown:
+        lacks = lacking_class(embedding, evaluation)
+        if lacks is not None:
+            return lacks
     bits = [needed.settings["bits"] for needed in step.walk() if needed.kind == "qat"]
     if any(number < MIN_BITS for number in bits):
         return f"quantisation-aware training rounds to at least {MIN_BITS} bits"

@@ -57,29 +57,6 @@ def check_url(url: str) -> None:
         sqlalchemy.make_url(url).get_dialect().import_dbapi()
 
 
-def forget(url: str, name: str, ours: Callable[[optuna.Study], bool]) -> None:
-    """Remove a study from its storage, if it is there.
-
-    Args:
-        url: in SQLAlchemy's words.
-        name: of the study.
-        ours: whether a study of that name may be removed.
-
-    Raises:
-        ToolkitError: the storage cannot be used, or the study is somebody else's.
-    """
-    with storage_errors(url), contextlib.suppress(KeyError):
-        study = optuna.load_study(study_name=name, storage=url)
-        if ours(study):
-            optuna.delete_study(study_name=name, storage=url)
-            return
-        raise ToolkitError(
-            "--force does not remove another study",
-            found=f"study '{name}' in {without_password(url)}, of another network or another program",
-            fix="give this search another name with --study",
-        )
-
-
 def open_storage(
     url: str, gone: Callable[[optuna.Study, FrozenTrial], None], *, heartbeat_s: int, grace_s: int
 ) -> optuna.storages.RDBStorage:
@@ -137,6 +114,11 @@ def without_password(url: str) -> str:
     secret = {name: MASK for name, value in found.query.items() if SECRET.search(name) or ASSIGNED.search(str(value))}
     shown = found.update_query_dict(secret).render_as_string(hide_password=True)
     return shown.replace(urllib.parse.quote_plus(MASK), MASK)
+
+
+def file_url(path: Path) -> str:
+    """The URL of a file of SQLite, whatever characters its name has."""
+    return sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
 
 def is_sqlite(url: str) -> bool:

@@ -256,9 +256,9 @@ def _time(config: SearchRunConfig, laboratory: Laboratory, candidates: Sequence[
     files = {str(one.point.trial): one.folder / bundle.DEPLOYED for one in candidates}
     shape = laboratory.prepared.model.spec.input_shape
     pixels = some_pixels(config, laboratory.prepared.splits.evaluation)
-    with locked(stopwatch_lock()):
+    with laboratory.original() as original, locked(stopwatch_lock()):
         return benchmark(
-            {**files, ORIGINAL: laboratory.original.path},
+            {**files, ORIGINAL: original.path},
             how,
             shape,
             baseline=ORIGINAL,

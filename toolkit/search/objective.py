@@ -7,13 +7,13 @@ fine-tuning that was cut short goes on from there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import time
-import weakref
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -115,14 +115,22 @@ class Laboratory:
         self.attacks, self.folder = attacks, folder
         self._export = config.export.model_copy(update={"end_to_end": False})
         self._resolved = resolve(config, found)
-        self._scratch = Path(tempfile.mkdtemp(prefix="toolkit-search-"))
-        weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
         compose(attacks, classes=2, norm=config.threat.norm)
 
+    @contextlib.contextmanager
+    def original(self) -> Iterator[OnnxModel]:
+        """The network that came in, as the float graph that times refer to: a file, for the block alone, in a folder of
+        its own. Whoever ends a worker of a cluster lets it clear up nothing that it would keep for longer.
+        """
+        with tempfile.TemporaryDirectory(prefix="toolkit-search-") as folder:
+            path = Path(folder) / "original.onnx"
+            path.write_bytes(self._original)
+            yield OnnxModel(path, "fp32")
+
     @cached_property
-    def original(self) -> OnnxModel:
-        """The network that came in, as the float graph that times refer to."""
-        return export_onnx(self.prepared.model, self._scratch / "original.onnx", self._export)
+    def _original(self) -> bytes:
+        with tempfile.TemporaryDirectory(prefix="toolkit-search-") as folder:
+            return export_onnx(self.prepared.model, Path(folder) / "original.onnx", self._export).path.read_bytes()
 
     @cached_property
     def alone_ms(self) -> float:
@@ -131,9 +139,9 @@ class Laboratory:
         Trials are timed beside other workers' trainings, so that times of theirs say more as shares of the original's.
         """
         config, shape = self._resolved, self.prepared.model.spec.input_shape
-        files, how = {"original": self.original.path}, at_first_batch(timed(config))
-        pixels = some_pixels(config, self.prepared.splits.evaluation)
-        with locked(stopwatch_lock()):
+        how, pixels = at_first_batch(timed(config)), some_pixels(config, self.prepared.splits.evaluation)
+        with self.original() as original, locked(stopwatch_lock()):
+            files = {"original": original.path}
             rows = benchmark(files, how, shape, baseline="original", seed=config.seed, images=pixels)
         return rows[0].p50
 
@@ -146,7 +154,8 @@ class Laboratory:
         """Where the fine-tuning of a resolved configuration is kept, in the folder of the search."""
         parts = {"prune", "finetune", "seed", "threads", "threat", "data"}
         facts = {**config.model_dump(mode="json", include=parts), "weights": self.weights}
-        facts["data"].pop("evaluation")  # judges alone
+        for part in ("evaluation", "download"):  # judges alone; the way the images come here
+            del facts["data"][part]
         facts["images"] = [
             split.labelled_digest for split in (self.prepared.splits.train, self.prepared.splits.validation)
         ]
@@ -169,16 +178,15 @@ class Laboratory:
         watch = Stopwatch()
         with watch.stage("tune"):
             tuned = self._tune(config)
-        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
-            workspace = bundle.Workspace(Path(folder) / "bundle", Path(folder))
+        with self.original() as original:
+            folder = original.path.parent
+            workspace = bundle.Workspace(folder / "bundle", folder)
             workspace.files.mkdir()
-            graphs = write_graphs(
-                config, self.prepared, tuned.model, self.original, workspace, watch, learnt=tuned.learnt
-            )
+            graphs = write_graphs(config, self.prepared, tuned.model, original, workspace, watch, learnt=tuned.learnt)
             with watch.stage("evaluate"):
                 clean, robust = self._judge(config, tuned.model, graphs)
             with watch.stage("benchmark"):
-                row = self._time(config, graphs)
+                row = self._time(config, graphs, original)
             size = graphs.deployed.path.stat().st_size
             chosen = settled(config, graphs).quantize.model_dump(mode="json")
         ratio = Interval(row.ratio, row.ratio_low, row.ratio_high)
@@ -229,11 +237,11 @@ class Laboratory:
         found = evaluate_robustness(lineup.surrogates, targets, self.prepared.splits.evaluation, conditions)
         return found.clean["deployed"], found.worst_case["deployed"]
 
-    def _time(self, config: HardenConfig, graphs: Graphs) -> LatencyRow:
+    def _time(self, config: HardenConfig, graphs: Graphs, original: OnnxModel) -> LatencyRow:
         """At the first batch size, while no other search of this user on this machine is timing."""
         how = at_first_batch(timed(config))
         how = how.model_copy(update={"rounds": min(how.rounds, QUICK_ROUNDS)})
-        files = {"deployed": graphs.deployed.path, "original": self.original.path}
+        files = {"deployed": graphs.deployed.path, "original": original.path}
         pixels = some_pixels(config, self.prepared.splits.evaluation)
         with locked(stopwatch_lock()):
             rows = benchmark(

@@ -37,7 +37,7 @@ def at_work(folder: Path, anew: Callable[[], None] | None = None) -> Iterator[No
 def _shared(folder: Path, anew: Callable[[], None] | None) -> Iterator[None]:
     if anew is not None:
         try:
-            descriptor = _take(folder, shared=False)
+            descriptor = take(folder)
         except BlockingIOError as error:
             raise ToolkitError(
                 "--force would remove the files of a search that is under way",
@@ -48,22 +48,8 @@ def _shared(folder: Path, anew: Callable[[], None] | None) -> Iterator[None]:
             anew()
         finally:
             give_back(descriptor)
-    descriptor = _take(folder, shared=True)
+    descriptor = take(folder, wait=True, shared=True)  # once nobody is alone in it
     try:
         yield
     finally:
         give_back(descriptor)
-
-
-def _take(folder: Path, *, shared: bool) -> int | None:
-    """Hold the folder alone, at once, or together with others, once nobody is alone in it.
-
-    Raises:
-        BlockingIOError: others are there.
-    """
-    try:
-        return take(folder, wait=shared, shared=shared)
-    except BlockingIOError:
-        raise
-    except OSError:  # some shared disks know no locks of folders
-        return None

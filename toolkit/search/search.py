@@ -25,7 +25,7 @@ from toolkit.prepare import inputs_of, load_teacher, warn_of_unused
 from toolkit.progress import notice, warn
 from toolkit.pruning import find_groups
 from toolkit.search import cluster
-from toolkit.search.database import check_url, failures, forget, without_password
+from toolkit.search.database import check_url, failures, file_url, without_password
 from toolkit.search.executors import Executor, InProcess
 from toolkit.search.finals import BUNDLES, ORIGINS, full_evidence
 from toolkit.search.front import Limits
@@ -35,7 +35,7 @@ from toolkit.search.presence import at_work
 from toolkit.search.report import DATA, MARKDOWN, PICTURE, SearchResult, own_name, record, render_markdown
 from toolkit.search.runner import TRACES, Plan, excess_of, run_trials
 from toolkit.search.space import Anatomy, Space
-from toolkit.search.storage import IDENTITY, Study, same_network
+from toolkit.search.storage import Study, forget
 from toolkit.training.distributed import launched
 
 SETTINGS = "search.yaml"
@@ -54,8 +54,8 @@ class Search:
     laboratory: Laboratory
     bench: Workbench
     space: Space
-    teacher: str | None
-    """Names the network whose soft labels trials may learn."""
+    teachers: tuple[str, ...]
+    """Name the networks whose soft labels trials may learn."""
     threads: int | None
     """As the user gave them; workers of `config` have as many as this machine gives them."""
 
@@ -76,9 +76,9 @@ def search(config: SearchRunConfig, output: Path, *, force: bool = False) -> Sea
     """
     _refuse_torchrun()
     if force:
-        refuse_inputs(output, inputs_of(config))
+        refuse_inputs(output, (*inputs_of(config), *map(str, config.search.space.get("finetune.teacher", ()))))
     ready = prepare_search(config, output)
-    config, url = ready.config, config.search.storage or f"sqlite:///{output / STORAGE}"
+    config, url = ready.config, config.search.storage or file_url(output / STORAGE)
     identity = _identity(ready)
     anew = partial(_begin_anew, ready, url, identity) if force else None
     _ = ready.laboratory.alone_ms  # timed now, before there are workers
@@ -103,7 +103,7 @@ def _begin_anew(ready: Search, url: str, identity: Mapping[str, Any]) -> None:
     config = ready.config
     _keep_others(config, ready.output)
     if config.search.storage is not None:
-        forget(url, config.search.study, lambda known: same_network(known.user_attrs.get(IDENTITY, {}), identity))
+        forget(url, config.search.study, identity)
     _clear(ready.output, config.search.study)
 
 
@@ -164,7 +164,8 @@ def prepare_search(config: SearchRunConfig, output: Path) -> Search:
     bench = Workbench(str(Path.cwd()), str(output.absolute()), how.images, how.attacks)
     base = build(HardenConfig, first.model_dump(mode="json", exclude={"search"}))
     laboratory = Laboratory(base, output.absolute(), images=how.images, attacks=how.attacks)
-    layers = named_layers(load_onnx(laboratory.original.path), ["*"])
+    with laboratory.original() as original:
+        layers = named_layers(load_onnx(original.path), ["*"])
     groups = find_groups(laboratory.prepared.model) if how.per_group else ()
     space = Space(config, Anatomy(layers, groups), check_settings)
     check_settings(space.config(space.start()))
@@ -176,19 +177,23 @@ def prepare_search(config: SearchRunConfig, output: Path) -> Search:
         )
     )
     bench.adopt(laboratory, base)
-    return Search(config, output, laboratory, bench, space, _teacher(config, space, laboratory), threads)
+    return Search(config, output, laboratory, bench, space, _teachers(config, space, laboratory), threads)
 
 
-def _teacher(config: SearchRunConfig, space: Space, laboratory: Laboratory) -> str | None:
-    """Digest of the network that trials learn from; None if none does.
+def _teachers(config: SearchRunConfig, space: Space, laboratory: Laboratory) -> tuple[str, ...]:
+    """Digests of the networks that trials learn from.
 
     Raises:
         ToolkitError: there are to be such trials, and no usable teacher.
     """
     objectives, prepared = space.choices("finetune.objective"), laboratory.prepared
     tuning = config.finetune.model_copy(update={"objective": "distill"} if "distill" in objectives else {})
-    teacher = load_teacher(tuning, prepared.model.spec, prepared.splits, config.model)
-    return model_digest(teacher) if teacher else None
+    found = []
+    for path in space.choices("finetune.teacher"):
+        tuning = tuning.model_copy(update={"teacher": path and Path(path)})
+        teacher = load_teacher(tuning, prepared.model.spec, prepared.splits, config.model)
+        found += [model_digest(teacher)] if teacher else []
+    return tuple(found)
 
 
 def _check_flags(config: SearchRunConfig) -> None:
@@ -266,7 +271,8 @@ def _identity(ready: Search) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     for part in ("gates", "attack", "model"):
         del values[part]
-    values["data"].pop("evaluation")
+    for part in ("evaluation", "download"):  # of no account, or only the way the images come here
+        del values["data"][part]
     values["data"] = {**values["data"], "data_dir": None, "source": prepared.source.name.partition(":")[0]}
     values["finetune"].pop("teacher")
     values["benchmark"] = {name: values["benchmark"][name] for name in ("provider", "threads")}
@@ -282,7 +288,7 @@ def _identity(ready: Search) -> dict[str, Any]:
         "batch": config.benchmark.batches[0],
         "seeds": list(config.seeds),
         "weights": ready.laboratory.weights,
-        "teacher": ready.teacher,
+        "teachers": list(ready.teachers),
         "images of the data set": [
             split.labelled_digest for split in (prepared.splits.train, prepared.splits.validation)
         ],

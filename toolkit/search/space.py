@@ -229,7 +229,7 @@ def _canonical(config: HardenConfig) -> HardenConfig:
     update: dict[str, Any] = {}
     tuning = config.finetune
     if not config.quantize.int8:
-        update |= {"quantize": QuantizeConfig(int8=False), "allow_float": True}
+        update |= {"quantize": QuantizeConfig(int8=False, targets=config.quantize.targets), "allow_float": True}
     if config.prune.ratio == 0 and not any(config.prune.ratios.values()):
         update["prune"] = PruneConfig(ratio=0)
     if not config.quantize.int8 and tuning.qat:

@@ -32,6 +32,7 @@ from toolkit.search.database import (
     quiet,
     storage_errors,
     storage_lock,
+    without_password,
 )
 from toolkit.search.ownership import this_process, vanished
 from toolkit.search.sampler import SeededSampler
@@ -113,9 +114,10 @@ class Study:
         self._untried = Untried(space, seed)
         self._owner = {**this_process(), "study": uuid.uuid4().hex}
         # Optuna's making of a data base fails, and may fail for ever, where two make it at once
+        self._identity = json.loads(json.dumps(identity))
         with storage_errors(url), locked(storage_lock(url)):
             self._storage, self._study = patiently(lambda: self._open(url, name), seconds=OPENING_S)
-            self._check(name, identity)
+            self._check(name)
         if not self._trials():
             self._study.enqueue_trial(dict(space.start()), skip_if_exists=True)
         self._stop = threading.Event()
@@ -141,15 +143,21 @@ class Study:
         """End the heartbeat, and give back what is still held, as far as the storage takes it."""
         for number in tuple(self._held):
             # another process may have ended it, or the storage be gone
-            with contextlib.suppress(*FAILURES, optuna.exceptions.UpdateFinishedTrialError):
+            with contextlib.suppress(*FAILURES, optuna.exceptions.UpdateFinishedTrialError, ToolkitError):
                 self.release(number)
         self._stop.set()
         self._heart.join()
         self._storage.engine.dispose()
 
     def ask(self, wanted: int) -> Ticket | None:
-        """A trial that nobody has made or is making; None if `wanted` are made or under way, or none is left."""
+        """A trial that nobody has made or is making; None if `wanted` are made or under way, or none is left.
+
+        Raises:
+            ToolkitError: another process began the study anew.
+        """
         repeats = 0
+        if self._known() != self._identity:
+            raise _begun_anew(self._study.study_name)
         self.reap()
         while len(self._counted()) < wanted:
             over = repeats >= REPEATS or self._untried.is_exhausted(self._tried())
@@ -193,31 +201,39 @@ class Study:
         """
         trial = self._held[ticket.number]
         keep = partial(patiently, seconds=GRACE_S)  # it was dear
-        counted = keep(lambda: self._state(ticket.number)) == TrialState.RUNNING
-        if counted:
-            keep(lambda: trial.set_user_attr(RESULT, json.dumps(result)))
-            counted = keep(lambda: self._finish(ticket.number, [values[name] for name in DIRECTIONS]))
+        counted = keep(lambda: self._note(trial, RESULT, json.dumps(result)))
+        counted = counted and keep(lambda: self._finish(ticket.number, [values[name] for name in DIRECTIONS]))
         del self._held[ticket.number]
         return counted
 
     def refuse(self, ticket: Ticket, reason: str) -> bool:
         """Keep that a trial cannot be made, and why; it is not asked for again."""
         trial = self._held.pop(ticket.number)
-        if self._state(ticket.number) != TrialState.RUNNING:
-            return False
-        trial.set_user_attr(REASON, reason)
-        return self._finish(ticket.number, None)
+        return self._note(trial, REASON, reason) and self._finish(ticket.number, None)
 
     def release(self, number: int) -> None:
         """Give a trial back, to be made by whoever asks next."""
-        held, trial = self._held.pop(number, None), self._trial(number)
-        if held is not None:
-            held.set_user_attr(SKIPPED, "given back")  # or its last attempt would pass for a death
-        if self._finish(number, None):
+        held, trial = self._held.pop(number), self._trial(number)
+        # noted, or its last attempt would pass for a death
+        if self._note(held, SKIPPED, "given back") and self._finish(number, None):
             self._enqueue_again(trial, int(trial.user_attrs.get(ATTEMPT, 1)))
+
+    def _note(self, trial: optuna.Trial, name: str, text: str) -> bool:
+        """Write something down with a trial; False if this process holds it no more."""
+        known = next((other for other in self._trials() if other._trial_id == trial._trial_id), None)
+        # a study begun anew gives the same numbers, and in SQLite the same keys, to other trials
+        if known is None or known.state != TrialState.RUNNING or known.user_attrs.get(OWNER) != self._owner:
+            return False
+        try:
+            trial.set_user_attr(name, text)
+        except (KeyError, optuna.exceptions.UpdateFinishedTrialError):  # another process ended it at this moment
+            return False
+        return True
 
     def reap(self) -> None:
         """Release the trials of processes that died."""
+        for held in tuple(self._held.values()):  # however long this one stood still
+            self._storage.record_heartbeat(held._trial_id)
         with quiet():
             optuna.storages.fail_stale_trials(self._study)
         for trial in self._trials():
@@ -259,10 +275,9 @@ class Study:
                 found.setdefault(str(trial.user_attrs.get(DIGEST)), done)
         return tuple(found.values())
 
-    def _check(self, name: str, identity: Mapping[str, Any]) -> None:
+    def _check(self, name: str) -> None:
         """Claim a fresh study, or see that this one is the same search."""
-        ours = json.loads(json.dumps(identity))
-        theirs = self._study.user_attrs.get(IDENTITY)
+        ours, theirs = self._identity, self._known()
         same = [one.name.lower() for one in self._study.directions] == list(DIRECTIONS.values())
         if same and theirs is None and not self._trials():
             self._study.set_user_attr(IDENTITY, ours)
@@ -286,7 +301,17 @@ class Study:
                     notice(f"the storage did not take a heartbeat: {type(error).__name__}")
 
     def _trials(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
+        try:
+            return self._study.get_trials(deepcopy=False)
+        except KeyError as error:
+            raise _begun_anew(self._study.study_name) from error
+
+    def _known(self) -> Any:
+        """Whose the storage says that the study is."""
+        try:
+            return self._study.user_attrs.get(IDENTITY)
+        except KeyError as error:
+            raise _begun_anew(self._study.study_name) from error
 
     def _counted(self) -> list[FrozenTrial]:
         """Trials that are made, under way, or impossible; neither skipped nor asked again."""
@@ -302,9 +327,6 @@ class Study:
         if known is None and set(trial.params) == set(self._distributions):
             return digest(self._space.config(trial.params))
         return None if known is None else str(known)
-
-    def _state(self, number: int) -> TrialState:
-        return self._trial(number).state
 
     def _trial(self, number: int) -> FrozenTrial:
         return next(trial for trial in self._trials() if trial.number == number)
@@ -347,6 +369,47 @@ class Study:
             return False
         self._study.enqueue_trial(dict(point))
         return True
+
+
+def _begun_anew(name: str) -> ToolkitError:
+    return ToolkitError(
+        "the study was begun anew during this search",
+        found=f"study '{name}' is another now, or removed: a search with --force on the same storage",
+        fix="give this search a name of its own with --study, or the same arguments as that one",
+    )
+
+
+def forget(url: str, name: str, identity: Mapping[str, Any]) -> None:
+    """Remove a search on the network of `identity` from its storage, if it is there.
+
+    Raises:
+        ToolkitError: the storage cannot be used, or the study of that name is somebody else's, or under way.
+    """
+    with storage_errors(url), contextlib.suppress(KeyError):
+        storage = open_storage(url, lambda _study, _trial: None, heartbeat_s=HEARTBEAT_S, grace_s=GRACE_S)
+        study = optuna.load_study(study_name=name, storage=storage)
+        if not same_network(study.user_attrs.get(IDENTITY, {}), identity):
+            raise ToolkitError(
+                "--force does not remove another study",
+                found=f"study '{name}' in {without_password(url)}, of another network or another program",
+                fix="give this search another name with --study",
+            )
+        if _is_under_way(study):
+            raise ToolkitError(
+                "--force would remove the trials of a search that is under way",
+                found=f"another process makes trials of study '{name}' in {without_password(url)}",
+                fix="wait for it, or end it first; without --force both share the trials",
+            )
+        optuna.delete_study(study_name=name, storage=storage)
+
+
+def _is_under_way(study: optuna.Study) -> bool:
+    """Whether a living process makes a trial, as far as can be told from here."""
+    with quiet():
+        optuna.storages.fail_stale_trials(study)
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    owners = [trial.user_attrs[OWNER] for trial in running if OWNER in trial.user_attrs]
+    return any(not vanished(owner) for owner in owners)
 
 
 def same_network(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:

@@ -33,6 +33,10 @@ class TrainingAttack:
     start: Literal["uniform", "normal", "zero"] = "uniform"
     """Uniform in the ball, normal with the standard deviation `NEAR` times eps, or the image itself."""
 
+    def record(self) -> dict[str, object]:
+        """How it ascends, as plain data; the threat model aside."""
+        return {"steps": self.steps, "step_size": self.step_size, "start": self.start}
+
     @classmethod
     def multi_step(
         cls, threat: ThreatModel, steps: int, start: Literal["uniform", "normal"] = "uniform"

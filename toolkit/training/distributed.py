@@ -152,9 +152,12 @@ def share_statistics(module: nn.Module, world: World) -> None:
     """
     if world.size == 1:
         return
-    for name, inner in list(module.named_modules()):
+    shared: dict[nn.Module, SharedBatchNorm] = {}
+    for name, inner in list(module.named_modules(remove_duplicate=False)):  # one may be called by several names
         if type(inner) in PLAIN and name:
-            module.set_submodule(name, SharedBatchNorm(cast("_BatchNorm", inner)))
+            if inner not in shared:
+                shared[inner] = SharedBatchNorm(cast("_BatchNorm", inner))
+            module.set_submodule(name, shared[inner])
         elif isinstance(inner, _BatchNorm) and not isinstance(inner, SharedBatchNorm):
             raise ToolkitError(
                 "a batch norm of this network cannot share its statistics among processes",
