@@ -20,7 +20,7 @@ from tests import strangers, tiny
 from tests.tiny import World, entries
 from toolkit import cli
 from toolkit.evaluators import worst_case
-from toolkit.exporters.onnx import write_metadata
+from toolkit.exporters.onnx import read_metadata, write_metadata
 from toolkit.reports.schema import AttackReport
 
 EPS = 0.12
@@ -396,6 +396,49 @@ def test_bad_input(
     before = entries(here)
     assert words in refused(capsys, *arguments)
     assert [name for name in entries(here) if name != "__pycache__"] == before
+
+
+def test_users_images_that_a_file_names_are_told_and_looked_at(out: Path, here: Path, capsys: Capture) -> None:
+    """What lies there under the same name may be something else."""
+    assert read_metadata(out / "model.onnx")["dataset"] == "npz:data.npz"
+    assert tiny.run("attack", out / "model.onnx", *QUICK, *PGD) == cli.DONE
+    told = " ".join(capsys.readouterr().err.split())
+    assert "npz:data.npz in the working folder" in told and "does not look like" not in told
+    archive = dict(np.load("data.npz"))
+    np.savez(here / "data.npz", **{name: 255 - part if "x" in name else part for name, part in archive.items()})
+    tiny.run("attack", out / "model.onnx", *QUICK, *PGD, "-q")
+    assert "does not look like" in capsys.readouterr().err
+    (here / "data.npz").unlink()
+    assert "doesnotsaywhatdataset" in refused(capsys, out / "model.onnx", *QUICK)
+    assert tiny.run("quantize", out / "model.fp32.onnx", "--output", "int8.onnx", "-q") == cli.BAD_INPUT
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("class_names", "no JSON"),
+        ("class_names", "5"),
+        ("normalization", "{}"),
+        ("normalization", '{"mean": "a", "std": [1]}'),
+        ("threat_model", "[]"),
+        ("threat_model", '{"preset": "pixel", "norm": "linf", "eps": -1}'),
+        ("pixel_statistics", '{"mean": [0.5]}'),
+    ],
+)
+def test_damaged_words_of_our_own_file(key: str, text: str, out: Path, here: Path, capsys: Capture) -> None:
+    graph = onnx.load(out / "model.fp32.onnx")
+    for entry in graph.metadata_props:
+        if entry.key == key:
+            entry.value = text
+    onnx.save(graph, here / "damaged.onnx")
+    capsys.readouterr()
+    for command in ("attack", "quantize"):
+        if (command, key) in {("attack", "pixel_statistics"), ("quantize", "class_names")}:
+            continue  # it does not look at that
+        output = ("--output", "int8.onnx") if command == "quantize" else QUICK
+        assert tiny.run(command, "damaged.onnx", *DATA, *output, "-q") == cli.BAD_INPUT
+        captured = said(capsys.readouterr().err)
+        assert f"metadata{key}" in captured and "damaged" in captured
 
 
 def test_a_bundle_whose_graph_was_changed_is_attacked_with_a_warning(out: Path, capsys: Capture) -> None:

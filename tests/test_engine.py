@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,15 @@ def test_quantize_takes_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None
         found = json.loads(capsys.readouterr().out)
         assert (found["engine"], found["integer_coverage"]) == (name, 1.0)
         assert read_metadata(Path(f"{engine}.onnx"))["dataset"] == "npz"
+
+
+@pytest.mark.usefixtures("here")
+def test_it_works_in_a_process_that_has_not_seen_the_engine_before_its_first_export() -> None:
+    """Here, what tests imported has registered the engine's operators with torch long ago."""
+    command = ("quantize", "model.pt", "--data", "npz:data.npz", "--engine", "inc", "--threads", "1", "-q")
+    run = subprocess.run([sys.executable, "-m", "toolkit", *command, "--json"], capture_output=True, text=True)
+    assert run.returncode == cli.DONE, run.stderr
+    assert json.loads(run.stdout)["integer_coverage"] == 1.0
 
 
 def test_quantize_says_that_a_file_alone_is_not_enough(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

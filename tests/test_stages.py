@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,23 @@ def test_bad_input_leaves_nothing(
     said = "".join(line.strip("│ ").replace(" ", "") for line in captured.err.splitlines())
     assert all(word.replace(" ", "") in said for word in words), captured.err
     assert [name for name in entries(here) if name != "__pycache__"] == before
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_what_is_read_is_never_replaced(
+    force: tuple[str, ...], out: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(out / "model.fp32.onnx", here / "model.onnx")  # where quantize writes unless told otherwise
+    before = {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()}
+    for command in (
+        ("quantize", "model.onnx", *DATA),
+        ("export", "model.pt", *DATA, "--output", "model.pt"),
+        ("prune", "model.pt", *DATA, "--output", "model.pt"),
+        ("prune", "model.pt", *DATA, "--output", "data.npz"),
+    ):
+        assert tiny.run(*command, *force, "-q") == cli.BAD_INPUT
+        assert "would remove what is to be read" in " ".join(capsys.readouterr().err.split())
+    assert all((here / name).read_bytes() == content for name, content in before.items())
 
 
 @pytest.mark.usefixtures("here")

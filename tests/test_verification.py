@@ -136,6 +136,20 @@ def test_time_fails_where_the_graph_is_slower_and_faster_was_claimed(
         assert found["model.onnx", "time, batch 1"][0] is passed
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.fp32.onnx", "model.pt"])
+def test_a_file_that_does_not_run_here_fails(name: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As under an older runtime: nothing that was claimed of it holds."""
+    (out / name).write_bytes(b"of another version")
+    rewrite(out, lambda _: None)
+    found = claims(capsys, code=cli.BAD_INPUT)
+    assert {key for key, (passed, _) in found.items() if not passed} == {(name, "runs here")}
+
+
+@pytest.mark.usefixtures("timed", "out")
+def test_another_seed_chooses_no_other_images_for_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert all(passed is not False for passed, _ in claims(capsys, "--seed", "3", "--attacks", "pgd").values())
+
+
 @pytest.mark.usefixtures("out", "timed")
 def test_other_images_are_told_from_those_of_the_report(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive = dict(np.load("data.npz"))

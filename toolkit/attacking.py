@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from toolkit.artifacts import ModelSpec, Normalization, Splits, TorchModel
 from toolkit.attacks.ensemble import compose
 from toolkit.attacks.threat import PgdPlan, resolve_plan
 from toolkit.config import AttackRunConfig, HardenConfig, PrecisionChoice, ThreatConfig, override_threat
+from toolkit.data.pixels import PixelStatistics, differences, statistics_in
 from toolkit.data.sources import DataSource, check_fits, load_source
 from toolkit.data.splits import make_splits
 from toolkit.errors import ToolkitError
@@ -30,6 +30,7 @@ from toolkit.exporters.session import OnnxPredictor
 from toolkit.file_threat import normalization_inside, threat_of_file
 from toolkit.input_form import refuse_wrong_input
 from toolkit.lineup import Lineup
+from toolkit.metadata import data_set_of, metadata_value
 from toolkit.prepare import channel_values, prepare, set_threads
 from toolkit.progress import warn
 from toolkit.reports.evidence import robust_accuracy, robustness_parts
@@ -187,8 +188,7 @@ def _of_file(config: AttackRunConfig, target: Path | None) -> _Scene:
         )
     threads = set_threads(config.threads)
     metadata = own_metadata(read_metadata(path))
-    known = metadata.get("dataset")
-    wanted = config.data.source or (known if known not in ("folder", "npz") else None)
+    wanted = config.data.source or data_set_of(metadata)
     if wanted is None:
         raise ToolkitError(
             "the file does not say what data set it is for",
@@ -204,6 +204,10 @@ def _of_file(config: AttackRunConfig, target: Path | None) -> _Scene:
     lineup = Lineup().with_deployed(path, names, interface=interface, input_shape=source.train.shape)
     plan = resolve_plan(threat_of_file(config.threat, metadata), source.threat_key)
     splits = make_splits(source, config.data, config.seed)
+    trained_on = statistics_in(metadata)
+    unlike = differences(PixelStatistics.of(splits.train), trained_on) if trained_on else ()
+    if config.data.source is None and unlike:
+        warn(f"{wanted} does not look like the images that the file was made for: {'; '.join(unlike)}")
     return _Scene(lineup, splits, source, plan, spec.normalization, "auto", threads)
 
 
@@ -223,7 +227,9 @@ def _outside_normalization(config: AttackRunConfig, metadata: Mapping[str, str])
 
 def _spec_of_file(path: Path, interface: GraphInterface, source: DataSource, metadata: Mapping[str, str]) -> ModelSpec:
     """What the file takes and gives, with the data's words where the file has none."""
-    names = tuple(json.loads(metadata["class_names"])) if "class_names" in metadata else source.train.class_names
+    names = source.train.class_names
+    if "class_names" in metadata:
+        names = metadata_value(metadata, "class_names", lambda own: tuple(map(str, own)))
     fits = all(size in (None, given) for size, given in zip(interface.input_shape, source.train.shape, strict=True))
     classes = _try_out(path, interface, source) if fits else interface.classes or len(names)
     if len(names) != classes:  # no names, or names of something else: numbers, so that the counts are compared

@@ -333,7 +333,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
         for entry in manifest["files"].values():
             entry["sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ToolkitError(
             "the manifest is damaged", found=f"{path}: {type(error).__name__}", fix="use another copy of the bundle"
         ) from error

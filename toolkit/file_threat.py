@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from toolkit.artifacts import Normalization, TorchModel
 from toolkit.attacks.planned import PlannedAttack
 from toolkit.attacks.threat import PgdPlan, resolve_plan
 from toolkit.config import ThreatConfig, override_threat
+from toolkit.data.pixels import normalization_of
 from toolkit.data.sources import DataSource
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.surrogate import build_twin, twin_model
+from toolkit.metadata import metadata_value
 from toolkit.progress import notice
 
 
@@ -21,17 +23,21 @@ def threat_of_file(given: ThreatConfig, metadata: Mapping[str, str]) -> ThreatCo
     """The threat model that the file was hardened against, with what the user set in its place."""
     if "threat_model" not in metadata:
         return given
-    own = json.loads(metadata["threat_model"])
-    base = {name: own[name] for name in ("preset", "norm", "eps")}
+    base = metadata_value(metadata, "threat_model", _threat)
     return ThreatConfig(**override_threat(base, {name: getattr(given, name) for name in given.model_fields_set}))
+
+
+def _threat(own: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: own[name] for name in ("preset", "norm", "eps")}
+    ThreatConfig(**found)
+    return found
 
 
 def normalization_inside(metadata: Mapping[str, str]) -> Normalization | None:
     """What the file does to pixels first; None: it does not say."""
     if "normalization" not in metadata:
         return None
-    inside = json.loads(metadata["normalization"])
-    return Normalization(tuple(inside["mean"]), tuple(inside["std"]))
+    return metadata_value(metadata, "normalization", normalization_of)
 
 
 def plan_of_file(given: ThreatConfig, metadata: Mapping[str, str], source: DataSource) -> PgdPlan | None:
@@ -40,8 +46,9 @@ def plan_of_file(given: ThreatConfig, metadata: Mapping[str, str], source: DataS
     Returns:
         None: none of them names a radius, and the user asked for nothing.
     """
+    threat = threat_of_file(given, metadata)
     try:
-        return resolve_plan(threat_of_file(given, metadata), source.threat_key)
+        return resolve_plan(threat, source.threat_key)
     except ToolkitError:
         if given.model_fields_set:
             raise

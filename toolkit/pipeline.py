@@ -24,9 +24,10 @@ from toolkit.evaluators.portability import JudgedImages, Portability, measure_po
 from toolkit.evaluators.robustness import evaluate_robustness
 from toolkit.evaluators.soundness import Check, alarms, end_to_end_differs
 from toolkit.exporters.admission import refuse_bits
+from toolkit.exporters.engine import float_layers
 from toolkit.exporters.engines import check_engine
 from toolkit.exporters.onnx import export_onnx, load_onnx, write_metadata
-from toolkit.exporters.precision import float_weights, named_layers
+from toolkit.exporters.precision import float_weights
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.exporters.target_kinds import chosen_targets
 from toolkit.graphs import Graphs, search_rounding, settled, some_pixels, timed, with_rounding, write_graphs
@@ -135,7 +136,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
             original = export_onnx(prepared.model, workspace.scratch("original.onnx"), config.export)
             OnnxPredictor(original.path, provider=config.benchmark.provider)
             if config.quantize.int8:
-                named_layers(load_onnx(original.path), config.quantize.keep_float)
+                float_layers(load_onnx(original.path), config.quantize, original.path)
         with watch.stage("finetune"):
             tuned = _finetune(config, prepared, pruned.model, teacher, workspace.training_checkpoint, resume=resume)
         graphs = write_graphs(config, prepared, tuned.model, original, workspace, watch, learnt=tuned.learnt)

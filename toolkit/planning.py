@@ -17,8 +17,8 @@ from toolkit.config import HardenConfig, QuantizeConfig
 from toolkit.evaluators.judge import images_of
 from toolkit.evaluators.portability import IMAGES
 from toolkit.evaluators.probes import PROBED_IMAGES, RADII, STEPS
+from toolkit.exporters.engine import float_layers
 from toolkit.exporters.onnx import export_onnx, load_onnx
-from toolkit.exporters.precision import named_layers
 from toolkit.graphs import with_rounding
 from toolkit.paths import refuse_inputs
 from toolkit.pipeline import BASELINE_IMAGES, check_settings, resolve
@@ -58,10 +58,10 @@ def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: 
     pruned = prune(prepared.model, with_rounding(config.prune, None))
     if config.finetune.qat:
         find_sites(pruned.model)
-    if config.quantize.int8 and config.quantize.keep_float:
+    if config.quantize.int8 and (config.quantize.keep_float or config.quantize.keep_float_here):
         with tempfile.TemporaryDirectory() as folder:
             path = export_onnx(prepared.model, Path(folder) / "float.onnx", config.export).path
-            named_layers(load_onnx(path), config.quantize.keep_float)
+            float_layers(load_onnx(path), config.quantize, path)
     gradient, forward = (seconds_per_image(model, config) for model in (prepared.model, pruned.model))
     tuning, evaluated = config.finetune, len(prepared.splits.evaluation)
     images = tuning.epochs * len(prepared.splits.train)

@@ -114,10 +114,11 @@ def prepare_attack(config: ModelRunConfig) -> PreparedAttack:
     return PreparedAttack(found.model, found.source, found.splits, found.threads, plan)
 
 
-def inputs_of(config: HardenConfig) -> tuple[str | Path | None, ...]:
-    """What a hardening reads: files and folders, and settings that may hold one."""
+def inputs_of(config: ModelRunConfig) -> tuple[str | Path | None, ...]:
+    """What a run reads: files and folders, and settings that may hold one."""
     model, data = config.model, config.data
-    return (model.path, model.arch, config.finetune.teacher, data.data_dir, data.source)
+    teacher = config.finetune.teacher if isinstance(config, HardenConfig) else None
+    return (model.path, model.arch, teacher, data.data_dir, data.source)
 
 
 def load_teacher(

@@ -46,12 +46,14 @@ from toolkit.exporters.target_kinds import chosen_targets, target_file
 from toolkit.file_threat import attack_on_float, normalization_inside, plan_of_file
 from toolkit.graphs import search_rounding, with_rounding
 from toolkit.input_form import refuse_wrong_input
+from toolkit.metadata import data_set_of
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import SHIPPED, check_outputs
 from toolkit.models.registry import build_network
 from toolkit.paths import refuse_inputs
 from toolkit.prepare import (
     describe,
+    inputs_of,
     load_teacher,
     prepare,
     resolved_quantize,
@@ -163,6 +165,7 @@ def _save(model: TorchModel, output: Path) -> None:
 
 def prune_file(config: ModelRunConfig, how: PruneConfig, output: Path, *, force: bool) -> PruningResult:
     """Prune a network and write it as a checkpoint; where widths are to be timed, with integer graphs."""
+    refuse_inputs(output, inputs_of(config))
     _refuse_existing(output, force=force)
     prepared = prepare(config)
     run = HardenConfig(**dict(config), prune=how, quantize=QuantizeConfig(int8=True))
@@ -176,6 +179,7 @@ def prune_file(config: ModelRunConfig, how: PruneConfig, output: Path, *, force:
 
 def export_file(config: ModelRunConfig, how: ExportConfig, output: Path, *, force: bool) -> Parity:
     """Export a network as a float ONNX file and measure its parity with torch on evaluation images."""
+    refuse_inputs(output, inputs_of(config))
     _refuse_existing(output, force=force)
     prepared = prepare(config)
     partial = output.with_name(f".{output.name}.tmp")
@@ -245,6 +249,7 @@ def quantize_file(
     kinds = chosen_targets(how)
     beside = {kind.name: output.with_name(target_file(output.name, kind)) for kind in kinds}
     for file in (output, *beside.values()):
+        refuse_inputs(file, (model.path, model.arch, data.data_dir, data.source))
         _refuse_existing(file, force=force)
     partial = output.with_name(f".{output.name}.tmp")
     with (
@@ -320,8 +325,7 @@ def _to_quantise(
     set_threads(threads)
     reference = OnnxPredictor(path)
     if data.source is None:
-        known = own_metadata(read_metadata(path)).get("dataset")
-        data = data.model_copy(update={"source": known if known and known not in ("folder", "npz") else None})
+        data = data.model_copy(update={"source": data_set_of(own_metadata(read_metadata(path)))})
     source = load_source(data)
     if reference.input_shape != source.train.shape and None not in reference.input_shape:
         raise ToolkitError(

@@ -20,12 +20,14 @@ from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import measure_accuracy
 from toolkit.evaluators.cost import integer_coverage
 from toolkit.exporters.session import OnnxPredictor
+from toolkit.models.loading import read_model_file
 from toolkit.prepare import prepare
 from toolkit.reports.schema import Report, Share
 from toolkit.stages import benchmark_files
 
 ATTACKED = 512
 """Images that are attacked where the user does not say how many."""
+FILES_TO_RUN = (bundle.DEPLOYED, bundle.FLOAT_TWIN, bundle.CHECKPOINT)
 ALLOWED = 0.005
 """By how much accuracy on the very same images may stay behind its claim: kernels of other machines round otherwise."""
 
@@ -70,11 +72,27 @@ def verify(config: AttackRunConfig, *, files_only: bool = False) -> Iterator[Cla
     if files_only:
         return
     saved = bundle.read_config(folder)
+    unusable = [claim for claim in map(_loads, (folder / name for name in FILES_TO_RUN)) if claim is not None]
+    yield from unusable
+    if unusable:
+        return
     yield from _measured(bundle.DEPLOYED, "integer layers", lambda: _coverage(folder, report, saved))
     named = config.data.source is not None
     yield from _measured(bundle.DEPLOYED, "accuracy", lambda: _accuracy(config, folder, report, saved), strict=named)
     yield from _measured(bundle.DEPLOYED, "time", lambda: _latency(config, folder, report, saved))
     yield from _measured(bundle.DEPLOYED, "robust accuracy", lambda: _robustness(config, report, saved))
+
+
+def _loads(path: Path) -> Claim | None:
+    """What keeps a file of the bundle from running here; None: nothing."""
+    try:
+        if path.name == bundle.CHECKPOINT:
+            read_model_file(path)
+        else:
+            OnnxPredictor(path)
+    except ToolkitError as error:
+        return Claim(path.name, "runs here", False, f"{error.problem}: {error.found}")
+    return None
 
 
 def _measured(file: str, claim: str, measure: Callable[[], list[Claim]], *, strict: bool = False) -> list[Claim]:
@@ -98,7 +116,8 @@ def _accuracy(config: AttackRunConfig, folder: Path, report: Report, saved: Hard
     """Of both graphs on the images of the report."""
     own = with_bundle_settings(config, folder, saved)
     data = own.data.model_copy(update={"evaluation": saved.data.evaluation})
-    prepared = prepare(ModelRunConfig(model=own.model, data=data, seed=own.seed, threads=config.threads))
+    # the seed that chose them, whatever seed the user gives to other choices
+    prepared = prepare(ModelRunConfig(model=own.model, data=data, seed=saved.seed, threads=config.threads))
     split, claimed = prepared.splits.evaluation, report.data.evaluation
     if split.digest != claimed.sha256:
         detail = f"other images: {len(split)} of {prepared.source.name}; the report is of {claimed.images}"

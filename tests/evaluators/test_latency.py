@@ -101,6 +101,11 @@ def test_a_busy_machine_is_said(
     assert "other processes took" in capsys.readouterr().err
 
 
+def test_a_batch_that_does_not_fit_into_memory_is_refused() -> None:
+    with pytest.raises(ToolkitError, match="does not fit into memory"):
+        latency._fill(np.zeros((1, 1, 28, 28), np.float32), 10**10, (1, 28, 28))
+
+
 def test_given_images_are_repeated_to_fill_the_batch() -> None:
     images = np.arange(2 * 4 * 8 * 8, dtype=np.float32).reshape(2, 4, 8, 8)
     filled = latency._fill(images, 5, (4, 8, 8))

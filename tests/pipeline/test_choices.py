@@ -84,8 +84,11 @@ def test_a_new_search_forgets_what_was_faster_on_another_machine(
     assert yaml.safe_load(Path("again/config.yaml").read_text())["quantize"]["keep_float_here"] == []
     settings["quantize"]["keep_float_here"] = ["node_of_another"]
     path.write_text(yaml.safe_dump(settings))
-    assert tiny.run("harden", "--config", str(path), "--output", "other", "-q") == cli.BAD_INPUT
-    assert "keep_float_here, which config.yaml has from another network" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr("toolkit.pipeline._finetune", lambda *_, **__: pytest.fail("it trained first"))
+    for how in ((), ("--dry-run",)):
+        assert tiny.run("harden", "--config", str(path), "--output", "other", *how, "-q") == cli.BAD_INPUT
+        words = " ".join(capsys.readouterr().err.split())
+        assert "keep_float_here, which config.yaml has from another network" in words
 
 
 def test_where_integers_do_not_pay_the_float_graph_ships_if_that_is_allowed(

@@ -109,7 +109,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     fix = "name a config.yaml as `toolkit harden` writes it into a bundle"
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ToolkitError(
             "the config file cannot be read", found=f"{path}: {type(error).__name__}", fix=fix
         ) from error

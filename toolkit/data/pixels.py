@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from toolkit.artifacts import Normalization, Split
+from toolkit.metadata import metadata_value
 
 IMAGES, BATCH = 500, 100
 """So many images, evenly spread over a set, stand for it; read so many at a time."""
@@ -88,13 +89,20 @@ def _rounded(value: Any) -> Any:
 def statistics_in(metadata: Mapping[str, str]) -> PixelStatistics | None:
     """What an ONNX file tells of the images that its network was trained on; None: nothing."""
     if METADATA in metadata:
-        values: dict[str, Any] = json.loads(metadata[METADATA])
-        held: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return PixelStatistics(**held)
+        return metadata_value(metadata, METADATA, _statistics)
     if "normalization" not in metadata:
         return None
-    known = json.loads(metadata["normalization"])
-    return PixelStatistics.of_normalization(Normalization(tuple(known["mean"]), tuple(known["std"])))
+    return PixelStatistics.of_normalization(metadata_value(metadata, "normalization", normalization_of))
+
+
+def _statistics(values: Mapping[str, Any]) -> PixelStatistics:
+    held: dict[str, Any] = {key: tuple(map(float, v)) if isinstance(v, list) else v for key, v in values.items()}
+    return PixelStatistics(**held)
+
+
+def normalization_of(entry: Mapping[str, Any]) -> Normalization:
+    """The normalisation in an ONNX file's entry."""
+    return Normalization(tuple(map(float, entry["mean"])), tuple(map(float, entry["std"])))
 
 
 def differences(found: PixelStatistics, wanted: PixelStatistics) -> tuple[str, ...]:

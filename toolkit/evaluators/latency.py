@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from toolkit.config import BenchmarkConfig
 from toolkit.errors import ToolkitError, unknown_name
@@ -312,5 +313,12 @@ def _fill(images: ImageArray, batch: int, shape: tuple[int, int, int]) -> ImageA
             "the images do not fit the benchmark",
             found=f"shape {images.shape}, wanted [n, {', '.join(map(str, shape))}]",
             fix="give at least one image of the network's input shape",
+        )
+    needed, available = 4 * batch * int(np.prod(shape)), psutil.virtual_memory().available
+    if needed > available:
+        raise ToolkitError(
+            "a batch does not fit into memory",
+            found=f"--batch {batch}: {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB are free",
+            fix="name smaller batches",
         )
     return np.ascontiguousarray(np.resize(images, (batch, *shape)), dtype=np.float32)

@@ -204,8 +204,9 @@ def _convert_anew(program: torch.export.ExportedProgram, opset: int) -> ModelPro
 def _one_registry() -> Iterator[None]:
     """Let exports share torch's table of operators, which it builds anew for each.
 
-    That is half a second, and of a small network 40 % of the export (torch 2.14). The table depends on the operator set
-    alone and is only read. Where a torch has no such method, nothing is done.
+    That is half a second, and of a small network 40 % of the export (torch 2.14). The table depends on the operator
+    set, and on the operators that torch knows at the time (importing torchao adds some), and is only read. Where a
+    torch has no such method, nothing is done.
     """
     try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -217,7 +218,10 @@ def _one_registry() -> Iterator[None]:
     if not isinstance(built, classmethod):
         yield
         return
-    table.from_torchlib = classmethod(lambda _class, *given, **how: _registry(built.__func__, table, *given, **how))
+    known = len(torch._C._dispatch_get_all_op_names())
+    table.from_torchlib = classmethod(
+        lambda _class, *given, **how: _registry(built.__func__, table, known, *given, **how)
+    )
     try:
         yield
     finally:
@@ -225,8 +229,8 @@ def _one_registry() -> Iterator[None]:
 
 
 @functools.cache
-def _registry(build: Callable[..., object], kind: Any, *given: int, **how: int) -> object:
-    """The table of one operator set."""
+def _registry(build: Callable[..., object], kind: Any, _known: int, *given: int, **how: int) -> object:
+    """The table of one operator set, while torch knows so many operators."""
     return build(kind, *given, **how)
 
 

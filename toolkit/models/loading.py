@@ -247,6 +247,12 @@ def assemble(
         network = build_network(spec.architecture, len(spec.class_names), spec.input_shape)
     network = network.float()
     for entry in spec.pruning:
+        if not isinstance(entry, Mapping) or "history" not in entry:
+            raise ToolkitError(
+                "the checkpoint is damaged",
+                found=f"{file.path}: its pruning is told as {str(entry)[:80]!r}",
+                fix="use another copy of it",
+            )
         network = replay(network, entry["history"], spec.input_shape)
     _load_state(network, file.state, file.path, spec.architecture)
     module = Normalized(network, spec.normalization).eval()

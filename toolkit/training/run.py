@@ -365,6 +365,7 @@ class Run:
             "teacher_sha256": self.teacher and self.teacher.digest,
             "collapse": self.guard and self.guard.collapse,
             "rounding": self.rounding and self.rounding.record(),
+            "settings": config.model_dump(mode="json", exclude={"teacher"}),
         }
         seen = [self.original.training_hashes, self.train_split.hashes]
         hashes = np.unique(np.concatenate([*seen, *([self.teacher.training_hashes] if self.teacher else [])]))
