@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from tests.evaluators.defects import of_mean, threshold_file
 from tests.evaluators.greys import SIDE, Countdown, a_plan, conditions, flat_images, threshold
@@ -137,6 +138,19 @@ def test_an_evaluation_of_other_graphs_has_another_name(integer: Path, tmp_path:
     assert all("fake_quantised" in found.surrogates for found in calibrated)
     names = {found.fingerprint(SPLIT, HOW) for found in (line, *others, *calibrated)}
     assert len(names) == len(others) + len(calibrated) + 1
+
+
+def test_weights_in_a_file_of_their_own_count(tmp_path: Path) -> None:
+    names = []
+    for slope in (1.0, 1.5):
+        path = threshold_file(tmp_path / "apart.onnx", 0.5)
+        made = onnx.load(path)
+        for tensor in made.graph.initializer:
+            tensor.CopyFrom(numpy_helper.from_array(slope * numpy_helper.to_array(tensor), tensor.name))
+        onnx.save(made, path, save_as_external_data=True, location="apart.data", size_threshold=0)
+        names.append((path.read_bytes(), Lineup().with_deployed(path, NAMES).fingerprint(SPLIT, HOW)))
+        (tmp_path / "apart.data").unlink()
+    assert names[0][0] == names[1][0] and names[0][1] != names[1][1]
 
 
 def toy() -> Lineup:

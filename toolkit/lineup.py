@@ -22,6 +22,7 @@ from toolkit.evaluators.scoring import SurrogateName, TargetName
 from toolkit.evaluators.surrogate import Twin, UnconvertibleGraph, twin_model
 from toolkit.exporters.input_range import input_range
 from toolkit.exporters.interface import GraphInterface
+from toolkit.exporters.onnx import digest_with_weights
 from toolkit.exporters.session import OnnxPredictor, Provider
 from toolkit.progress import warn
 
@@ -126,7 +127,7 @@ class Lineup:
             "targets": {name: repr(getattr(target, "interface", None)) for name, target in self.targets.items()},
             "facts": self.facts,
             "journal": 2,  # its form
-            "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.files],
+            "files": [digest_with_weights(path) for path in self.files],
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for name, model in self.surrogates.items():

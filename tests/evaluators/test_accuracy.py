@@ -45,4 +45,4 @@ def test_logits_that_are_no_numbers_are_wrong() -> None:
             return logits
 
     flags = correct(Broken(), torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64))
-    assert flags.tolist() == [False, False, False, True]
+    assert flags.tolist() == [False, False, True, True], "another class may be impossible"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import nn
 
 from tests.exporters.small import CIFAR, GREY, pictures, tiny, wrap
@@ -32,6 +33,7 @@ from toolkit.exporters.session import OnnxPredictor
 
 from .test_fidelity import Shifted
 
+AS_THEY_ARE = Normalization((0.0,) * 3, (1.0,) * 3)
 IMAGES = torch.rand(6, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 SMALL = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -136,6 +138,92 @@ def test_probabilities_have_their_logits_in_the_twin(tmp_path: Path) -> None:
     torch.testing.assert_close(logits, IMAGES.flatten(1) @ torch.from_numpy(weights(108, 5)))
     torch.testing.assert_close(logits.log_softmax(1), predictor.predict(IMAGES))
     assert measure_fidelity(twin, predictor, [IMAGES]).relative < 1e-5
+
+
+def test_sigmoids_have_their_logits_in_the_twin(tmp_path: Path) -> None:
+    """Of networks that learnt one class against the rest: behind the Sigmoid nearly all gradients are lost."""
+    made = qdq_classifier(tail=False)
+    made.graph.node.append(node("Sigmoid", ["raw"], ["logits"]))
+    path = save(made, tmp_path / "q.onnx")
+    twin, plain = build_twin(path), build_twin(save(qdq_classifier(), tmp_path / "plain.onnx"))
+    assert read_interface(path).logits_name == "raw"
+    torch.testing.assert_close(twin.predict(IMAGES), plain.predict(IMAGES))
+    found = measure_fidelity(twin, OnnxPredictor(path, threads=1), [IMAGES])
+    assert found.valid and found.agreement_clean.value == 1.0
+
+
+def gradient(path: Path, images: torch.Tensor) -> torch.Tensor:
+    leaf = images.clone().requires_grad_(True)
+    build_twin(path).module(leaf).square().sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@pytest.mark.parametrize("front", [[], ["Sub", "Div"]], ids=["bare", "normalised"])
+def test_pixels_outside_of_the_input_quantiser_can_be_moved_back_in(front: list[str], tmp_path: Path) -> None:
+    """A range that leaves out the lightest pixels, as percentiles choose it."""
+    made = qdq_classifier(input_scale=0.6 / 255)
+    for number, operator in enumerate(front):
+        made.graph.node.insert(number, node(operator, [f"p{number}" if number else "image", "one"], [f"p{number + 1}"]))
+    made.graph.initializer.append(numpy_helper.from_array(f32(1.0), "one"))
+    if front:
+        quantiser = next(one for one in made.graph.node if one.op_type == "QuantizeLinear")
+        quantiser.input[0] = f"p{len(front)}"
+    found = gradient(save(made, tmp_path / "q.onnx"), IMAGES + bool(front))
+    outside = IMAGES > 0.65
+    assert outside.any() and bool((found[outside] != 0).float().mean() > 0.9)
+
+
+@pytest.mark.parametrize("operators", [["Round"], ["Floor"], ["Ceil"], ["Cast", "Cast"]], ids=lambda names: names[0])
+def test_steps_that_a_graph_takes_itself_are_straight_through(operators: list[str], tmp_path: Path) -> None:
+    """As files of networks do that learnt to be rounded, or that see fewer grey levels."""
+    nodes = [node("Mul", ["image", "levels"], ["p0"])]
+    for number, operator in enumerate(operators):
+        how: dict[str, Any] = {"to": (6, 1)[number]} if operator == "Cast" else {}
+        nodes.append(node(operator, [f"p{number}"], [f"p{number + 1}"], **how))
+    nodes += [node("Flatten", [f"p{len(operators)}"], ["flat"]), node("Gemm", ["flat", "w"], ["logits"], transB=1)]
+    path = save(model(nodes, {"levels": f32(7.3), "w": weights(5, 108)}), tmp_path / "r.onnx")
+    exact(path, IMAGES)
+    plain = [nodes[0], node("Flatten", ["p0"], ["flat"]), nodes[-1]]
+    smooth = save(model(plain, {"levels": f32(7.3), "w": weights(5, 108)}), tmp_path / "s.onnx")
+    leaf = IMAGES.clone().requires_grad_(True)
+    weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    found = [torch.autograd.grad((build_twin(one).module(leaf) * weight).sum(), leaf)[0] for one in (path, smooth)]
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_nodes_may_stand_in_any_order(tmp_path: Path) -> None:
+    """ONNX Runtime's own float16 converter appends its casts at the end."""
+    made = qdq_classifier()
+    nodes = list(made.graph.node)[::-1]
+    del made.graph.node[:]
+    made.graph.node.extend(nodes)
+    twin, plain = build_twin(save(made, tmp_path / "r.onnx")), build_twin(save(qdq_classifier(), tmp_path / "q.onnx"))
+    torch.testing.assert_close(twin.predict(IMAGES), plain.predict(IMAGES))
+
+
+def test_a_graph_that_breaks_the_twin_has_none(tmp_path: Path) -> None:
+    """Torch has no Resize that keeps a factor which makes no whole number of pixels."""
+    resize = node("Resize", ["image", "", "factors"], ["r"], mode="linear")
+    nodes = [resize, node("GlobalAveragePool", ["r"], ["g"]), node("Flatten", ["g"], ["logits"])]
+    path = save(model(nodes, {"factors": f32(1, 1, 1.3, 1.3)}), tmp_path / "r.onnx")
+    with pytest.raises(UnconvertibleGraph, match="cannot be made differentiable") as caught:
+        build_twin(path)
+    assert "no whole number of pixels" in caught.value.found
+
+
+def test_an_infinite_derivative_still_tells_the_way(tmp_path: Path) -> None:
+    """Of pixels that are corrected for gamma: at black it is infinite."""
+    nodes = [
+        node("Pow", ["image", "gamma"], ["p"]), node("Flatten", ["p"], ["flat"]),
+        node("Gemm", ["flat", "w"], ["logits"], transB=1),
+    ]  # fmt: skip
+    path = save(model(nodes, {"gamma": f32(0.45), "w": weights(5, 108)}), tmp_path / "g.onnx")
+    images = IMAGES.clone()
+    images[:, :, :2] = 0
+    surrogate = Surrogate(twin_model(build_twin(path)).module, AS_THEY_ARE, "float32", input_shape=(3, 6, 6))
+    found = surrogate.gradient(images, torch.zeros(6, dtype=torch.int64))
+    assert found.isfinite().all() and found.square().sum().isfinite() and (found[:, :, :2].abs() > 1e6).all()
 
 
 def test_normalisation_outside_the_file_moves_into_the_module(tmp_path: Path) -> None:

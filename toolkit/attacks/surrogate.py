@@ -17,6 +17,8 @@ from toolkit.artifacts import Normalization, Normalized
 from toolkit.attacks.folding import Pair, fold, write_folded
 from toolkit.attacks.forms import ATTACK_FORMS, Form, Precision, first_working
 
+LARGEST = 1e15
+"""A gradient is taken for at most that."""
 PROBED = 2
 """Images on which a network shows what it bears."""
 
@@ -156,7 +158,10 @@ class Surrogate:
         """
         images = images.to(self.device)
         form = self._form or self._find_form(images[:PROBED])
-        return self._differentiate(self._network, form, images, loss)
+        found = self._differentiate(self._network, form, images, loss)
+        # where a derivative is infinite, its sign still tells the way; sums of squares stay finite
+        found.gradient.nan_to_num_(0.0, LARGEST, -LARGEST).clamp_(-LARGEST, LARGEST)
+        return found
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits float32 [n, classes] in the surrogate's own precision; decides nothing that is reported."""

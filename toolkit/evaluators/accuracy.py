@@ -14,8 +14,12 @@ def correct(predictor: Predictor, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which logits [n, classes] name the class in labels [n], bool [n]; those that are not finite do not."""
-    return logits.argmax(dim=1).eq(labels) & logits.isfinite().all(dim=1)
+    """Which logits [n, classes] name the class in labels [n], bool [n]; NaN and infinity do not.
+
+    Another class may be impossible (minus infinity), as behind the logarithm of a Softmax.
+    """
+    highest = logits.max(dim=1)  # NaN, where there is one
+    return highest.indices.eq(labels) & highest.values.isfinite()
 
 
 def measure_accuracy(predictor: Predictor, split: Split) -> Proportion:

@@ -94,9 +94,14 @@ def build_twin(
     )
     try:
         network = read_network(model, entry, interface.logits_name, layers_in_float(path, model))
+        return _finish(_with_free_batch(network, shape), model, interface, shape)
     except UnconvertibleOperators as error:
         raise UnconvertibleGraph(path, error.operators) from error
-    return _finish(_with_free_batch(network, shape), model, interface, shape)
+    except ToolkitError:
+        raise
+    except Exception as error:  # whatever a stranger's graph breaks here costs its twin alone
+        reason = str(error).strip().splitlines()
+        raise UnconvertibleGraph(path, (f"{type(error).__name__}: {reason[0][:200] if reason else ''}",)) from error
 
 
 def _finish(network: TwinNetwork, model: ModelProto, interface: GraphInterface, shape: tuple[int, int, int]) -> Twin:
@@ -177,6 +182,8 @@ def measure_fidelity(
     normalise: Callable[[Tensor], Tensor] = nn.Identity()
     if isinstance(interface, GraphInterface) and interface.output == "probabilities":
         normalise = nn.LogSoftmax(dim=1)
+    if isinstance(interface, GraphInterface) and interface.output == "sigmoids":
+        normalise = nn.LogSigmoid()
     model = twin_model(twin) if isinstance(twin, Twin) else twin
     return compare(model, predictor, clean, attacked, normalise)
 

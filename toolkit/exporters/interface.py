@@ -19,7 +19,7 @@ from toolkit.exporters.qoperator import to_qdq
 
 Layout = Literal["NCHW", "NHWC"]
 InputType = Literal["float32", "float16", "uint8"]
-OutputKind = Literal["logits", "probabilities"]
+OutputKind = Literal["logits", "probabilities", "sigmoids"]
 
 INPUT_TYPES: dict[int, InputType] = {
     TensorProto.FLOAT: "float32",
@@ -46,7 +46,7 @@ class GraphInterface:
     """What the graph is given for a white pixel: 1, or 255 where it takes whole numbers."""
     output: OutputKind
     logits_name: str
-    """The value inside the graph that holds logits: what the last Softmax reads, else the output."""
+    """The value inside the graph that holds logits: what the last Softmax or Sigmoid reads, else the output."""
     classes: int | None
     """None: the file does not say; running one image does."""
     input_shape: tuple[int | None, int | None, int | None]
@@ -73,8 +73,10 @@ class GraphInterface:
         return (fed.permute(0, 2, 3, 1) if self.layout == "NHWC" else fed).contiguous()
 
     def logits(self, output: Tensor) -> Tensor:
-        """Logits float32 [n, classes] of the graph's output; of probabilities their logarithms."""
+        """Logits float32 [n, classes] of the graph's output; of probabilities logarithms, of sigmoids log-odds."""
         output = output.float()
+        if self.output == "sigmoids":
+            return torch.logit(output, eps=torch.finfo(torch.float32).eps / 2)
         return output.clamp_min(torch.finfo(torch.float32).tiny).log() if self.output == "probabilities" else output
 
 
@@ -100,7 +102,7 @@ def interface_of(model: ModelProto, name: str, *, normalization: Normalization |
     batch, *rest = sizes
     height_width_last = rest if layout == "NCHW" else [rest[2], rest[0], rest[1]]
     output, classes = _output(model, name)
-    logits = _before_softmax(model, output)
+    logits, kind = _before_squashing(model, output)
     dtype = INPUT_TYPES[image.type.tensor_type.elem_type]
     found = GraphInterface(
         input_name=image.name,
@@ -108,8 +110,8 @@ def interface_of(model: ModelProto, name: str, *, normalization: Normalization |
         layout=layout,
         dtype=dtype,
         pixel_scale=255.0 if dtype == "uint8" else 1.0,
-        output="logits" if logits is None else "probabilities",
-        logits_name=logits or output,
+        output=kind,
+        logits_name=logits,
         classes=classes,
         input_shape=(height_width_last[0], height_width_last[1], height_width_last[2]),
         batch=batch,
@@ -210,13 +212,17 @@ def _describe(item: ValueInfoProto) -> str:
     return f"{item.name}: {kind} {shape}"
 
 
-def _before_softmax(model: ModelProto, output: str) -> str | None:
-    """The input of the Softmax over classes that makes `output`; None if there is none."""
+def _before_squashing(model: ModelProto, output: str) -> tuple[str, OutputKind]:
+    """The input of the Softmax over classes, or of the Sigmoid, that makes `output`, else the output, and its kind."""
     producers = {name: node for node in model.graph.node for name in node.output}
     node = producers.get(output)
     while node is not None and node.op_type in TRANSPARENT:
         node = producers.get(node.input[0])
-    return str(node.input[0]) if node is not None and _is_softmax(node) else None
+    if node is not None and _is_softmax(node):
+        return str(node.input[0]), "probabilities"
+    if node is not None and node.op_type == "Sigmoid":
+        return str(node.input[0]), "sigmoids"
+    return output, "logits"
 
 
 def _is_softmax(node: NodeProto) -> bool:

@@ -130,6 +130,18 @@ def with_names(model: ModelProto) -> ModelProto:
     return copied
 
 
+def digest_with_weights(path: Path) -> str:
+    """SHA-256 over an ONNX file and the files beside it that hold its weights, if any do."""
+    digest = hashlib.sha256(path.read_bytes())
+    model = onnx.load(path, load_external_data=False)
+    named = {
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    for name in sorted(named):
+        digest.update(name.encode() + (path.parent / name).read_bytes())
+    return digest.hexdigest()
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata_props of an ONNX file, whoever wrote it."""
     return {entry.key: entry.value for entry in load_onnx(path).metadata_props}

@@ -24,6 +24,11 @@ ENDS: Mapping[int, tuple[float, float]] = {
 """Least and largest integer of the types that quantisers write."""
 ONNX_DOMAINS = ("", "ai.onnx")
 QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
+AFFINE = (
+    "Add", "Sub", "Mul", "Div", "Neg", "Identity", "Cast", "BatchNormalization", "Transpose", "Reshape", "Flatten",
+    "Squeeze", "Unsqueeze", "Slice", "Pad",
+)  # fmt: skip
+"""Operators that move, scale or shift pixels, where their other inputs are constants."""
 UNCERTAIN = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
 
 
@@ -61,6 +66,8 @@ class _Reader:
         self._scales: dict[str, Tensor] = {}
         """Scale of every activation that a DequantizeLinear with a constant scale gives."""
         self._missing: set[str] = set()
+        self._pixels = {entry.name}
+        """Values that are pixels, moved, scaled or shifted."""
 
     def network(self) -> TwinNetwork:
         steps = [step for step in map(self._read, self._nodes) if step is not None]
@@ -96,7 +103,12 @@ class _Reader:
         attributes = read_attributes(node)
         attributes["opset"] = self._opsets.get(node.domain, self._opsets.get("", 1))
         inputs = list(node.input)
+        pixels = [name for name in inputs if name in self._pixels]
+        if node.op_type in AFFINE and pixels and all(n in self._static or n in pixels or not n for n in inputs):
+            self._pixels.update(node.output)
         if node.op_type in QUANTISERS:
+            if node.op_type == "QuantizeLinear":
+                attributes["pixels"] = inputs[0] in self._pixels
             self._describe_quantiser(node, attributes, inputs)
         elif node.op_type in ("Conv", "Gemm") and node.domain in ONNX_DOMAINS:
             attributes["aligned"] = self._aligned(inputs)
@@ -147,16 +159,24 @@ class _Reader:
 
 
 def needed_nodes(model: ModelProto, output: str) -> list[NodeProto]:
-    """The nodes that lead to `output`, in the graph's order; local functions are written out."""
+    """The nodes that lead to `output`, each behind what it reads; local functions are written out.
+
+    Runtimes take nodes in any order, and some converters append theirs at the end.
+    """
     if model.functions:
         model = inliner.inline_local_functions(model)
-    wanted = {output}
-    chosen = []
-    for node in reversed(model.graph.node):
-        if wanted & set(node.output):
-            chosen.append(node)
-            wanted.update(node.input)
-    return chosen[::-1]
+    maker = {name: number for number, node in enumerate(model.graph.node) for name in node.output if name}
+    chosen: dict[int, None] = {}
+    waiting = [(maker[output], False)] if output in maker else []
+    while waiting:
+        number, ready = waiting.pop()
+        if ready:
+            chosen[number] = None
+        elif number not in chosen:
+            waiting.append((number, True))
+            reads = {maker[name] for name in model.graph.node[number].input if name in maker}
+            waiting += [(other, False) for other in sorted(reads, reverse=True) if other not in chosen]
+    return [model.graph.node[number] for number in chosen]
 
 
 def read_tensor(item: TensorProto) -> Tensor:

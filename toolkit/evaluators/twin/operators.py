@@ -36,6 +36,28 @@ def on_tensors(function: Function) -> Function:
     return multiplied_out
 
 
+class _Straight(torch.autograd.Function):
+    """A function of steps, with the gradient of the identity (Bengio et al. 2013)."""
+
+    @staticmethod
+    def forward(_: Any, value: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return function(value)
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def straight_through(function: Callable[[Tensor], Tensor]) -> Function:
+    """Let gradients through a function that has none of use; whole numbers it leaves alone."""
+
+    def stepped(value: Tensor) -> Tensor:
+        found: Tensor = _Straight.apply(value, function) if value.is_floating_point() else function(value)
+        return found
+
+    return stepped
+
+
 def fixed(function: Function) -> Builder:
     """An operator without attributes, on plain tensors."""
     wrapped = on_tensors(function)
@@ -96,19 +118,22 @@ def _swish(value: Tensor, *, alpha: float = 1.0) -> Tensor:
     return value * torch.sigmoid(alpha * value)
 
 
+SELU_ALPHA, SELU_GAMMA = 1.67326319217681884765625, 1.05070102214813232421875
 INTEGERS = {6: torch.int32, 7: torch.int64, 9: torch.bool}
 FLOATS = {1, 10, 11, 16}
 
 
 def _cast(value: Tensor, *, to: int) -> Tensor:
-    """Cast; floating tensors keep the twin's precision, and casts to narrow integers are straight-through."""
-    if to in INTEGERS:
-        return value.to(INTEGERS[to])
+    """Cast; floating tensors keep the twin's precision, and casts to integers are straight-through.
+
+    Integers that a gradient is wanted through stay floating: what follows computes the same with them.
+    """
     if to in FLOATS:
         return value if value.is_floating_point() else value.to(torch.float32)
-    if not value.is_floating_point():
-        return value
-    return value + (value.trunc() - value).detach()
+    if value.is_floating_point() and (to not in INTEGERS or (value.requires_grad and INTEGERS[to] != torch.bool)):
+        whole: Tensor = straight_through(torch.trunc)(value)
+        return whole
+    return value.to(INTEGERS[to]) if to in INTEGERS else value
 
 
 def _concat(*values: Any, axis: int) -> Any:
@@ -189,11 +214,19 @@ def _average_pool(attributes: Attributes) -> Function:
     return lambda value: Pooled(pool(value)) if isinstance(value, Scaled) else pool(value)
 
 
+def _selu(attributes: Attributes) -> Function:
+    return on_tensors(
+        lambda value: attributes.get("gamma", SELU_GAMMA) * functional.elu(value, attributes.get("alpha", SELU_ALPHA))
+    )
+
+
 def _resize(attributes: Attributes) -> Function:
     mode = attributes.get("mode", "nearest")
     coordinates = attributes.get("coordinate_transformation_mode", "half_pixel")
     nearest = mode == "nearest" and (coordinates, attributes.get("nearest_mode")) == ("asymmetric", "floor")
     smooth = mode in ("linear", "cubic") and coordinates in ("half_pixel", "pytorch_half_pixel", "align_corners")
+    if attributes.get("axes") is not None or attributes.get("exclude_outside"):
+        raise Unconvertible("axes, or without what is outside")
     if attributes.get("antialias") or not (nearest or smooth) or attributes.get("cubic_coeff_a", -0.75) != -0.75:
         raise Unconvertible(f"{mode}, {coordinates}, antialias={attributes.get('antialias', 0)}")
     return functools.partial(on_tensors(shapes.resize), mode=mode, coordinates=coordinates)
@@ -242,13 +275,13 @@ def _normalised_sum(*values: Any, **attributes: Any) -> Tensor:
     return layers.layer_normalization(total, scale, shift, epsilon=attributes.get("epsilon", 1e-12))
 
 
-QUANTISER = ("axis", "offset", "ends", "integer_kernel")
+QUANTISER = ("axis", "offset", "ends", "integer_kernel", "pixels")
 OPERATORS: Mapping[str, Builder] = {
     "Abs": fixed(torch.abs), "Add": lambda _: quantised.add, "And": fixed(torch.logical_and),
     "ArgMax": lambda a: on_tensors(lambda x: x.argmax(a.get("axis", 0), keepdim=bool(a.get("keepdims", 1)))),
     "AveragePool": _average_pool,
     "BatchNormalization": with_attributes(layers.batch_normalization, "epsilon"),
-    "Cast": with_attributes(_cast, "to"), "CastLike": lambda _: _unchanged, "Ceil": fixed(torch.ceil),
+    "Cast": with_attributes(_cast, "to"), "CastLike": lambda _: _unchanged, "Ceil": fixed(straight_through(torch.ceil)),
     "Celu": lambda a: on_tensors(functools.partial(functional.celu, alpha=a.get("alpha", 1.0))),
     "Clip": with_attributes(_clip, "min", "max", wrap=lambda function: function),
     "Concat": with_attributes(_concat, "axis", wrap=lambda function: function),
@@ -264,7 +297,7 @@ OPERATORS: Mapping[str, Builder] = {
     "Equal": fixed(torch.eq), "Erf": fixed(torch.erf), "Exp": fixed(torch.exp),
     "Expand": with_attributes(shapes.expand, wrap=moves),
     "Flatten": with_attributes(shapes.flatten, "axis", wrap=moves),
-    "Floor": fixed(torch.floor), "Gather": with_attributes(shapes.gather, "axis", wrap=moves),
+    "Floor": fixed(straight_through(torch.floor)), "Gather": with_attributes(shapes.gather, "axis", wrap=moves),
     "GatherElements": with_attributes(shapes.gather_elements, "axis"), "Gelu": _gelu, "Gemm": _gemm,
     "GlobalAveragePool": with_attributes(layers.global_average_pool, wrap=scales),
     "GlobalMaxPool": with_attributes(layers.global_max_pool, wrap=moves),
@@ -295,9 +328,9 @@ OPERATORS: Mapping[str, Builder] = {
     "ReduceSum": _reduce(torch.sum, homogeneous=True),
     "ReduceSumSquare": _reduce(lambda x, axes, keep: x.square().sum(axes, keep)),
     "Relu": lambda _: quantised.relu, "Reshape": with_attributes(shapes.reshape, "allowzero", wrap=moves),
-    "Resize": _resize, "Round": fixed(torch.round), "ScatterND": fixed(shapes.scatter_nd),
-    "Selu": fixed(functional.selu), "Shape": with_attributes(shapes.shape, "start", "end"),
-    "Sigmoid": fixed(torch.sigmoid), "Sign": fixed(torch.sign), "Sin": fixed(torch.sin),
+    "Resize": _resize, "Round": fixed(straight_through(torch.round)), "ScatterND": fixed(shapes.scatter_nd),
+    "Selu": _selu, "Shape": with_attributes(shapes.shape, "start", "end"),
+    "Sigmoid": fixed(torch.sigmoid), "Sign": fixed(straight_through(torch.sign)), "Sin": fixed(torch.sin),
     "Slice": with_attributes(shapes.slice_, "starts", "ends", "axes", wrap=moves),
     "Softmax": _softmax_of_integers, "Softplus": fixed(functional.softplus),
     "Softsign": fixed(functional.softsign), "SpaceToDepth": with_attributes(shapes.space_to_depth, "blocksize"),

@@ -37,6 +37,7 @@ def quantize(
     offset: float | None = None,
     ends: tuple[float, float] = (0.0, 255.0),
     integer_kernel: bool = True,
+    pixels: bool = False,
 ) -> Codes:
     """QuantizeLinear, straight-through.
 
@@ -48,6 +49,7 @@ def quantize(
         offset: the zero point, where it is a constant and the same for all channels.
         ends: of the integer type.
         integer_kernel: a sum or product in front of it is computed from integers.
+        pixels: nothing is in front of it but what moves or scales the image.
     """
     if isinstance(value, Pair) and integer_kernel and offset is not None and scale.numel() == 1:
         low, high = ends[0] - offset, ends[1] - offset
@@ -67,7 +69,7 @@ def quantize(
         if value.kernel is not None and step.ndim == 0 and ends[1] - ends[0] <= EIGHT_BITS:
             edge = functools.partial(settle_ties, kernel=value.kernel, step=step)
         return Codes(round_to_grid(values, value.scale / step, least, most, divide=False, edge=edge), point)
-    return Codes(round_to_grid(values, step, least, most, divide=True), point)
+    return Codes(round_to_grid(values, step, least, most, divide=True, pixels=pixels), point)
 
 
 def dequantize(

@@ -191,7 +191,10 @@ def resize(
         target = [int(size) for size in sizes.tolist()][2:]
     else:
         given = factors.tolist() if factors is not None else []
-        target = [math.floor(size * factor) for size, factor in zip(image.shape[2:], given[2:], strict=True)]
+        exact = [size * factor for size, factor in zip(image.shape[2:], given[2:], strict=True)]
+        target = [math.floor(size) for size in exact]
+        if target != exact:  # the runtime keeps the factor, torch has another that fits the size
+            raise ValueError(f"Resize by {given[2:]} of {list(image.shape[2:])} to no whole number of pixels")
     if mode == "nearest":
         return functional.interpolate(image, size=target, mode="nearest")
     corners = coordinates == "align_corners"

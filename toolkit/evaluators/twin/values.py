@@ -8,6 +8,7 @@ memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -100,12 +101,14 @@ class _Round(torch.autograd.Function):
     """round(x * factor), halves to even, clipped to [low, high]; its gradient is `factor` inside and 0 outside.
 
     The straight-through estimator (Bengio et al. 2013). Outside of the range the gradient must vanish: quantisers
-    absorb the ReLU in front of them, and their lower end is then the only non-linearity that the graph has.
+    absorb the ReLU in front of them, and their lower end is then the only non-linearity that the graph has. Of pixels
+    it must not: one just outside of a narrow range could not be moved back in.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, factor: Tensor, divide: bool, low: float, high: float, shift: float, edge: Edge
+        ctx: Any, values: Tensor, factor: Tensor, divide: bool, low: float, high: float, shift: float, edge: Edge,
+        pixels: bool,
     ) -> Tensor:  # fmt: skip
         position = values / factor if divide else values * factor
         if edge is not None:
@@ -113,28 +116,29 @@ class _Round(torch.autograd.Function):
         if shift:
             position += shift
         ctx.save_for_backward(position, factor)
-        ctx.divide, ctx.ends = divide, (low + shift - 0.5, high + shift + 0.5)
+        ctx.divide = divide
+        ctx.ends = (-math.inf, math.inf) if pixels else (low + shift - 0.5, high + shift + 0.5)
         return _clip_and_round(position, low, high, shift)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         position, factor = ctx.saved_tensors
         inside = torch.ops.aten.hardtanh_backward(gradients[0], position, *ctx.ends)
-        return inside.div_(factor) if ctx.divide else inside.mul_(factor), None, None, None, None, None, None
+        return inside.div_(factor) if ctx.divide else inside.mul_(factor), None, None, None, None, None, None, None
 
 
 class _RoundPerChannel(torch.autograd.Function):
     """`_Round` of positions that are computed already, with ends that are tensors."""
 
     @staticmethod
-    def forward(ctx: Any, position: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        ctx.save_for_backward((position >= low - 0.5) & (position <= high + 0.5))
+    def forward(ctx: Any, position: Tensor, low: Tensor, high: Tensor, pixels: bool) -> Tensor:
+        ctx.save_for_backward(((position >= low - 0.5) & (position <= high + 0.5)) | pixels)
         return position.round().clamp(low, high)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (inside,) = ctx.saved_tensors
-        return gradients[0] * inside, None, None
+        return gradients[0] * inside, None, None, None
 
 
 class _RoundSum(torch.autograd.Function):
@@ -191,8 +195,9 @@ def round_pair(pair: Pair, scale: Tensor, zero_point: float, low: float, high: f
 
 
 def round_to_grid(
-    values: Tensor, factor: Tensor, low: Bound, high: Bound, *, divide: bool, shift: float = 0.0, edge: Edge = None
-) -> Tensor:
+    values: Tensor, factor: Tensor, low: Bound, high: Bound, *, divide: bool, shift: float = 0.0, edge: Edge = None,
+    pixels: bool = False,
+) -> Tensor:  # fmt: skip
     """Integers in [low, high] nearest to `values * factor` (or `values / factor`), with a straight-through gradient.
 
     Args:
@@ -203,13 +208,14 @@ def round_to_grid(
         divide: QuantizeLinear divides by its scale; requantisation multiplies by a ratio of scales.
         shift: a whole number that is added before rounding and taken off again, as some kernels do.
         edge: puts right what is rounded.
+        pixels: the gradient does not vanish outside of [low, high].
     """
     if isinstance(low, float) and isinstance(high, float):
-        rounded: Tensor = _Round.apply(values, factor, divide, low, high, shift, edge)
+        rounded: Tensor = _Round.apply(values, factor, divide, low, high, shift, edge, pixels)
         return rounded
     position = values / factor if divide else values * factor
     ends = (torch.as_tensor(end, dtype=position.dtype, device=position.device) for end in (low, high))
-    found: Tensor = _RoundPerChannel.apply(position, *ends)
+    found: Tensor = _RoundPerChannel.apply(position, *ends, pixels)
     return found
 
 
