@@ -13,10 +13,11 @@ from tests.evaluators.defects import of_mean, threshold_file
 from tests.evaluators.greys import SIDE, Countdown, a_plan, conditions, flat_images, threshold
 from tests.exporters.small import onnx_file
 from toolkit import progress
-from toolkit.artifacts import Split
+from toolkit.artifacts import Normalization, Split
 from toolkit.attacks.ensemble import Pass
 from toolkit.evaluators import worst_case
 from toolkit.evaluators.evaluation import Conditions
+from toolkit.exporters.interface import read_interface
 from toolkit.lineup import Lineup
 
 NAMES = ("dark", "bright")
@@ -138,6 +139,13 @@ def test_an_evaluation_of_other_graphs_has_another_name(integer: Path, tmp_path:
     assert all("fake_quantised" in found.surrogates for found in calibrated)
     names = {found.fingerprint(SPLIT, HOW) for found in (line, *others, *calibrated)}
     assert len(names) == len(others) + len(calibrated) + 1
+
+
+def test_the_range_of_the_input_is_told_in_pixels_where_others_normalise(integer: Path) -> None:
+    inside = Lineup().with_deployed(integer, NAMES).input_range
+    outside = read_interface(integer, normalization=Normalization((0.5,), (0.5,)))
+    found = Lineup().with_deployed(integer, NAMES, interface=outside).input_range
+    assert inside == pytest.approx((0.0, 0.8)) and found == pytest.approx((0.5, 0.9))
 
 
 def test_weights_in_a_file_of_their_own_count(tmp_path: Path) -> None:

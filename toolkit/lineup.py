@@ -76,7 +76,8 @@ class Lineup:
         deployed = OnnxPredictor(path, provider=provider, interface=interface)
         plain = OnnxPredictor(path, optimized=False, interface=interface)
         found = self.with_target("deployed", deployed).with_target("deployed_unoptimised", plain)
-        found = replace(found, files=(*self.files, path), input_range=input_range(path))
+        ends = _in_pixels(input_range(path), deployed.interface)
+        found = replace(found, files=(*self.files, path), input_range=ends)
         found = replace(found, facts=(*self.facts, f"deployed by {provider}"))
         if not twin:
             return found
@@ -182,3 +183,16 @@ class Lineup:
             raise
         journal.close(discard=not found.not_run)
         return found
+
+
+def _in_pixels(ends: tuple[float, float] | None, interface: GraphInterface) -> tuple[float, float] | None:
+    """The range of the graph's input as pixels in [0, 1], where normalisation or scaling is left to the caller."""
+    if ends is None:
+        return None
+    outside = interface.normalization
+    mean, std = (outside.mean, outside.std) if outside else ((0.0,), (1.0,))
+    low, high = (
+        [end / interface.pixel_scale * spread + centre for spread, centre in zip(std, mean, strict=True)]
+        for end in ends
+    )
+    return max(low), min(high)
