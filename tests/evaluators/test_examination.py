@@ -31,8 +31,8 @@ def test_the_figures_are_those_of_the_evaluation() -> None:
 
 
 def test_the_twin_is_watched_on_clean_and_attacked_images(tmp_path: Path) -> None:
-    """The quantiser ends at 0.8. Attacks move grey 190 (0.745) up to 0.845, because it is labelled dark, and 220 (0.863)
-    down to 0.763, although it is clipped from the start; 240 (0.941) they cannot move far enough.
+    """The quantiser ends at 0.8. Attacks move grey 190 (0.745) up to 0.845, because it is labelled dark, and 220
+    (0.863) down to 0.763, although it is clipped from the start; 240 (0.941) they cannot move far enough.
     """
     path = threshold_file(tmp_path / "model.onnx", quantised=True)
     twin = build_twin(path)
