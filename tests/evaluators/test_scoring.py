@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -321,3 +322,23 @@ def test_the_ledger_keeps_the_minimum_over_all_attacks(
         assert ledger.undecided(np.array([4, 1]), graphs).tolist() == [4 in undecided, 1 in undecided]
     assert ledger.proportions() == {name: Proportion(sum(right), 6) for name, right in standing.items()}
     assert ledger.clean["fp32"].tolist() == bits(fp32), "the clean flags are not overwritten"
+
+
+class Rounding:
+    """Takes whole numbers, as a graph with uint8 pixels does, and calls bright what is above 101."""
+
+    interface = SimpleNamespace(dtype="uint8")
+
+    def predict(self, images: Tensor) -> Tensor:
+        level = (images * 255).round().mean(dim=(1, 2, 3)) - 101.5
+        return torch.stack([-level, level], dim=1)
+
+
+def test_a_graph_that_takes_whole_numbers_sees_none_outside_of_the_ball() -> None:
+    """Half a level is within this ball, but there is no other level in it: fed as it is, it would be rounded to one."""
+    split = flat_images([101, 101], labels=[0, 0])
+    clean = split.take(np.arange(2)).images
+    for eps, stands in ((0.5, True), (1.5, False)):
+        found = Judges({"deployed": Rounding()}, ThreatModel("linf", eps / 255, "pixels", clip=True), PLAIN)
+        flags = score(found, clean + eps / 255, split)
+        assert flags["deployed"] == flags[FILE] == [stands] * 2

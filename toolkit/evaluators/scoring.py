@@ -16,7 +16,7 @@ from toolkit.attacks.pgd import largest_violation, rounding
 from toolkit.attacks.surrogate import compute_device
 from toolkit.attacks.threat import ThreatModel
 from toolkit.evaluators.accuracy import correct, right
-from toolkit.evaluators.image_files import WRITABLE_CHANNELS, Gallery, decode, encode, to_levels
+from toolkit.evaluators.image_files import LEVELS, WRITABLE_CHANNELS, Gallery, decode, encode, to_levels
 
 SurrogateName = Literal["original", "float", "fake_quantised", "twin"]
 TargetName = Literal["torch", "fp32", "deployed", "deployed_unoptimised"]
@@ -44,6 +44,11 @@ def placed(predictor: Predictor) -> Predictor:
     copied = predictor.copy()
     copied.module.to(device)
     return copied
+
+
+def _takes_levels(target: Predictor) -> bool:
+    """Whether a graph takes the 256 levels of image files, not what lies between."""
+    return getattr(getattr(target, "interface", None), "dtype", None) == "uint8"
 
 
 class Judges:
@@ -93,7 +98,12 @@ class Judges:
         if not over <= rounding(attacked.shape, self._threat, self._normalization):  # so that NaN is caught too
             raise RuntimeError(f"an attack left its threat model by {over:g}")
         names: Sequence[TargetName] = tuple(self.targets) if every else self.compared
-        logits = {name: self.targets[name].predict(attacked).cpu() for name in names}
+        fed = dict.fromkeys(names, attacked)
+        if whole := [name for name in names if _takes_levels(self.targets[name])]:
+            # rounded where they are fed, they might end outside of the ball
+            levels = to_levels(attacked, clean, self._threat, self._normalization).float() / LEVELS
+            fed |= dict.fromkeys(whole, levels)
+        logits = {name: self.targets[name].predict(fed[name]).cpu() for name in names}
         flags: Flags = {name: right(found, labels) for name, found in logits.items()}
         flags |= {MARGIN + name: margin(logits[name], labels) for name in self.compared}
         if self._files and attacked.shape[1] in WRITABLE_CHANNELS:
