@@ -256,8 +256,13 @@ class TorchModel:
 
 def weights_digest(network: nn.Module) -> str:
     """SHA-256 over all parameters and buffers, bit by bit."""
+    return state_digest(network.state_dict())
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the values of a state dict, bit by bit."""
     digest = hashlib.sha256()
-    for value in network.state_dict().values():
+    for value in state.values():
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
