@@ -21,7 +21,7 @@ from toolkit.search.objective import Job, Measurement, Outcome
 from toolkit.search.problems import Problem
 from toolkit.search.runner import Plan, run_trials
 from toolkit.search.space import Anatomy, Space
-from toolkit.search.storage import Study
+from toolkit.search.storage import Study, Ticket
 
 ANATOMY = Anatomy(("first", "middle", "last"), (("0",), ("2.conv", "4")))
 
@@ -121,3 +121,17 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+VALUES = {"clean": 0.9, "robust": 0.7, "ratio": 0.5, "bytes": 10.0}
+
+
+def tell(study: Study, ticket: Ticket) -> bool:
+    job = Job(ticket.number, a_space().config(ticket.parameters))
+    return study.tell(ticket, VALUES, [measured(job).record()])
+
+
+def ask(study: Study, wanted: int = 99) -> Ticket:
+    ticket = study.ask(wanted)
+    assert ticket is not None
+    return ticket
