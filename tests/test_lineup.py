@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from tests.evaluators.defects import of_mean, threshold_file
 from tests.evaluators.greys import SIDE, Countdown, a_plan, conditions, flat_images, threshold
@@ -18,9 +18,11 @@ from toolkit.attacks.ensemble import Pass
 from toolkit.evaluators import worst_case
 from toolkit.evaluators.evaluation import Conditions
 from toolkit.exporters.interface import read_interface
+from toolkit.exporters.onnx import digest_with_weights
 from toolkit.lineup import Lineup
 
 NAMES = ("dark", "bright")
+FLOAT, BOOL = TensorProto.FLOAT, TensorProto.BOOL
 SPLIT = flat_images([10, 120, 135, 150, 230])
 HOW = conditions(a_plan(), Pass("apgd-ce", 3), Pass("square", 4))
 
@@ -159,6 +161,43 @@ def test_weights_in_a_file_of_their_own_count(tmp_path: Path) -> None:
         names.append((path.read_bytes(), Lineup().with_deployed(path, NAMES).fingerprint(SPLIT, HOW)))
         (tmp_path / "apart.data").unlink()
     assert names[0][0] == names[1][0] and names[0][1] != names[1][1]
+
+
+def chosen(value: float, kind: str) -> ModelProto:
+    """A graph whose one weight lies in a branch, or in a constant of a branch."""
+    weight = numpy_helper.from_array(np.full(4, value, np.float32), "weight")
+    held = [helper.make_node("Constant", [], ["weight"], value=weight)] if kind == "constant" else []
+    branch = helper.make_graph(
+        [*held, helper.make_node("Identity", ["weight"], ["y"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("y", FLOAT, [4])],
+        [weight] if kind == "initializer" else [],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("If", ["yes"], ["out"], then_branch=branch, else_branch=branch)],
+        "chosen",
+        [helper.make_tensor_value_info("yes", BOOL, [])],
+        [helper.make_tensor_value_info("out", FLOAT, [4])],
+    )
+    return helper.make_model(graph)
+
+
+@pytest.mark.parametrize("kind", ["initializer", "constant"])
+def test_weights_of_branches_in_a_file_of_their_own_count(kind: str, tmp_path: Path) -> None:
+    path, found = tmp_path / "apart.onnx", []
+    for value in (1.0, 1.5, 1.0):
+        onnx.save(
+            *(chosen(value, kind), path),
+            save_as_external_data=True,
+            location="apart.data",
+            size_threshold=0,
+            convert_attribute=True,
+        )
+        found.append((path.read_bytes(), digest_with_weights(path)))
+        (tmp_path / "apart.data").unlink()
+    files, digests = zip(*found, strict=True)
+    assert files[0] == files[1] and digests[0] == digests[2] != digests[1]
 
 
 def toy() -> Lineup:

@@ -22,6 +22,8 @@ from toolkit import __version__, progress
 from toolkit.errors import ToolkitError
 
 DONE, DEFECT, BAD_INPUT, GATE_UNMET, INTERRUPTED = 0, 1, 2, 3, 130
+UNREAD = 1
+"""As typer ends where nobody reads what is printed."""
 
 app = typer.Typer(
     help="Prune, fine-tune adversarially, quantise to integer ONNX, and prove what ships.",
@@ -95,6 +97,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with _heeding_termination():
             outcome = app(args=list(arguments), prog_name="toolkit", standalone_mode=False)
+            print(end="", flush=True)  # or what is still unprinted fails where nobody can tell
     except ToolkitError as error:
         show_error(error)
         return BAD_INPUT
@@ -107,8 +110,10 @@ def run(arguments: Sequence[str]) -> int:
         else:
             print(error, file=sys.stderr)
         return BAD_INPUT
-    except Exception as error:  # anything else is a defect of ours, and says so
-        if _running.verbose:
+    except Exception as error:
+        if _is_of_standard_output(error):
+            return _unprinted(error)
+        if _running.verbose:  # anything else is a defect of ours, and says so
             traceback.print_exc()
         print(f"toolkit: a defect of the toolkit: {type(error).__name__}: {error}", file=sys.stderr)
         print("         run the command again with --verbose and report what it prints", file=sys.stderr)
@@ -116,6 +121,31 @@ def run(arguments: Sequence[str]) -> int:
     if outcome == INTERRUPTED:  # typer turns Ctrl-C into this code
         return _interrupted()
     return outcome if isinstance(outcome, int) else DONE
+
+
+def _is_of_standard_output(error: Exception) -> bool:
+    """Whether an error came of printing: then an empty line cannot be printed either."""
+    if not isinstance(error, OSError) or error.filename is not None:
+        return False
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def _unprinted(error: Exception) -> int:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the end of the process flushes once more
+    if isinstance(error, BrokenPipeError):  # a reader that has seen enough, as of `| head`
+        return UNREAD
+    show_error(
+        ToolkitError(
+            "standard output takes nothing more",
+            found=str(error),
+            fix="send it where there is room; files that the command wrote are whole",
+        )
+    )
+    return BAD_INPUT
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ from typing import Any
 
 import onnx
 import torch
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import ModelProto
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
+from onnx import ModelProto, TensorProto
 
 import toolkit
 from toolkit.artifacts import OnnxModel, TorchModel
@@ -134,12 +134,22 @@ def digest_with_weights(path: Path) -> str:
     """SHA-256 over an ONNX file and the files beside it that hold its weights, if any do."""
     digest = hashlib.sha256(path.read_bytes())
     model = onnx.load(path, load_external_data=False)
-    named = {
-        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
+    named = {entry.value for tensor in _tensors(model) for entry in tensor.external_data if entry.key == "location"}
     for name in sorted(named):
         digest.update(name.encode() + (path.parent / name).read_bytes())
     return digest.hexdigest()
+
+
+def _tensors(message: Message) -> Iterator[TensorProto]:
+    """All tensors within a message, also of constants and of branches."""
+    if isinstance(message, TensorProto):
+        yield message
+        return
+    for _field, value in message.ListFields():
+        if isinstance(value, Message):
+            yield from _tensors(value)
+        elif not isinstance(value, str | bytes | int | float):
+            yield from (tensor for one in value if isinstance(one, Message) for tensor in _tensors(one))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
