@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from toolkit.artifacts import Proportion
+from toolkit.reproduce.document import together
 from toolkit.reproduce.paper import Figure as Number
 from toolkit.reproduce.plots import draw
 from toolkit.reproduce.render import render
@@ -30,7 +31,8 @@ def cell(*shares: int, column: str = "adversarial", missing: Json | None = None,
         if shares:
             mean = Mean(tuple(Proportion(share // part, 1000) for share in shares))
             means[name] = {"value": mean.value, "error": mean.error, "text": str(mean)}
-            agreement[name] = {"text": str(compare(mean, Number(theirs or 0, 1.0)))}
+            found = compare(mean, Number(theirs or 0, 1.0))
+            agreement[name] = {"text": str(found), "within": found.within, "p_value": found.p_value}
     figure = {"mean": theirs, "error": 1.0}
     return {
         "row": "pruned",
@@ -64,6 +66,20 @@ def document(kind: str = "main", **panel: Any) -> Json:
 def row(text: str, start: str) -> list[str]:
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
     return [part.strip() for part in line.strip("|").split("|")]
+
+
+def test_all_figures_of_a_table_are_judged_together() -> None:
+    """Ours 80 and 40 with two seeds beside 80; a cell of one seed and one that the paper lacks do not count."""
+    cells = [cell(780, 820), cell(700), cell(), cell(600, 620, theirs=None)]
+    found = together(cells)
+    assert found is not None and found["within"] == 1
+    assert [one["quantity"] for one in found["figures"]] == ["test", "robust"]
+    even, far = found["figures"]
+    assert even["p_value"] == even["p_corrected"] == pytest.approx(1) and far["p_corrected"] == 2 * far["p_value"]
+    text = render(document(cells=cells, together=found))
+    assert "of 2 figures for which both sides know their seeds' spread, 1 are within" in text
+    assert f"(pruned, fine-tuning adversarial, robust) has p = {far['p_value']:.2g}" in text
+    assert together([cell(700)]) is None and "Together" not in render(document(cells=[cell(700)], together=None))
 
 
 def test_ours_stands_beside_the_papers() -> None:

@@ -3,10 +3,12 @@ from __future__ import annotations
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from toolkit.artifacts import Proportion
 from toolkit.reproduce.paper import Figure
-from toolkit.reproduce.statistics import Mean, compare, first_repeated
+from toolkit.reproduce.statistics import Mean, compare, first_repeated, holm
 
 THREE = Mean((Proportion(80, 100), Proportion(84, 100), Proportion(88, 100)))
 ONE = Mean((Proportion(8000, 10_000),))
@@ -28,6 +30,39 @@ def test_errors_add_as_squares() -> None:
     assert found.difference == pytest.approx(4)
     assert found.error == pytest.approx(math.sqrt(16 / 3 + 2.25))
     assert found.parts == "our 3 seeds and the paper's"
+
+
+@pytest.mark.parametrize("off", [0.0, 3.0, -8.0])
+def test_welch_in_closed_form_where_both_sides_vary_alike(off: float) -> None:
+    """Then it is Student's test with four degrees of freedom, whose tails are known."""
+    t = abs(off) / (4 / math.sqrt(3) * math.sqrt(2))
+    wanted = 1 - t * (t * t + 6) / (t * t + 4) ** 1.5
+    assert compare(THREE, Figure(84 + off, 4 / math.sqrt(3))).p_value == pytest.approx(wanted)
+
+
+def test_welch_in_closed_form_where_ours_hardly_varies() -> None:
+    """Then the paper's three seeds leave two degrees of freedom, and three standard errors are not rare."""
+    still = Mean(tuple(Proportion(8_000_000 + n, 10_000_000) for n in range(3)))
+    found = compare(still, Figure(83, 1))
+    assert found.p_value == pytest.approx(1 - 3 / math.sqrt(11), rel=1e-3) and not found.within
+
+
+@pytest.mark.parametrize("ours", [ONE, Mean(THREE.shares, one_network=True), Mean((Proportion(80, 100),) * 3)])
+def test_no_test_where_ours_tells_nothing_of_how_seeds_vary(ours: Mean) -> None:
+    assert compare(ours, Figure(80, 1.5)).p_value is None and compare(THREE, Figure(80)).p_value is None
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx((0.06, 0.03, 0.06, 0.02))
+    assert holm([0.9, 0.8]) == (1.0, 1.0) and holm([]) == ()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_lies_between_one_comparison_and_all_of_them(p_values: list[float]) -> None:
+    found = holm(p_values)
+    for before, after in zip(p_values, found, strict=True):
+        assert before <= after <= min(1.0, len(p_values) * before)
+    assert holm(p_values[::-1]) == found[::-1]
 
 
 @pytest.mark.parametrize(("theirs", "within"), [(84 + 2 * 5 - 0.01, True), (84 + 2 * 5 + 0.01, False)])

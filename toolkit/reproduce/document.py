@@ -16,7 +16,7 @@ from toolkit.reproduce.panels import Panel
 from toolkit.reproduce.paper import Figure, PaperCell
 from toolkit.reproduce.recipes import MEASURES, Recipe
 from toolkit.reproduce.runner import Runner
-from toolkit.reproduce.statistics import Mean, compare
+from toolkit.reproduce.statistics import Mean, compare, holm
 from toolkit.reproduce.steps import TRAININGS, Step
 from toolkit.reproduce.targets import NUMBERING, Cell, Target
 
@@ -125,6 +125,7 @@ def _panel(runner: Runner, panel: Panel) -> dict[str, Any]:
             for curve in panel.curves
         ],
     }
+    found["together"] = together(found["cells"])
     if panel.target.kind == "time":
         found["times"] = [_time(runner, panel, cell) for cell in panel.cells]
         found["cells"] = []
@@ -236,10 +237,33 @@ def _agreement(measured: Mapping[str, Any], cell: PaperCell | None, one_network:
             "combined_error": item.error,
             "parts": item.parts,
             "within": item.within,
+            "p_value": item.p_value,
             "text": str(item),
         }
         for name, item in found.items()
     }
+
+
+def together(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The figures of a table for which both sides know how trainings vary, each with its p-value; None: there is none.
+
+    Args:
+        cells: of a panel.
+    """
+    judged = [
+        {
+            **{"row": cell["row"], "column": cell["column"], "quantity": name},
+            **{"within": found["within"], "p_value": found["p_value"]},
+        }
+        for cell in cells
+        for name, found in (cell["agreement"] or {}).items()
+        if found["p_value"] is not None
+    ]
+    if not judged:
+        return None
+    for one, corrected in zip(judged, holm([one["p_value"] for one in judged]), strict=True):
+        one["p_corrected"] = corrected
+    return {"within": sum(one["within"] for one in judged), "figures": judged}
 
 
 def _time(runner: Runner, panel: Panel, cell: Cell) -> dict[str, Any]:

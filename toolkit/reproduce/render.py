@@ -76,6 +76,8 @@ def _panel(kind: str, panel: Mapping[str, Any]) -> list[str]:
     paper_cells = [cell for cell in panel["cells"] if cell["in_paper"]]
     if paper_cells:
         parts.append(_comparison(paper_cells, NOT_IN_PAPER if panel["comparable"] else NOT_COMPARABLE))
+    if panel.get("together"):
+        parts.append(_together(panel["together"]))
     others = [cell for cell in panel["cells"] if not cell["in_paper"]]
     if others:
         parts.append(f"### What the paper does not have\n\n{_columns_text(others, panel)}")
@@ -108,6 +110,18 @@ def _comparison(cells: Sequence[Mapping[str, Any]], otherwise: str) -> str:
             (cell["row"], cell["column"], *(part for name in QUANTITIES for part in _pair(cell, name, otherwise)))
             for cell in cells
         ],
+    )
+
+
+def _together(found: Mapping[str, Any]) -> str:
+    """Whether as many figures agree as should, and the one that agrees least."""
+    figures = found["figures"]
+    least = min(figures, key=lambda one: one["p_value"])
+    name = f"{least['row']}, fine-tuning {least['column']}, {least['quantity']}"
+    return (
+        f"**Together:** of {len(figures)} figures for which both sides know their seeds' spread, {found['within']} are "
+        f"within. The one least alike ({name}) has p = {least['p_value']:.2g} by Welch's test, which knows how few the "
+        f"seeds are, and {least['p_corrected']:.2g} corrected for {len(figures)} comparisons (Holm)."
     )
 
 

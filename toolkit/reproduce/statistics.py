@@ -63,6 +63,8 @@ class Agreement:
     """Standard error of the difference, from those parts that are known; None: nothing tells how trainings vary."""
     parts: str
     """Which those are."""
+    p_value: float | None = None
+    """Welch's test of one mean for both; None unless each side has a standard error over seeds."""
 
     @property
     def within(self) -> bool | None:
@@ -97,7 +99,32 @@ def compare(ours: Mean, theirs: Figure) -> Agreement:
         parts = ["the paper's, and the spread of its seeds for our one"]
     else:
         return Agreement(difference, None, "one seed, and the paper gives no error")
-    return Agreement(difference, math.hypot(*known), " and ".join(parts))
+    return Agreement(difference, math.hypot(*known), " and ".join(parts), _welch(ours, theirs))
+
+
+def _welch(ours: Mean, theirs: Figure) -> float | None:
+    """Two-sided chance that means of one expectation differ so much, by seeds as few and as unlike (Welch 1947)."""
+    if not ours.error or not theirs.error:
+        return None
+    from scipy import stats
+
+    return float(
+        stats.ttest_ind_from_stats(
+            *(ours.value, ours.error * math.sqrt(len(ours.shares)), len(ours.shares)),
+            *(theirs.mean, theirs.error * math.sqrt(PAPER_SEEDS), PAPER_SEEDS),
+            equal_var=False,
+        ).pvalue
+    )
+
+
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """p-values as they stand when so many hypotheses are tested at once, in their order (Holm 1979)."""
+    ranked = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(ranked):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = least
+    return tuple(corrected)
 
 
 def first_repeated(seeds: Sequence[int]) -> int | None:
