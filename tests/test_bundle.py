@@ -140,6 +140,33 @@ def test_force_keeps_the_old_bundle_if_the_last_move_fails(folder: Path, monkeyp
     assert Path("out", bundle.MANIFEST).read_text() == "old" and entries(folder) == ["out"]
 
 
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("kind", ["file", "folder", "bundle"])
+def test_what_appears_at_the_output_during_the_run_is_not_lost(folder: Path, kind: str, force: bool) -> None:
+    """With force a bundle is replaced, as it would have been at the start; nothing else ever is."""
+
+    def run() -> None:
+        with open_workspace(Path("out"), force=force, resume=False) as workspace:
+            fill(workspace.files, "new")
+            if kind == "file":
+                Path("out").write_text("dear")
+            else:
+                Path("out").mkdir()
+                (Path("out") / (bundle.MANIFEST if kind == "bundle" else "dear.txt")).write_text("dear")
+
+    if force and kind == "bundle":
+        run()
+        assert Path("out", bundle.MANIFEST).read_text() == "new" and entries(folder) == ["out"]
+        return
+    Path("out.finished").write_text("of an earlier time")
+    with pytest.raises(ToolkitError, match="has appeared") as caught:
+        run()
+    assert "out.finished1" in caught.value.fix and entries(folder) == ["out", "out.finished", "out.finished1"]
+    assert Path("out.finished1", bundle.MANIFEST).read_text() == "new"
+    where = Path("out") if kind == "file" else Path("out", bundle.MANIFEST if kind == "bundle" else "dear.txt")
+    assert where.read_text() == "dear"
+
+
 def test_force_replaces_an_empty_folder_and_no_file(folder: Path) -> None:
     Path("out").write_text("a file")
     Path("empty").mkdir()

@@ -349,3 +349,38 @@ def test_a_ratio_of_one_layer_alone_prunes_that_layer_alone() -> None:
 def test_a_ratio_for_no_layer() -> None:
     with pytest.raises(ToolkitError, match="unknown layer"):
         prune(reference("cnn8"), PruneConfig(ratios={"nowhere": 0.5}))
+
+
+def summed() -> TorchModel:
+    """Two convolutions whose outputs are added, and one of a width that no multiple of 8 is."""
+
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(1, 16, 3, padding=1)
+            self.odd, self.last = nn.Conv2d(16, 18, 3), nn.Linear(18 * 100, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden: Tensor = self.odd(self.a(x) + self.b(x))
+            logits: Tensor = self.last(hidden.flatten(1))
+            return logits
+
+    torch.manual_seed(0)
+    return wrap(Summed(), shape=SHAPE)
+
+
+def test_a_layer_whose_share_is_nothing_stays_whole_whatever_the_rounding() -> None:
+    widths = {layer.name: layer.after for layer in prune(summed(), PruneConfig(ratio=0.5, ratios={"odd": 0.0})).layers}
+    assert widths["odd"] == 18 and widths["a"] == widths["b"] == 8
+    widths = {layer.name: layer.after for layer in prune(summed(), PruneConfig(ratio=0, ratios={"a": 0.5})).layers}
+    assert widths["odd"] == 18 and widths["a"] == widths["b"] == 8
+
+
+def test_shares_that_cannot_be_kept_are_refused() -> None:
+    with pytest.raises(ToolkitError, match="different shares") as caught:
+        prune(summed(), PruneConfig(ratios={"a": 0.0, "b": 0.75}))
+    assert caught.value.found == "a: 0, b: 0.75"
+    with pytest.raises(ToolkitError, match="cannot lose filters") as caught:
+        prune(summed(), PruneConfig(ratios={"last": 0.5}))
+    assert "last: 0.5" in caught.value.found
+    prune(summed(), PruneConfig(ratios={"a": 0.5, "b": 0.5, "last": 0.0}))

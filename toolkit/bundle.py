@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from toolkit.reports.schema import Report
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
+KEPT = "what was done so far is kept: the same command with --resume goes on from it"
 DEPLOYED = "model.onnx"
 FLOAT_TWIN = "model.fp32.onnx"
 END_TO_END = "model.e2e.onnx"
@@ -126,11 +128,11 @@ def open_workspace(output: Path, *, force: bool, resume: bool) -> Iterator[Works
         workspace.files.mkdir()
         try:
             yield workspace
-            _move_into_place(workspace)
+            _move_into_place(workspace, force=force)
         except BaseException as error:
             _clear(workspace)
             if workspace.resumable and isinstance(error, ToolkitError):
-                error.add_note("what was done so far is kept: the same command with --resume goes on from it")
+                error.add_note(KEPT)
             raise
 
 
@@ -189,13 +191,20 @@ def _refuse_foreign(output: Path) -> None:
             found=str(output),
             fix="name another place with --output; --force replaces bundles only",
         )
-    known = (output / MANIFEST).is_file() or (output / REPORT).is_file() or not any(output.iterdir())
-    if not known or Path.cwd().is_relative_to(output.resolve()):
+    if not _is_replaceable(output):
         raise ToolkitError(
             "the output is a folder that harden did not write",
             found=str(output),
             fix="name another folder with --output; --force replaces bundles only",
         )
+
+
+def _is_replaceable(output: Path) -> bool:
+    """Whether a folder is a bundle, or empty, and this process does not work in it."""
+    if not output.is_dir():
+        return False
+    known = (output / MANIFEST).is_file() or (output / REPORT).is_file() or not any(output.iterdir())
+    return known and not Path.cwd().is_relative_to(output.resolve())
 
 
 def _remove(path: Path) -> None:
@@ -205,7 +214,34 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _move_into_place(workspace: Workspace) -> None:
+def put(finished: Path, output: Path, *, force: bool) -> None:
+    """Move a finished file to `output`.
+
+    Raises:
+        ToolkitError: something stands there, which `force` does not allow to replace; the file is kept beside it.
+    """
+    if output.exists() and not force:
+        raise _kept_beside(finished, output)
+    finished.replace(output)
+
+
+def _kept_beside(finished: Path, output: Path) -> ToolkitError:
+    """Give what is finished another name, for at its own something has appeared since the run began."""
+    names = (output.with_name(f"{output.stem}.finished{number or ''}{output.suffix}") for number in itertools.count())
+    other = next(name for name in names if not name.exists())
+    finished.rename(other)
+    return ToolkitError(
+        "something has appeared at the output during the run",
+        found=str(output),
+        fix=f"nothing is lost: what this run made is whole in {other}",
+    )
+
+
+def _move_into_place(workspace: Workspace, *, force: bool) -> None:
+    if workspace.output.exists() and not (force and _is_replaceable(workspace.output)):
+        error = _kept_beside(workspace.files, workspace.output)
+        shutil.rmtree(workspace.root, ignore_errors=True)
+        raise error
     old = workspace.output.parent / f".{workspace.output.name}.old"
     if workspace.output.exists():
         if old.exists():

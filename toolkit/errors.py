@@ -25,6 +25,10 @@ class ToolkitError(Exception):
         return f"{self.problem}\n  found: {self.found}\n  fix:   {self.fix}"
 
 
+class DivergedError(ToolkitError):
+    """A training that diverged: it would again, so what it saved is of no use."""
+
+
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> ToolkitError:
     """The error for a name outside a registry: lists the choices and the nearest one."""
     known = sorted(choices)

@@ -13,7 +13,7 @@ from toolkit.attacks.ensemble import Pass, compose
 from toolkit.attacks.planned import PlannedAttack
 from toolkit.attacks.surrogate import resolve_precision
 from toolkit.config import HardenConfig, write_settings
-from toolkit.errors import ToolkitError
+from toolkit.errors import DivergedError, ToolkitError
 from toolkit.evaluators.accuracy import measure_accuracy
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage, layer_macs
 from toolkit.evaluators.environment import environment_record
@@ -26,6 +26,7 @@ from toolkit.evaluators.soundness import Check, alarms, end_to_end_differs
 from toolkit.exporters.admission import refuse_bits
 from toolkit.exporters.engine import float_layers
 from toolkit.exporters.engines import check_engine
+from toolkit.exporters.integers import preprocess
 from toolkit.exporters.onnx import export_onnx, load_onnx, write_metadata
 from toolkit.exporters.precision import float_weights
 from toolkit.exporters.session import OnnxPredictor
@@ -136,7 +137,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
             original = export_onnx(prepared.model, workspace.scratch("original.onnx"), config.export)
             OnnxPredictor(original.path, provider=config.benchmark.provider)
             if config.quantize.int8:
-                float_layers(load_onnx(original.path), config.quantize, original.path)
+                float_layers(preprocess(load_onnx(original.path)), config.quantize, original.path)
         with watch.stage("finetune"):
             tuned = _finetune(config, prepared, pruned.model, teacher, workspace.training_checkpoint, resume=resume)
         graphs = write_graphs(config, prepared, tuned.model, original, workspace, watch, learnt=tuned.learnt)
@@ -182,8 +183,8 @@ def _finetune(
                 rounding=rounding_of(config, prepared),
                 world=world,
             )
-    except ToolkitError:
-        if not resume and checkpoint is not None:  # it would only diverge again
+    except DivergedError:
+        if not resume and checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
         raise
 

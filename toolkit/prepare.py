@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from toolkit import __version__
@@ -22,12 +24,12 @@ from toolkit.config import (
 )
 from toolkit.data.pixels import PixelStatistics, differences
 from toolkit.data.sources import DataSource, check_fits, load_source
-from toolkit.data.splits import check_trained_on, make_splits
+from toolkit.data.splits import check_trained_on, make_splits, without_seen
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.environment import usable_threads
 from toolkit.evaluators.saturating_layers import saturates_here
 from toolkit.exporters.session import Provider
-from toolkit.models.loading import assemble, read_model_file, resolve_path
+from toolkit.models.loading import ModelFile, assemble, read_model_file, resolve_path
 from toolkit.paths import public_name
 from toolkit.progress import notice, warn
 from toolkit.training.distributed import processes_here
@@ -64,6 +66,13 @@ def set_threads(requested: int | None) -> int:
     return threads
 
 
+def fix_seeds(seed: int) -> None:
+    """Fix the generators that a network of the user's own may draw its first weights from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the global one is what such code uses
+    random.seed(seed)
+
+
 def prepare(config: ModelRunConfig) -> Prepared:
     """Load and check everything that `config` names; nothing is written.
 
@@ -71,7 +80,7 @@ def prepare(config: ModelRunConfig) -> Prepared:
         ToolkitError: any bad input: the model's file, its data set, or two that do not fit.
     """
     threads = set_threads(config.threads)
-    torch.manual_seed(config.seed)
+    fix_seeds(config.seed)
     file = read_model_file(resolve_path(config.model.path), trust_pickle=config.model.trust_pickle)
     wanted = config.data.source or (file.spec.dataset if file.spec else None)
     if wanted is None:
@@ -98,7 +107,7 @@ def prepare(config: ModelRunConfig) -> Prepared:
     )
     check_fits(source, model.spec)
     model = replace(model, spec=replace(model.spec, dataset=source.name))
-    splits = make_splits(source, config.data, config.seed)
+    splits = without_seen(make_splits(source, config.data, config.seed), model.training_hashes)
     check_trained_on(splits, model.training_hashes)
     return Prepared(model, source, splits, threads)
 
@@ -145,9 +154,10 @@ def load_teacher(
         )
     how = (how or ModelConfig(path=training.teacher)).model_copy(update={"path": training.teacher})
     try:
+        file = read_model_file(resolve_path(training.teacher), trust_pickle=how.trust_pickle)
         teacher = assemble(
-            read_model_file(resolve_path(training.teacher), trust_pickle=how.trust_pickle),
-            arch=how.arch,
+            file,
+            arch=_arch_of_teacher(file, how.arch),
             class_names=student.class_names,
             input_shape=student.input_shape,
             normalization=student.normalization,
@@ -159,6 +169,12 @@ def load_teacher(
     check_teacher(teacher.spec, student)
     check_trained_on(splits, teacher.training_hashes, "teacher")
     return teacher
+
+
+def _arch_of_teacher(file: ModelFile, arch: str | None) -> str | None:
+    """The network's name that the student has; a teacher that tells its own, and no file of code, keeps that."""
+    tells = file.spec is not None and ".py:" not in file.spec.architecture
+    return None if tells else arch
 
 
 def _size(config: DataConfig, source: str, spec: ModelSpec | None) -> int | None:

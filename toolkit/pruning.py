@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -155,6 +155,8 @@ def _prune_what_can_be_followed(model: TorchModel, config: PruneConfig) -> tuple
         try:
             left_whole = _find_untraceable(model)
             pruned = _attempt(model, left_whole, config) if left_whole else None
+        except ToolkitError:
+            raise
         except Exception:
             pruned = None
         if pruned is None:
@@ -189,13 +191,11 @@ def _run_pruner(network: nn.Module, example: Tensor, ignored: list[nn.Module], c
     if config.scope == "global":
         wanted.update(_global_widths(network, example, ignored, config))
     if config.ratios:
-        names = {module: name for name, module in network.named_modules()}
-        for together in _coupled(network, example, ignored):
-            given = [config.ratios[names[module]] for module in together if names[module] in config.ratios]
-            wanted.update({module: widths[module] * (1 - given[0]) for module in together if given})
+        wanted.update(_wanted_by_name(network, example, ignored, config, widths))
     ratios: dict[nn.Module, float] = {}
     for module, width in widths.items():
-        kept = rounded_width(width, 1 - wanted[module] / width, config.multiple)
+        whole = wanted[module] == width  # rounding takes nothing from a layer that is to stay as it is
+        kept = width if whole else rounded_width(width, 1 - wanted[module] / width, config.multiple)
         # torch-pruning keeps int(width * (1 - ratio)); half a filter more keeps that off the edge
         ratios[module] = 1 - (kept + 0.5) / width
     pruner = torch_pruning.pruner.BasePruner(
@@ -210,6 +210,42 @@ def _run_pruner(network: nn.Module, example: Tensor, ignored: list[nn.Module], c
     )
     pruner.step()
     return [[name, bool(out), [int(i) for i in indices]] for name, out, indices in pruner.pruning_history()]
+
+
+def _wanted_by_name(
+    network: nn.Module,
+    example: Tensor,
+    ignored: list[nn.Module],
+    config: PruneConfig,
+    widths: Mapping[nn.Module, int],
+) -> dict[nn.Module, float]:
+    """The filters that layers with a share of their own, and those that are pruned with them, are to keep.
+
+    Raises:
+        ToolkitError: a share for a layer that stays whole, or different ones for layers that lose filters together.
+    """
+    names = {module: name for name, module in network.named_modules()}
+    wanted: dict[nn.Module, float] = {}
+    left = dict(config.ratios)
+    for together in _coupled(network, example, ignored):
+        given = {names[module]: config.ratios[names[module]] for module in together if names[module] in config.ratios}
+        if len(set(given.values())) > 1:
+            raise ToolkitError(
+                "layers that lose filters together have different shares in prune.ratios",
+                found=", ".join(f"{name}: {share:g}" for name, share in given.items()),
+                fix="give a share for one of them; the others follow it",
+            )
+        for name, share in given.items():
+            wanted.update({module: widths[module] * (1 - share) for module in together})
+            del left[name]
+    for name, share in left.items():
+        if share:
+            raise ToolkitError(
+                "a layer in prune.ratios cannot lose filters",
+                found=f"{name}: {share:g}, the classifier or a layer that torch-pruning cannot follow",
+                fix=f"leave {name} away; it stays whole",
+            )
+    return wanted
 
 
 def _importance(config: PruneConfig, normalizer: str | None = None) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from toolkit import bundle
 from toolkit.artifacts import ModelSpec, Normalized, OnnxModel, Proportion, Split, Splits, TorchModel
@@ -27,7 +27,7 @@ from toolkit.config import (
 from toolkit.data.pixels import PixelStatistics, statistics_in
 from toolkit.data.sources import DataSource, load_source
 from toolkit.data.splits import make_splits
-from toolkit.errors import ToolkitError
+from toolkit.errors import DivergedError, ToolkitError
 from toolkit.evaluators.accuracy import measure_accuracy
 from toolkit.evaluators.calibration_choice import choose_calibration
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
@@ -46,6 +46,7 @@ from toolkit.exporters.target_kinds import chosen_targets, target_file
 from toolkit.file_threat import attack_on_float, normalization_inside, plan_of_file
 from toolkit.graphs import search_rounding, with_rounding
 from toolkit.input_form import refuse_wrong_input
+from toolkit.locks import alone, users_lock
 from toolkit.metadata import data_set_of
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import SHIPPED, check_outputs
@@ -53,6 +54,7 @@ from toolkit.models.registry import build_network
 from toolkit.paths import refuse_inputs
 from toolkit.prepare import (
     describe,
+    fix_seeds,
     inputs_of,
     load_teacher,
     prepare,
@@ -62,7 +64,7 @@ from toolkit.prepare import (
     warn_of_other_images,
     warn_of_unused,
 )
-from toolkit.progress import notice
+from toolkit.progress import notice, warn
 from toolkit.pruning import PruningResult, prune
 from toolkit.targets import TargetMaker, TargetResult, make_beside
 from toolkit.training.distributed import follows, joined
@@ -72,13 +74,18 @@ from toolkit.training.records import TrainingResult
 
 EXPLAINED_IMAGES, JUDGED_IMAGES = 512, 2000
 """Validation images of `--explain`: for the noise of tensors, and for accuracy lost."""
-CHECKPOINTS = (".pt", ".pth")
-"""Suffixes of torch files."""
+CHECKPOINTS = (".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".tar")
+"""Suffixes of files that hold weights; whatever else is to be quantised is ONNX."""
 
 
 def training_checkpoint(output: Path) -> Path:
     """Where `toolkit train` keeps the state of a training under way."""
     return output.parent / f".{output.name}.partial"
+
+
+def training_lock(output: Path) -> Path:
+    """What a training to `output` holds, on this machine."""
+    return users_lock(f"train-{hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]}")
 
 
 def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: bool) -> TrainingResult:
@@ -87,8 +94,20 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
     Started by torchrun, all processes train it together, and the first one writes.
 
     Raises:
-        ToolkitError: bad input, or a training that diverged; `output` is then as it was before.
+        ToolkitError: bad input, another training to the same output, or one that diverged; `output` is then as it was
+            before.
     """
+    busy = ToolkitError(
+        "another training is writing to this output",
+        found=str(output),
+        fix="wait for it, or name another file with --output",
+    )
+    # of several processes the one that leads has the lock
+    with contextlib.nullcontext() if follows() else alone(training_lock(output), busy):
+        return _train_alone(config, output, force=force, resume=resume)
+
+
+def _train_alone(config: TrainRunConfig, output: Path, *, force: bool, resume: bool) -> TrainingResult:
     checkpoint = training_checkpoint(output)
     if not follows():
         _check_output(output, checkpoint, force=force, resume=resume)
@@ -97,13 +116,15 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
     source = load_source(config.data)
     splits = make_splits(source, config.data, config.seed)
     plan = resolve_plan(config.threat, source.threat_key) if config.training.objective in ATTACKED else None
-    torch.manual_seed(config.seed)
+    fix_seeds(config.seed)
     shape, classes = source.train.shape, source.train.class_names
     network = build_network(config.arch, len(classes), shape)
     spec = ModelSpec(config.arch, classes, shape, source.normalization_hint, source.name)
     model = TorchModel(Normalized(network, source.normalization_hint).eval(), spec)
     check_outputs(model, config.arch)
     warn_of_unused(config.training)
+    if config.training.objective == "none" or not config.training.epochs:
+        warn("nothing is trained: the network that is written has its first, random weights")
     teacher = load_teacher(config.training, spec, splits)
     with bundle.disk_errors(output), bundle.folders_above(output), joined() as world:
         try:
@@ -119,12 +140,14 @@ def train_network(config: TrainRunConfig, output: Path, *, force: bool, resume: 
                 teacher=teacher,
                 world=world,
             )
-        except ToolkitError:
-            if not resume and world.leads:  # it would only diverge again
+        except ToolkitError as error:
+            if world.leads and isinstance(error, DivergedError) and not resume:
                 checkpoint.unlink(missing_ok=True)
+            elif world.leads and checkpoint.is_file():
+                error.add_note(bundle.KEPT)
             raise
         if world.leads:
-            _save(result.model, output)
+            _save(result.model, output, force=force)
             checkpoint.unlink(missing_ok=True)
     return result
 
@@ -152,13 +175,13 @@ def _refuse_existing(output: Path, *, force: bool) -> None:
         )
 
 
-def _save(model: TorchModel, output: Path) -> None:
+def _save(model: TorchModel, output: Path, *, force: bool) -> None:
     """Write beside `output` first, so that it is whole or as it was."""
     with bundle.disk_errors(output), bundle.folders_above(output):
         partial = output.with_name(f".{output.name}.tmp")
         try:
             save_checkpoint(model, partial)
-            partial.replace(output)
+            bundle.put(partial, output, force=force)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -173,7 +196,7 @@ def prune_file(config: ModelRunConfig, how: PruneConfig, output: Path, *, force:
     if found and found.foreign_load > BUSY:
         notice(f"--round-to auto: other processes took {found.foreign_load:.0%} of the CPU time; another may be faster")
     result = prune(prepared.model, with_rounding(how, found))
-    _save(result.model, output)
+    _save(result.model, output, force=force)
     return result
 
 
@@ -190,7 +213,7 @@ def export_file(config: ModelRunConfig, how: ExportConfig, output: Path, *, forc
             exported = export_onnx(prepared.model, partial, how, metadata=metadata)
             parity = measure_parity(prepared.model, OnnxPredictor(exported.path), prepared.splits.evaluation)
             check_parity(parity)
-            partial.replace(output)
+            bundle.put(partial, output, force=force)
         finally:
             partial.unlink(missing_ok=True)
     return parity
@@ -213,6 +236,8 @@ class QuantizedFile:
     """The files for other runtimes beside it."""
     portability: Portability | None = None
     """Where it was asked for; on clean images, for the file alone has no network to attack."""
+    weight_bits: int = 8
+    """Of int8 weights."""
 
 
 def quantize_file(
@@ -295,13 +320,13 @@ def quantize_file(
             maker = TargetMaker(OnnxModel(path, "fp32"), splits.calibration, splits.evaluation, how, margin)
             targets = make_beside(maker, kinds, output.parent, partial.name)
             for made in targets:
-                partial.with_name(made.file).replace(beside[made.kind.name])
-            partial.replace(output)
+                bundle.put(partial.with_name(made.file), beside[made.kind.name], force=force)
+            bundle.put(partial, output, force=force)
         finally:
             for file in (partial, *(partial.with_name(target_file(partial.name, kind)) for kind in kinds)):
                 file.unlink(missing_ok=True)
     targets = tuple(replace(made, file=beside[made.kind.name].name) for made in targets)
-    return QuantizedFile(quantized, coverage, parity, explanation, accuracy, sizes, targets, portability)
+    return QuantizedFile(quantized, coverage, parity, explanation, accuracy, sizes, targets, portability, how.int8_bits)
 
 
 def _to_quantise(

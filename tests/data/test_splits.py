@@ -15,7 +15,7 @@ from toolkit.config import DataConfig
 from toolkit.data import sources
 from toolkit.data.images import ArrayImages, FolderImages
 from toolkit.data.sources import SAMPLE, DataSource, load_source
-from toolkit.data.splits import check_trained_on, make_splits, stratified
+from toolkit.data.splits import check_trained_on, make_splits, stratified, without_seen
 from toolkit.data.standard import find_fashion_mnist
 from toolkit.errors import ToolkitError
 
@@ -308,3 +308,36 @@ def test_splits_do_not_change_the_source() -> None:
     before = replace(source)
     make_splits(source, DataConfig(), 0)
     assert source == before
+
+
+@pytest.mark.parametrize("more", [20, 300])
+def test_a_data_set_that_grew_leaves_out_the_few_held_out_images_that_were_trained_on(
+    more: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last ones held out change with the number of images."""
+    before = make_splits(a_source(np.arange(400), np.arange(900, 930), holdout=40), DataConfig(calibration=20), 0)
+    grown = make_splits(
+        a_source(np.arange(400 + more), np.arange(900, 930), holdout=40 + more // 10), DataConfig(calibration=20), 0
+    )
+    trained = before.train.hashes
+    left = without_seen(grown, trained)
+    told = capsys.readouterr().err
+    seen = {name: int(np.isin(getattr(grown, name).hashes, trained).sum()) for name in ("calibration", "validation")}
+    for name, count in seen.items():
+        part, kept = getattr(grown, name), getattr(left, name)
+        if 0 < count <= 0.1 * len(part):
+            assert len(kept) == len(part) - count and not np.isin(kept.hashes, trained).any()
+            assert f"{count} of {len(part)} {name} images trained the checkpoint" in told
+        else:
+            assert kept is part
+    assert left.train is grown.train and left.evaluation is grown.evaluation
+    assert without_seen(grown, trained[:0]).calibration is grown.calibration
+
+
+def test_few_seen_images_are_left_out_and_many_are_not() -> None:
+    splits = make_splits(a_source(np.arange(400), np.arange(900, 930), holdout=80), DataConfig(calibration=40), 0)
+    few, many = splits.calibration.hashes[:4], splits.calibration.hashes[:5]
+    assert len(without_seen(splits, few).calibration) == 36 and len(without_seen(splits, many).calibration) == 40
+    with pytest.raises(ToolkitError, match="judge"):
+        check_trained_on(without_seen(splits, many), many)
+    check_trained_on(without_seen(splits, few), few)

@@ -41,7 +41,7 @@ def test_linear_layers_are_int4_and_multiplied_as_integers(network: OnnxModel, t
     split = pictures(64, (1, 8, 8))
     made = quantize_int8(network, tmp_path / "m.onnx", split, QuantizeConfig(weight_bits=4))
     assert [layer.precision for layer in made.layers] == ["int8", "int4", "int4"]
-    assert made.weights == "int8 symmetric per channel; of linear layers int4 symmetric per channel"
+    assert made.weights(8) == "int8 symmetric per channel; of linear layers int4 symmetric per channel"
     coverage = integer_coverage(made.model.path)
     assert [(row.kernel, row.integer) for row in coverage.layers] == [
         ("QLinearConv", True),
@@ -174,7 +174,7 @@ def test_a_graph_of_int4_alone_says_so(tmp_path: Path) -> None:
     model = wrap(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3)), (1, 8, 8))
     twin = export_onnx(model, tmp_path / "float.onnx", ExportConfig())
     made = quantize_int8(twin, tmp_path / "m.onnx", pictures(16, (1, 8, 8)), QuantizeConfig(weight_bits=4))
-    assert made.weights == "int4 symmetric per channel" and integer_coverage(made.model.path).share == 1
+    assert made.weights(8) == "int4 symmetric per channel" and integer_coverage(made.model.path).share == 1
     assert {layer.precision for layer in layer_precision(load_onnx(made.model.path))} == {"int4"}
 
 

@@ -116,6 +116,14 @@ def test_what_is_spread_evenly_is_not_clipped(method: CalibrationName) -> None:
     assert choose_range(observed(flat), method, 99)[1] > 0.94
 
 
+@pytest.mark.parametrize(("low", "high", "count"), [(0.45, 0.955, 2_000), (0.3, 0.918, 8_000)])
+def test_entropy_does_not_clip_nearly_all_of_what_lies_far_from_zero(low: float, high: float, count: int) -> None:
+    """As pooled features and gates do: the first part of the histogram that holds any would fit perfectly."""
+    values = np.random.default_rng(1).uniform(low, high, count)
+    least, most = choose_range(observed(values), "entropy", 99)
+    assert least == 0 and (values > most).mean() < 0.05
+
+
 def test_a_far_outlier_is_clipped_by_entropy_and_kept_by_mse_where_clipping_costs_more() -> None:
     values = np.append(np.abs(np.random.default_rng(3).normal(0, 1, 50_000)), 50.0)
     assert 2.5 < choose_range(observed(values), "entropy", 99)[1] < 12

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.toys import linear_model
+from tests.toys import linear_model, wrap
 from toolkit.attacks.pgd import pgd
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.threat import PgdPlan, ThreatModel
@@ -41,6 +41,25 @@ def test_a_single_step_goes_from_a_random_start_and_is_projected() -> None:
     # from -eps or more by 1.25 eps, cut at eps
     assert float(along.min()) >= 0.025 - 1e-6 and float(along.max()) == pytest.approx(0.1, abs=1e-6)
     assert len(set(along.flatten().tolist())) > 20, "the start is random"
+
+
+@pytest.mark.parametrize(
+    "threat", [LINF, L2, ThreatModel("l1", 3.0, "pixels", clip=True), ThreatModel("l1", 6.0, "normalised", clip=True)]
+)
+def test_training_attacks_as_the_evaluation_does_in_every_norm(threat: ThreatModel) -> None:
+    """In l1 a step moves the pixels that can still move, not those of the largest gradient alone."""
+    torch.manual_seed(5)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
+    model = wrap(network, classes=2, shape=(1, 8, 8))
+    images = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(6))
+    labels = torch.arange(16) % 2
+    plan = PgdPlan("paper", threat, 10, 0.3 * threat.eps, random_start=True)
+    how = TrainingAttack.as_measured(plan, None)
+    first, second = (torch.Generator().manual_seed(3) for _ in range(2))
+    adversary = Adversary(model.module, model.spec, "float32")
+    found = adversary.attack(model.module, images, cross_entropy_of(labels), how, first)
+    wanted = pgd(Surrogate(model.module, model.spec.normalization), images, labels, plan, second)
+    assert torch.equal(found, wanted) and not torch.equal(found, images)
 
 
 @pytest.mark.parametrize("threat", [LINF, L2])

@@ -18,6 +18,7 @@ from toolkit.training import guard, loop
 from toolkit.training.guard import OverfittingGuard
 from toolkit.training.loop import train
 from toolkit.training.run import Run
+from toolkit.training.validation import measure
 
 EPS = 0.1
 PLAN = PgdPlan("pixel", ThreatModel("linf", EPS, "pixels", clip=False), 20, EPS / 8, random_start=True)
@@ -141,6 +142,23 @@ def test_a_planted_collapse_is_undone_and_training_goes_on_by_pgd(
     assert float(result.model.network.get_buffer("mask")) == 0
     err = capsys.readouterr().err
     assert "step 16: single-step training collapsed" in err and "on with PGD-3" in err
+
+
+@pytest.mark.parametrize("radius", [0.5, 1.5])
+def test_the_guard_compares_attacks_of_one_radius(
+    radius: float, model: TorchModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[tuple[Any, ...]] = []
+
+    def measured(module: Any, split: Split, adversary: Any, attacks: tuple[Any, ...], seed: int) -> Any:
+        if len(attacks) == 2:
+            compared.append(attacks)
+        return measure(module, split, adversary, attacks, seed)
+
+    monkeypatch.setattr(guard, "INTERVAL", 4)
+    monkeypatch.setattr("toolkit.training.run.measure", measured)
+    train(model, TRAIN, VALIDATION, CONFIG.model_copy(update={"radius": radius}), PLAN, seed=0)
+    assert compared and {attack.threat.eps for pair in compared for attack in pair} == {radius * EPS}
 
 
 def test_without_a_collapse_single_steps_go_on(model: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def _record(made: QuantizedFile) -> dict[str, Any]:
         "parity": made.parity.as_dict(),
         "accuracy": {name: share.as_dict() for name, share in made.accuracy.items()},
         "bytes": dict(made.bytes),
-        "weights": quantized.weights,
+        "weights": quantized.weights(made.weight_bits),
         "activations": f"uint{quantized.activation_bits} asymmetric",
         "explanation": made.explanation.as_dict() if made.explanation else None,
         "targets": [target_record(target).model_dump() for target in made.targets],
@@ -116,7 +116,7 @@ def _print(made: QuantizedFile) -> None:
     for island in coverage.islands:
         print(f"no integer kernel: {island.count} {island.operator}, {island.time_share:.1%} of kernel time")
     print(f"calibration: {quantized.calibration} by {quantized.engine}, {quantized.calibration_images} images")
-    print(f"weights: {quantized.weights}; activations: uint{quantized.activation_bits} asymmetric")
+    print(f"weights: {quantized.weights(made.weight_bits)}; activations: uint{quantized.activation_bits} asymmetric")
     if quantized.equalized:
         print(f"channels equalised between {quantized.equalized} pairs of layers")
     print(f"same label as the float file: {made.parity.agreement}")

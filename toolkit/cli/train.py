@@ -55,4 +55,5 @@ def train(
     if best is not None:
         robust = f"; attacked {best.robust}" if best.robust else ""
         print(f"epoch {best.epoch} kept; validation: clean {best.accuracy}{robust}")
-    print(f"\nwritten: {output}\nnext:    toolkit harden {output} --prune 0.5 --int8")
+    radius = " --eps 8/255" if ":" in (result.model.spec.dataset or "") else ""  # such data have no preset
+    print(f"\nwritten: {output}\nnext:    toolkit harden {output} --prune 0.5 --int8{radius}")

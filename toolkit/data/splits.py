@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,7 +19,8 @@ def make_splits(source: DataSource, config: DataConfig, seed: int) -> Splits:
 
     Evaluation is the test part, or a class-stratified choice of `config.evaluation` images of it. Held out from
     training are the `source.holdout` distinct training images of smallest hash: whether an image is held out depends
-    on no seed and on no order, so networks trained at different times, or on a sample of the data, never saw it.
+    on no seed and on no order, so networks trained at different times never saw it. Where the number of images changes
+    the last ones held out change too: see `without_seen`.
     Calibration is a seeded choice of `config.calibration` held-out images (at most half of them, with a notice),
     validation the rest. The choice of evaluation images is drawn apart from it: no part depends on another's size.
     Images of evaluation, calibration and validation stand in order of their hashes, so that the first n are a fair
@@ -103,8 +105,32 @@ def _check_filled(source: DataSource, parts: dict[str, Int64Array]) -> None:
         )
 
 
+MOST_SEEN = 0.1
+"""Share of a held-out part that a network may have been trained on, if it is left out."""
 JUDGING = ("calibration", "validation", "evaluation")
 """Parts that no training may see."""
+
+
+def without_seen(splits: Splits, hashes: HashArray) -> Splits:
+    """Leave out of calibration and validation the few images that trained a network when the data were fewer, or more.
+
+    A part of which more than a tenth was seen stays as it is, to be refused by `check_trained_on`; so does evaluation.
+
+    Args:
+        splits: the parts in use.
+        hashes: of all images that the network was ever trained on; empty if unknown.
+    """
+
+    def unseen(part: Split, name: str) -> Split:
+        fresh = ~np.isin(part.hashes, hashes)
+        seen = len(part) - int(fresh.sum())
+        if not 0 < seen <= MOST_SEEN * len(part):
+            return part
+        progress.notice(f"{seen} of {len(part)} {name} images trained the checkpoint, and are left out")
+        return Split(part.images, part.indices[fresh])
+
+    calibration, validation = unseen(splits.calibration, "calibration"), unseen(splits.validation, "validation")
+    return replace(splits, calibration=calibration, validation=validation)
 
 
 def check_trained_on(

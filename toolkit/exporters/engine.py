@@ -43,15 +43,15 @@ class QuantizedModel:
     constant_channels: Mapping[str, int] = field(default_factory=dict)
     """By layer: channels of what it reads that are constant on the calibration images."""
 
-    @property
-    def weights(self) -> str:
-        """The weights' precision in words."""
+    def weights(self, bits: int) -> str:
+        """The weights' precision in words; int8 ones use `bits` bits."""
         granularity = "per channel" if self.per_channel else "per tensor"
         eight = f"int8 symmetric {granularity}"
         found = {layer.precision for layer in self.layers} - {"float32"}
         if found == {"int4"}:
             return "int4 symmetric per channel"
-        return f"{eight}; of linear layers int4 symmetric per channel" if "int4" in found else eight
+        words = f"{eight}; of linear layers int4 symmetric per channel" if "int4" in found else eight
+        return f"{words}, int8 ones of {bits} bits" if bits < 8 else words
 
 
 class Writer(Protocol):

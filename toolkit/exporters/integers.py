@@ -28,7 +28,7 @@ from toolkit.exporters.input_folding import fold_normalization, move_quantiser_t
 from toolkit.exporters.input_range import LEVELS, InputGrid, covering_grid, pixel_map, symmetric_grid
 from toolkit.exporters.onnx import with_names
 from toolkit.exporters.precision import COMPUTE, FUSED, between_float
-from toolkit.exporters.qdq import finish, keep_islands_float, keep_logits_float
+from toolkit.exporters.qdq import UNQUANTISED, finish, keep_islands_float, keep_logits_float
 from toolkit.exporters.ranges import Interval
 from toolkit.exporters.rewrites import rewrite
 from toolkit.exporters.session import hide_log
@@ -161,13 +161,26 @@ def build_symmetric(
 
 
 def preprocess(source: ModelProto) -> ModelProto:
-    """A float graph with inferred shapes, exact rewrites done, and what can be folded before quantisation folded."""
+    """A float graph with inferred shapes, exact rewrites done, and what can be folded before quantisation folded.
+
+    Raises:
+        ToolkitError: ONNX Runtime's preparation does not understand the graph.
+    """
     hide_log()
     model = rewrite(with_names(_recent(source)))
     read_shape_from_image(model, pixel_map(model))
     with tempfile.TemporaryDirectory(prefix="toolkit-quantize-") as folder, _silence():
         path = Path(folder, "float.onnx")
-        quant_pre_process(model, str(path))
+        try:
+            quant_pre_process(model, str(path))
+        except Exception as error:  # what its shape inference trips over
+            operators = sorted({node.op_type for node in model.graph.node})
+            raise ToolkitError(
+                "ONNX Runtime cannot prepare the graph for quantisation",
+                found=f"{type(error).__name__} {str(error).partition(chr(10))[0]}".strip()
+                + f", in a graph of opset {_opset(model)} with {', '.join(operators)}",
+                fix="export the network with --opset 20, in which attention stands as single operators",
+            ) from error
         return onnx.load(path)
 
 
@@ -177,17 +190,21 @@ def _recent(model: ModelProto) -> ModelProto:
     Raises:
         ToolkitError: it cannot be converted.
     """
-    versions = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
-    if not versions or versions[0] >= PER_CHANNEL_OPSET:
+    version = _opset(model)
+    if version is None or version >= PER_CHANNEL_OPSET:
         return model
     try:
         return version_converter.convert_version(model, PER_CHANNEL_OPSET)
     except Exception as error:  # the converter raises what its C++ says
         raise ToolkitError(
             f"the file is of an opset that has no scales per channel, and cannot be converted to {PER_CHANNEL_OPSET}",
-            found=f"opset {versions[0]}: {str(error).splitlines()[0]}",
+            found=f"opset {version}: {str(error).splitlines()[0]}",
             fix=f"export the network again with opset {PER_CHANNEL_OPSET} or later",
         ) from error
+
+
+def _opset(model: ModelProto) -> int | None:
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
 
 
 def quantised_tensors(model: ModelProto) -> tuple[str, ...]:
@@ -313,7 +330,8 @@ def _residual_stream(model: ModelProto) -> list[str]:
 def _tail(model: ModelProto) -> list[str]:
     """Names of the nodes behind the last layer (pooling, reshaping): quantising them would only coarsen the logits.
 
-    A Relu or Clip right behind a layer stays: it fuses into the layer.
+    A Relu or Clip right behind a convolution stays: it fuses into the layer. Behind a last Gemm or MatMul, whose output
+    is not quantised, it would be lost: ONNX Runtime lets the quantiser do its work.
     """
     reaches: set[str] = set()
     tail = []
@@ -323,7 +341,7 @@ def _tail(model: ModelProto) -> list[str]:
             reaches.update(node.input)
             continue
         source = producers.get(node.input[0]) if node.input else None
-        fuses = node.op_type in FUSED and source is not None and source.op_type in COMPUTE
+        fuses = node.op_type in FUSED and source is not None and source.op_type in {*COMPUTE} - UNQUANTISED
         if not fuses:
             tail.append(node.name)
     return tail

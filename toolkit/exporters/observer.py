@@ -181,6 +181,7 @@ class _Ends:
 
 def _ends_of_channels(values: Tensor) -> tuple[Tensor, Tensor]:
     """Least and largest value of every channel: of the second axis, or of the last of three (tokens)."""
+    values = values if values.ndim else values.reshape(1)
     axis = values.ndim - 1 if values.ndim == 3 else min(1, values.ndim - 1)
     others = [other for other in range(values.ndim) if other != axis]
     return (values.amin(others), values.amax(others)) if others else (values, values)

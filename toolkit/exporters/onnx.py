@@ -28,6 +28,8 @@ INPUT, OUTPUT, BATCH = "image", "logits", "N"
 PROTOBUF_LIMIT = 2**31 - 1
 KEPT_BYTES = 2**27
 """Of the last graphs, which are not converted again when the same network comes back: a trial's in its bundle."""
+CONSTANTS_APART = 4
+"""IR version from which on constants need not be inputs."""
 EXAMPLE_BATCH = 2
 """Images of the example that is traced; 1 would be taken for a constant."""
 
@@ -107,7 +109,18 @@ def load_onnx(path: Path) -> ModelProto:
         raise ToolkitError("the ONNX file cannot be read", found=f"{path}: {type(error).__name__}", fix=fix) from error
     if not model.graph.node:
         raise ToolkitError("the ONNX file holds no network", found=f"{path}: no nodes", fix=fix)
+    _set_constants_apart(model)
     return model
+
+
+def _set_constants_apart(model: ModelProto) -> None:
+    """Take constants out of the inputs, where files of before IR 4 list them as what a caller may replace."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    if len(inputs) < len(model.graph.input):
+        del model.graph.input[:]
+        model.graph.input.extend(inputs)
+        model.ir_version = max(model.ir_version, CONSTANTS_APART)
 
 
 def write_metadata(path: Path, metadata: Mapping[str, str]) -> None:

@@ -146,7 +146,7 @@ def precision_faults(
             continue
         source = producers.get(node.input[1])
         if node.name in kept:
-            if source is not None and source.op_type == "DequantizeLinear":
+            if source is not None and source.op_type == "DequantizeLinear" and source.input[0] in constants:
                 faults.append(f"{node.name}: its weights are integers")
             continue
         if source is None or source.op_type != "DequantizeLinear":

@@ -9,6 +9,8 @@ from onnx import ModelProto, helper
 from toolkit.exporters.precision import COMPUTE
 from toolkit.exporters.rewrites import remove_unused_initializers, strip_metadata
 
+UNQUANTISED = frozenset({"Gemm", "MatMul"})
+"""Layers whose output has no quantiser where no other layer follows."""
 PASSED = ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool")
 """Operators behind which ONNX Runtime moves the dequantiser before them."""
 
@@ -19,7 +21,7 @@ def keep_logits_float(model: ModelProto) -> None:
     last: set[str] = set()
     for node in reversed(model.graph.node):
         if node.op_type in COMPUTE or any(name in reaches for name in node.output):
-            if node.op_type in {"Gemm", "MatMul"} and node.output[0] not in reaches:
+            if node.op_type in UNQUANTISED and node.output[0] not in reaches:
                 last.add(node.output[0])
             reaches.update(node.input)
     quantisers = {node.output[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear"}

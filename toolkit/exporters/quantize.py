@@ -19,6 +19,7 @@ from onnx import ModelProto
 from toolkit import progress
 from toolkit.artifacts import OnnxModel, Split
 from toolkit.config import CalibrationName, QuantizeConfig
+from toolkit.errors import ToolkitError
 from toolkit.exporters import calibration_cache
 from toolkit.exporters.admission import (
     COARSE_METHODS,
@@ -211,7 +212,11 @@ class Quantizer:
         )
         faults = tensorrt_faults(made, kept=self._kept)
         if faults:
-            raise RuntimeError(f"the graph for TensorRT is another than was asked for: {'; '.join(faults)}")
+            raise ToolkitError(
+                "no file for TensorRT can be made of this graph",
+                found="; ".join(faults),
+                fix="leave --target tensorrt away, or export the network without what is named here",
+            )
         save_onnx(made, output)
 
     def _chosen_ranges(self) -> dict[str, Interval]:

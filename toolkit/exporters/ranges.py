@@ -15,6 +15,8 @@ from toolkit.exporters.observer import Observed
 METHODS: tuple[CalibrationName, ...] = get_args(CalibrationName)
 LEVELS = 255
 """Steps between the ends of a uint8 grid."""
+LEAST_INSIDE = 0.9
+"""Share of the values that an interval has to hold for `entropy` to consider it."""
 SHARES = np.geomspace(0.01, 1, 193)
 """Of each end, what `entropy` and `mse` try."""
 SWEEPS = 2
@@ -124,10 +126,19 @@ def divergence(values: Float64Array, counts: Float64Array, low: float, high: flo
     return float((p * np.log(p / q)).sum())
 
 
+def _divergence_of_most(values: Float64Array, counts: Float64Array, low: float, high: float) -> float:
+    """The divergence, without end where the interval leaves out too many values.
+
+    Of values far from 0 the first part of the histogram that holds any would else be all that is kept, and fit.
+    """
+    inside = counts[(values >= low) & (values <= high)].sum()
+    return divergence(values, counts, low, high) if inside >= LEAST_INSIDE * counts.sum() else float("inf")
+
+
 _RULES: Mapping[CalibrationName, Callable[[Observed, float], Interval]] = {
     "minmax": _minmax,
     "moving-average": _moving_average,
     "percentile": _percentile,
-    "entropy": partial(_search, divergence),
+    "entropy": partial(_search, _divergence_of_most),
     "mse": partial(_search, squared_error),
 }

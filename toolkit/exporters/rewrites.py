@@ -24,6 +24,8 @@ def rewrite(model: ModelProto) -> ModelProto:
             del copied.graph.node[index]
             for offset, new in enumerate(replacement):
                 copied.graph.node.insert(index + offset, new)
+        elif node.op_type == "Gemm":
+            _fold_factors(copied.graph, node)
     remove_unused_initializers(copied.graph)
     return copied
 
@@ -39,6 +41,19 @@ def _global_pool(node: NodeProto) -> list[NodeProto]:
         helper.make_node("GlobalAveragePool", [source], [pooled], name=node.name),
         helper.make_node("Flatten", [pooled], [target], name=f"{node.name}_flatten", axis=1),
     ]
+
+
+def _fold_factors(graph: GraphProto, node: NodeProto) -> None:
+    """Multiply constants of a Gemm by its alpha and beta, which integer kernels do not have, or lose."""
+    constants = {item.name: item for item in graph.initializer}
+    for factor, place in (("alpha", 1), ("beta", 2)):
+        attribute = next((one for one in node.attribute if one.name == factor), None)
+        if attribute is None or attribute.f == 1 or len(node.input) <= place or node.input[place] not in constants:
+            continue
+        scaled = (attribute.f * numpy_helper.to_array(constants[node.input[place]])).astype(np.float32)
+        node.input[place] = f"{node.output[0]}_{factor}_folded"
+        graph.initializer.append(numpy_helper.from_array(scaled, node.input[place]))
+        attribute.f = 1.0
 
 
 def _axes(graph: GraphProto, node: NodeProto) -> set[int] | None:

@@ -62,7 +62,11 @@ def parse_checkpoint(content: Mapping[str, Any], path: Path) -> tuple[ModelSpec,
     try:
         hashes = content["hashes"].numpy().view(np.uint64)
         spec = _map_places(content["spec"], lambda setting: paths.resolved(setting, path.absolute().parent))
-        return spec_from_dict(spec), dict(content["state_dict"]), hashes
+        state = dict(content["state_dict"])
+        strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
+        if strange:
+            raise TypeError(f"{strange[0]} is no tensor")
+        return spec_from_dict(spec), state, hashes
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ToolkitError(
             "the checkpoint is damaged", found=f"{path}: {type(error).__name__} {error}", fix="use another copy of it"

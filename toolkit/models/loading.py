@@ -48,6 +48,9 @@ HARMLESS: list[Any] = [
 ]
 """What training scripts save beside the weights and what runs no code when it is unpickled."""
 
+STATISTICS = ("running_mean", "running_var")
+"""Ends of the names of what batch norm has measured."""
+
 SAVE_INSTEAD = "save it with torch.save(model.state_dict(), 'model.pt') and name the network with --arch"
 
 
@@ -292,14 +295,34 @@ def _load_state(network: nn.Module, state: Mapping[str, Tensor], path: Path, arc
             found=f"{path}: " + "; ".join(part for part in parts if part),
             fix="name the network they were trained in with --arch, and the data set (its classes) with --data",
         )
+    floats = sorted(key for key in set(wanted) & set(found) if wanted[key].is_floating_point())
+    rounded = [key for key in floats if not found[key].is_floating_point()]
+    if rounded:
+        raise ToolkitError(
+            "the file holds whole numbers where the network has floats",
+            found=f"{path}: {_sample('layers', rounded)}",
+            fix="use the weights of before the network was quantised",
+        )
+    masks = _infinite_buffers(network)
     broken = [
-        key for key, value in found.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())
+        key
+        for key, value in found.items()
+        if key not in masks and value.is_floating_point() and not bool(torch.isfinite(value).all())
     ]
     if broken:
         raise ToolkitError(
             "the weights contain NaN or infinity", found=_sample("layers", broken), fix="use an earlier checkpoint"
         )
     network.load_state_dict(found, strict=False)
+
+
+def _infinite_buffers(network: nn.Module) -> set[str]:
+    """Buffers that hold infinity by design, as the mask of an attention; the statistics of batch norm never do."""
+    return {
+        name
+        for name, value in network.named_buffers()
+        if bool(value.isinf().any()) and not bool(value.isnan().any()) and not name.endswith(STATISTICS)
+    }
 
 
 def _sample(label: str, items: list[str]) -> str:

@@ -223,7 +223,7 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
     coverage, quantized = evidence.coverage, evidence.quantized
     return schema.Quantization(
         engine=quantized.engine if quantized else "none",
-        weights=_weights(config, quantized) if quantized else "float32",
+        weights=quantized.weights(config.quantize.int8_bits) if quantized else "float32",
         activations=f"uint{quantized.activation_bits} asymmetric" if quantized else "float32",
         calibration=quantized.calibration if quantized else None,
         calibration_images=quantized.calibration_images if quantized else 0,
@@ -262,10 +262,6 @@ def _quantization(config: HardenConfig, evidence: Evidence) -> schema.Quantizati
             activation_bits=quantized.activation_bits if quantized else 8,
         ),
     )
-
-
-def _weights(config: HardenConfig, quantized: QuantizedModel) -> str:
-    return quantized.weights + (", int8 ones of 7 bits" if config.quantize.reduce_range else "")
 
 
 def _methods(found: CalibrationChoice | None) -> list[schema.CalibrationMethod]:

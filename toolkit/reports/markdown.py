@@ -75,7 +75,8 @@ def _headline(report: Report) -> str:
 def _latency_row(report: Report, row: Latency) -> tuple[str, str, str]:
     original = next((r for r in report.latency if r.file == "original" and r.batch == row.batch), None)
     before = f"{original.p50:.3f} ms" if original else "not measured"
-    return (f"time for {row.batch} image{'s' if row.batch > 1 else ''} (median)", before, f"{row.p50:.3f} ms")
+    doubt = " (not to be trusted: see Speed)" if row.foreign_load > BUSY else ""
+    return (f"time for {row.batch} image{'s' if row.batch > 1 else ''} (median)", before, f"{row.p50:.3f} ms{doubt}")
 
 
 def _alarms(report: Report) -> str:
@@ -109,7 +110,7 @@ def _size(report: Report) -> str:
     rounding = f"widths rounded to multiples of {model.round_to}" if model.round_to > 1 else "widths not rounded"
     return (
         f"## What was removed\n\nPruned by {model.prune_ratio:g} of the filters per {model.prune_scope} "
-        f"(l1 norm; {rounding}, so a layer's share can differ).\n\n"
+        f"(importance: {model.prune_importance}; {rounding}, so a layer's share can differ).\n\n"
         f"{table(('layer', 'filters', 'parameters', 'multiply-accumulates'), rows)}"
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 
+from toolkit.evaluators.timing import BUSY
 from toolkit.reports.portability import warnings
 from toolkit.reports.robustness import (
     JUDGES,
@@ -53,7 +54,9 @@ def render_summary(report: Report, folder: Path) -> str:
                 (
                     f"ms at batch {batch}",
                     f"{before.p50:.3f}" if before else "-",
-                    f"{row.p50:.3f}, {row.speedup:.2f} times as fast as its float twin",
+                    f"{row.p50:.3f}, not to be trusted: other processes used the CPU"
+                    if row.foreign_load > BUSY
+                    else f"{row.p50:.3f}, {row.speedup:.2f} times as fast as its float twin",
                 )
             )
     parts = [
@@ -146,7 +149,7 @@ def comparison(reports: Mapping[str, Report]) -> tuple[tuple[str, ...], list[tup
             f"{report.threat.eps:.4g} {space}",
             f"{report.quantization.integer_coverage:.1%}",
             f"{report.model.bytes.after:,}",
-            f"{single.p50:.3f}" if single else "-",
+            f"{single.p50:.3f}{' (busy)' if single.foreign_load > BUSY else ''}" if single else "-",
         )
         rows.append(row)
     return header, rows

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from toolkit.artifacts import ModelSpec, Normalized
 from toolkit.attacks.forms import Precision
-from toolkit.attacks.pgd import constrain
-from toolkit.attacks.projections import ASCEND, START
+from toolkit.attacks.pgd import constrain, steepest
+from toolkit.attacks.projections import START
 from toolkit.attacks.surrogate import Loss, Surrogate
 from toolkit.attacks.threat import RELATIVE_STEP, PgdPlan, ThreatModel
 
@@ -109,7 +109,7 @@ class Adversary:
         attacked = constrain(images + scale * start, images, threat, scale)
         for _ in range(attack.steps):
             gradient = self._surrogate.differentiate(attacked, loss).gradient
-            direction = ASCEND[threat.norm](gradient * scale)
+            direction = steepest(gradient, attacked, threat, scale)
             attacked = constrain(attacked + (attack.step_size * scale) * direction, images, threat, scale)
         return attacked
 

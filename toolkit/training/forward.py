@@ -11,6 +11,7 @@ from torch.nn import functional
 from toolkit.artifacts import Normalized
 from toolkit.attacks.forms import TRAINING_FORMS, Form, Precision, first_working
 from toolkit.attacks.surrogate import probe_images
+from toolkit.errors import ToolkitError
 
 
 def find_form(
@@ -30,6 +31,30 @@ def find_form(
         torch.autograd.backward(functional.cross_entropy(forward(trial, form, images), labels))
 
     return first_working(TRAINING_FORMS[precision], attempt, "training")[0]
+
+
+def check_single_images(
+    module: Normalized, form: Form, input_shape: tuple[int, int, int], device: torch.device
+) -> None:
+    """Refuse a network that learns from several images alone, as batch norm does where one image gives one value.
+
+    Raises:
+        ToolkitError: it is one.
+    """
+    trial = copy.deepcopy(module).train()
+    try:
+        forward(trial, form, probe_images(input_shape)[:1].to(device))
+    except ValueError as error:
+        raise ToolkitError(
+            "the network does not learn from one image at a time",
+            found=str(error),
+            fix="raise --batch-size, or lower --accumulate, so that every part of a batch has two images",
+        ) from error
+
+
+def finite_entries(module: Normalized) -> frozenset[str]:
+    """Names of the weights and buffers without NaN or infinity; a mask of an attention may hold the latter."""
+    return frozenset(name for name, value in module.state_dict().items() if bool(value.isfinite().all()))
 
 
 def forward(module: Normalized, form: Form, images: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def _check_alike(run: Run, world: World) -> None:
     """Refuse processes that would add up gradients of different things."""
     mine = {
         "settings": run.config.model_dump(mode="json", exclude={"teacher"}) | {"seed": run.seed},
-        "training images": run.train_split.labelled_digest,
+        "training images and their order": run.train_split.ordered_digest,
         "validation images": run.validation.labelled_digest,
         "start weights": weights_digest(run.original.network),
         "teacher": run.teacher and run.teacher.digest,

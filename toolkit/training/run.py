@@ -20,7 +20,7 @@ from toolkit.attacks.forms import Precision
 from toolkit.attacks.surrogate import Loss, compute_device, resolve_precision
 from toolkit.attacks.threat import PgdPlan, ThreatModel
 from toolkit.config import TrainConfig
-from toolkit.errors import ToolkitError
+from toolkit.errors import DivergedError, ToolkitError
 from toolkit.models.checkpoint import spec_to_dict
 from toolkit.progress import notice, warn
 from toolkit.training import guard
@@ -28,7 +28,7 @@ from toolkit.training.adversary import Adversary, TrainingAttack, training_attac
 from toolkit.training.averaging import WeightAverage
 from toolkit.training.batches import augment, fitting_batch
 from toolkit.training.distributed import ALONE, World, share_statistics
-from toolkit.training.forward import find_form, forward
+from toolkit.training.forward import check_single_images, find_form, finite_entries, forward
 from toolkit.training.guard import OverfittingGuard
 from toolkit.training.losses import ATTACKED, OBJECTIVES, attack_steps, cross_entropy_of
 from toolkit.training.qat import Rounding, Schedule, prepare, split_state
@@ -75,12 +75,15 @@ class Run:
             keep_freed_memory()
         precision = resolve_precision(config.precision)
         self.module: Normalized = copy.deepcopy(model.module).to(self.device).requires_grad_(True)
+        self.finite = finite_entries(self.module)
         self.rounding = rounding
         switch = prepare(replace(model, module=self.module), rounding) if rounding else None
         if switch is not None and precision == "bfloat16":
             precision = "autocast"  # what rounds keeps float32 weights
         self.form = find_form(self.module, model.spec.input_shape, precision, self.device)
         self.form.cast(self.module.network)
+        if world.size == 1 and any(part.stop - part.start == 1 for part in self.parts):
+            check_single_images(self.module, self.form, model.spec.input_shape, self.device)
         self.precision: Precision = "bfloat16" if self.form.precision == "autocast" else "float32"
         self.plan = plan if config.objective in ATTACKED else None
         self._arm(precision)
@@ -156,7 +159,7 @@ class Run:
             "plan": self.plan and [self.plan.record(), self.plan.steps, self.plan.step_size],
             "attack": self.attack.record() if self.attacks else None,
             "seed": self.seed,
-            "train": self.train_split.labelled_digest,
+            "train": self.train_split.ordered_digest,
             "validation": self.validation.labelled_digest,
             "spec": spec_to_dict(self.original.spec),
             "rounding": self.rounding and self.rounding.record(),
@@ -230,7 +233,7 @@ class Run:
         if self.guard is None or self.guard.collapse or self.step % min(guard.INTERVAL, self.steps_per_epoch):
             return
         assert self.plan is not None  # `_arm` has seen to it
-        pair = (self.attack, TrainingAttack.multi_step(self.plan.threat, guard.STEPS))
+        pair = (self.attack, TrainingAttack.multi_step(self._threat_in_training(), guard.STEPS))
         images = self.validation.first(guard.IMAGES)
         _, fgsm, pgd = measure(self.module, images, self.adversary, pair, derive_seed(self.seed, self.step))
         fgsm, pgd = self.world.lead((fgsm, pgd))  # or a network that differs in one process alone would part them
@@ -270,7 +273,7 @@ class Run:
             raise self._diverged(epoch + 1)
 
     def _diverged(self, epoch: int) -> ToolkitError:
-        return ToolkitError(
+        return DivergedError(
             "the training diverged",
             found=f"loss {self.losses[-1]:.3g} in epoch {epoch}, step {len(self.losses)}",
             fix=f"lower --learning-rate (now {self.config.learning_rate:g}), or pass --train-precision float32",
@@ -283,7 +286,7 @@ class Run:
 
     def finish_epoch(self) -> None:
         """Measure on the validation part and keep the weights unless earlier ones are clearly better."""
-        if not all(bool(value.isfinite().all()) for value in self.module.state_dict().values()):
+        if not self.finite <= finite_entries(self.module):
             raise self._diverged(self.step // self.steps_per_epoch)
         clean, robust = self._validate()
         epoch = self.step // self.steps_per_epoch
