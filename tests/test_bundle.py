@@ -14,7 +14,11 @@ from toolkit.errors import ToolkitError
 
 
 def fill(folder: Path, text: str = "new") -> None:
-    (folder / bundle.MANIFEST).write_text(text)
+    (folder / bundle.MANIFEST).write_text(json.dumps({"toolkit_version": "0", "files": {}, "text": text}))
+
+
+def text_in(folder: str) -> str:
+    return str(json.loads(Path(folder, bundle.MANIFEST).read_text())["text"])
 
 
 @pytest.fixture
@@ -103,7 +107,7 @@ def test_an_existing_output_is_refused_and_stays(folder: Path) -> None:
     with pytest.raises(ToolkitError, match="exists") as caught, open_workspace(Path("out"), force=False, resume=False):
         pass
     assert "--force" in caught.value.fix
-    assert Path("out", bundle.MANIFEST).read_text() == "old" and entries(folder) == ["out"]
+    assert text_in("out") == "old" and entries(folder) == ["out"]
 
 
 def test_force_replaces_a_bundle_at_the_very_end(folder: Path) -> None:
@@ -111,8 +115,8 @@ def test_force_replaces_a_bundle_at_the_very_end(folder: Path) -> None:
     fill(folder / "out", "old")
     with open_workspace(Path("out"), force=True, resume=False) as workspace:
         fill(workspace.files, "new")
-        assert Path("out", bundle.MANIFEST).read_text() == "old"
-    assert Path("out", bundle.MANIFEST).read_text() == "new" and entries(folder) == ["out"]
+        assert text_in("out") == "old"
+    assert text_in("out") == "new" and entries(folder) == ["out"]
 
 
 def test_force_keeps_the_old_bundle_if_the_run_fails(folder: Path) -> None:
@@ -121,7 +125,7 @@ def test_force_keeps_the_old_bundle_if_the_run_fails(folder: Path) -> None:
     with pytest.raises(ValueError, match="defect"), open_workspace(Path("out"), force=True, resume=False) as workspace:  # noqa: PT012
         fill(workspace.files, "new")
         raise ValueError("defect")
-    assert Path("out", bundle.MANIFEST).read_text() == "old" and entries(folder) == ["out"]
+    assert text_in("out") == "old" and entries(folder) == ["out"]
 
 
 def test_force_keeps_the_old_bundle_if_the_last_move_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +141,7 @@ def test_force_keeps_the_old_bundle_if_the_last_move_fails(folder: Path, monkeyp
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(ToolkitError, match="disk is full"), open_workspace(Path("out"), force=True, resume=False):
         pass
-    assert Path("out", bundle.MANIFEST).read_text() == "old" and entries(folder) == ["out"]
+    assert text_in("out") == "old" and entries(folder) == ["out"]
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -152,19 +156,22 @@ def test_what_appears_at_the_output_during_the_run_is_not_lost(folder: Path, kin
                 Path("out").write_text("dear")
             else:
                 Path("out").mkdir()
-                (Path("out") / (bundle.MANIFEST if kind == "bundle" else "dear.txt")).write_text("dear")
+                if kind == "bundle":
+                    fill(Path("out"), "dear")
+                else:
+                    Path("out/dear.txt").write_text("dear")
 
     if force and kind == "bundle":
         run()
-        assert Path("out", bundle.MANIFEST).read_text() == "new" and entries(folder) == ["out"]
+        assert text_in("out") == "new" and entries(folder) == ["out"]
         return
     Path("out.finished").write_text("of an earlier time")
     with pytest.raises(ToolkitError, match="has appeared") as caught:
         run()
     assert "out.finished1" in caught.value.fix and entries(folder) == ["out", "out.finished", "out.finished1"]
-    assert Path("out.finished1", bundle.MANIFEST).read_text() == "new"
-    where = Path("out") if kind == "file" else Path("out", bundle.MANIFEST if kind == "bundle" else "dear.txt")
-    assert where.read_text() == "dear"
+    assert text_in("out.finished1") == "new"
+    found = text_in("out") if kind == "bundle" else Path("out" if kind == "file" else "out/dear.txt").read_text()
+    assert found == "dear"
 
 
 def test_force_replaces_an_empty_folder_and_no_file(folder: Path) -> None:
@@ -188,6 +195,29 @@ def test_force_never_removes_what_harden_did_not_write(folder: Path) -> None:
         ):
             pass
     assert entries(folder) == ["photos"] and (folder / "photos/holiday.jpg").read_text() == "dear"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"manifest.json": '{"name": "my web app"}', "precious.txt": "dear"},
+        {"manifest.json": "no JSON", "report.json": "{}"},
+        {
+            "manifest.json": '{"toolkit_version": "0", "files": {"model.pt": {}}}',
+            "model.pt": "",
+            "notes/today.txt": "dear",
+        },
+        {"manifest.json": '["toolkit_version"]'},
+    ],
+)
+def test_a_folder_with_a_file_of_a_bundles_name_is_no_bundle(folder: Path, content: dict[str, str]) -> None:
+    """Nor is one into which somebody has put something of his own."""
+    for name, text in content.items():
+        Path("out", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("out", name).write_text(text)
+    with pytest.raises(ToolkitError, match="did not write"), open_workspace(Path("out"), force=True, resume=False):
+        pass
+    assert {name: Path("out", name).read_text() for name in content} == content and entries(folder) == ["out"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

@@ -67,7 +67,8 @@ def test_a_value_that_does_not_fit_is_an_error_that_quotes_the_flag(
         build(HardenConfig, {**HARDEN, **values}, FLAGS)
     assert caught.value.problem == problem
     assert found in caught.value.found
-    assert "correct" in caught.value.fix
+    wanted = "did you mean 'ratio'? choose one of: importance, ratio" if "prune.rate" in problem else "correct"
+    assert wanted in caught.value.fix
 
 
 @given(st.integers(1, 1000), st.integers(1, 1000))
@@ -94,8 +95,36 @@ def test_merging_is_right_biased_and_keeps_the_rest(base: dict[str, Any], over: 
     assert set(merged) == {*base, *over}
     assert merge(merged, over) == merged and merge(base, {}) == base and merge({}, over) == over
     for key, value in over.items():
-        if not (isinstance(value, dict) and isinstance(base.get(key), dict)):
+        if not isinstance(value, dict) or base.get(key) is None:
             assert merged[key] == value
+        elif not isinstance(base[key], dict):
+            assert merged[key] == base[key], "what stands where settings should is not dropped, but refused"
+
+
+def test_a_setting_in_the_place_of_a_part_is_refused_beside_flags_of_that_part(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("prune: 0.8\nfinetune: {epoch: 1, momentun: 0.5}\nquantize: {keep_float: node_conv2d}\n")
+    found = merge(read_settings(path), {"prune": {"round_to": 4}, "model": {"path": "m.pt"}})
+    with pytest.raises(ToolkitError) as caught:
+        build(HardenConfig, found, {})
+    assert "prune = 0.8" in caught.value.found and "3 more setting(s) are wrong" in caught.value.fix
+    found["prune"] = {}
+    with pytest.raises(ToolkitError) as caught:
+        build(HardenConfig, found, {})
+    said = str(caught.value)
+    assert "list, as in [one, two]" in said or "did you mean 'epochs'?" in said
+    del found["quantize"]
+    with pytest.raises(ToolkitError, match=r"finetune\.epoch") as caught:
+        build(HardenConfig, found, {})
+    assert "did you mean 'epochs'? choose one of:" in caught.value.fix and "learning_rate" in caught.value.fix
+
+
+def test_the_place_of_an_error_in_yaml_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("prune:\n  ratio: 0.5\n round_to: 4\n")
+    with pytest.raises(ToolkitError, match="cannot be read") as caught:
+        read_settings(path)
+    assert "line 3, column 2" in caught.value.found
 
 
 def test_merging_changes_neither() -> None:

@@ -191,20 +191,29 @@ def _refuse_foreign(output: Path) -> None:
             found=str(output),
             fix="name another place with --output; --force replaces bundles only",
         )
-    if not _is_replaceable(output):
+    foreign = _foreign_in(output)
+    if foreign:
         raise ToolkitError(
-            "the output is a folder that harden did not write",
-            found=str(output),
+            "the output is a folder that holds what harden did not write",
+            found=f"{output}: {foreign}",
             fix="name another folder with --output; --force replaces bundles only",
         )
 
 
-def _is_replaceable(output: Path) -> bool:
-    """Whether a folder is a bundle, or empty, and this process does not work in it."""
-    if not output.is_dir():
-        return False
-    known = (output / MANIFEST).is_file() or (output / REPORT).is_file() or not any(output.iterdir())
-    return known and not Path.cwd().is_relative_to(output.resolve())
+def _foreign_in(output: Path) -> str | None:
+    """What in a folder no bundle has; None: it is a bundle, or empty, and this process does not work in it."""
+    if Path.cwd().is_relative_to(output.resolve()):
+        return "the folder that this command works in"
+    there = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_symlink() or path.is_file()}
+    if not there:
+        return None
+    try:
+        manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
+        ours = {MANIFEST, *manifest["files"]} if "toolkit_version" in manifest else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    strange = sorted(there - ours)
+    return ", ".join(strange[:3]) + (f" and {len(strange) - 3} more" if len(strange) > 3 else "") if strange else None
 
 
 def _remove(path: Path) -> None:
@@ -237,8 +246,12 @@ def _kept_beside(finished: Path, output: Path) -> ToolkitError:
     )
 
 
+def _may_replace(output: Path) -> bool:
+    return output.is_dir() and _foreign_in(output) is None
+
+
 def _move_into_place(workspace: Workspace, *, force: bool) -> None:
-    if workspace.output.exists() and not (force and _is_replaceable(workspace.output)):
+    if workspace.output.exists() and not (force and _may_replace(workspace.output)):
         error = _kept_beside(workspace.files, workspace.output)
         shutil.rmtree(workspace.root, ignore_errors=True)
         raise error

@@ -208,8 +208,7 @@ def export_file(config: ModelRunConfig, how: ExportConfig, output: Path, *, forc
     partial = output.with_name(f".{output.name}.tmp")
     with bundle.disk_errors(output), bundle.folders_above(output):
         try:
-            metadata = {**describe(prepared.model), "dataset": prepared.source.name.split(":")[0]}
-            metadata |= PixelStatistics.of(prepared.splits.train).as_metadata()
+            metadata = describe(prepared.model) | PixelStatistics.of(prepared.splits.train).as_metadata()
             exported = export_onnx(prepared.model, partial, how, metadata=metadata)
             parity = measure_parity(prepared.model, OnnxPredictor(exported.path), prepared.splits.evaluation)
             check_parity(parity)
@@ -336,8 +335,7 @@ def _to_quantise(
     path = model.path
     if path.suffix in CHECKPOINTS or str(path).startswith(SHIPPED):
         prepared = prepare(ModelRunConfig(model=model, data=data, seed=seed, threads=threads))
-        metadata = {**describe(prepared.model), "dataset": prepared.source.name.split(":")[0]}
-        metadata |= PixelStatistics.of(prepared.splits.train).as_metadata()
+        metadata = describe(prepared.model) | PixelStatistics.of(prepared.splits.train).as_metadata()
         export_onnx(prepared.model, exported, ExportConfig(), metadata=metadata)
         return prepared.model, exported, prepared.source, prepared.splits
     if model.model_fields_set - {"path"}:

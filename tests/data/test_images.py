@@ -113,8 +113,11 @@ def test_one_coloured_file_makes_the_folder_rgb(make_folder: MakeFolder) -> None
 
 
 @pytest.mark.parametrize(("channels", "shape"), [(1, (1, 8, 8)), (3, (3, 8, 8))])
-def test_channels_can_be_prescribed(make_folder: MakeFolder, channels: int, shape: tuple[int, int, int]) -> None:
+def test_channels_can_be_prescribed_and_colours_that_are_lost_are_told(
+    make_folder: MakeFolder, channels: int, shape: tuple[int, int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert FolderImages(make_folder("train"), channels=channels).shape == shape
+    assert ("in colour, and all are read as grey" in capsys.readouterr().err) == (channels == 1)
 
 
 def test_sixteen_bit_grey_is_scaled_to_eight() -> None:

@@ -341,3 +341,11 @@ def test_few_seen_images_are_left_out_and_many_are_not() -> None:
     with pytest.raises(ToolkitError, match="judge"):
         check_trained_on(without_seen(splits, many), many)
     check_trained_on(without_seen(splits, few), few)
+
+
+def test_a_class_without_a_test_image_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    make_splits(a_source(np.arange(90), np.arange(900, 930), classes=3), DataConfig(calibration=5), 0)
+    assert "no test image" not in capsys.readouterr().err
+    even = np.arange(900, 960)[np.arange(60) % 3 != 1]
+    make_splits(a_source(np.arange(90), even, classes=3), DataConfig(calibration=5), 0)
+    assert "no test image is of class 1: no figure" in capsys.readouterr().err

@@ -213,3 +213,33 @@ def test_a_teacher_keeps_its_own_architecture(capsys: pytest.CaptureFixture[str]
     command = ["harden", "bare.pt", "--arch", "own.py:Pooled", "--data", "npz:data.npz", "--finetune", "distill"]
     more = ["--teacher", "teacher.pt", "--prune", "0", "--int8", "--epochs", "1", "--eps", "0.1", "--dry-run"]
     assert tiny.run(*command, *more) == cli.DONE, capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("place")
+def test_a_network_that_returns_probabilities_is_refused_before_anything_is_trained(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    soft = "class Soft(Drawn):\n    def forward(self, x):\n        return super().forward(x).softmax(1)\n"
+    Path("own.py").write_text(f"{NETWORKS}\n{soft}")
+    assert train("own.py:Soft") == cli.BAD_INPUT
+    assert "returns probabilities" in capsys.readouterr().err and not OUTPUT.exists()
+    assert train("own.py:Drawn", "--objective", "none") == cli.DONE
+    torch.save(weights(), "bare.pt")
+    command = ["harden", "bare.pt", "--arch", "own.py:Soft", "--data", "npz:data.npz", "--eps", "0.1", "--int8"]
+    assert tiny.run(*command, "--dry-run") == cli.BAD_INPUT
+    assert "leave the softmax" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.usefixtures("place")
+def test_the_next_commands_work_for_images_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a command prints as the next one finds its images by what the file says of them."""
+    command = ["train", "cnn8", "--data", "npz:data.npz", "-o", "new.pt", "--threads", "1", "--epochs", "1"]
+    assert tiny.run(*command) == cli.DONE and "--int8 --eps 8/255" in capsys.readouterr().out
+    assert tiny.run("prune", "new.pt", "-p", "0.5", "-o", "small.pt") == cli.DONE
+    assert "--prune 0 --int8 --eps 8/255" in capsys.readouterr().out
+    assert tiny.run("export", "small.pt", "-o", "small.onnx") == cli.DONE
+    assert "toolkit quantize small.onnx" in capsys.readouterr().out
+    assert tiny.run("quantize", "small.onnx", "-o", "int8.onnx", "--threads", "1") == cli.DONE
+    assert "npz:data.npz in the working folder" in " ".join(capsys.readouterr().err.split())
+    attack = ["attack", "small.onnx", "--eps", "0.1", "--attacks", "pgd", "--n", "9", "--threads", "1", "-q"]
+    assert tiny.run(*attack) == cli.DONE

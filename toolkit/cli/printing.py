@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from toolkit.artifacts import TorchModel
     from toolkit.planning import PlannedStep
     from toolkit.reports.schema import Report
 
@@ -30,6 +31,11 @@ def print_report(found: Report, folder: Path, as_json: bool) -> None:
     from toolkit.reports.summary import render_summary
 
     print(render_summary(found, folder))
+
+
+def radius_of(model: TorchModel) -> str:
+    """What a next command needs where the network's images have no preset of threat models."""
+    return " --eps 8/255" if ":" in (model.spec.dataset or "") else ""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

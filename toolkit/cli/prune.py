@@ -10,7 +10,7 @@ import typer
 
 from toolkit.cli import flags
 from toolkit.cli.app import Force, Json, Model, Quiet, Settings, Verbose, app, start
-from toolkit.cli.printing import table
+from toolkit.cli.printing import radius_of, table
 from toolkit.config import HardenConfig, ModelRunConfig, PruneConfig, build
 
 PRUNE_FLAGS = (*flags.PRUNE, *flags.MODEL, *flags.DATA)
@@ -42,4 +42,5 @@ def prune(
         return
     table(("layer", "filters before", "after"), [tuple(row.values()) for row in layers])
     print(f"parameters: {result.parameters_before:,} -> {result.parameters_after:,}")
-    print(f"\nwritten: {output}\nnext:    toolkit harden {output} --prune 0 --int8")
+    radius = radius_of(result.model)
+    print(f"\nwritten: {output}\nnext:    toolkit harden {output} --prune 0 --int8{radius}")

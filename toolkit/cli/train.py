@@ -11,6 +11,7 @@ import typer
 from toolkit import progress
 from toolkit.cli import flags
 from toolkit.cli.app import Force, Json, Quiet, Resume, Settings, Verbose, app, resume_hint, start
+from toolkit.cli.printing import radius_of
 from toolkit.config import TrainRunConfig, build
 
 TRAIN_FLAGS = (
@@ -55,5 +56,5 @@ def train(
     if best is not None:
         robust = f"; attacked {best.robust}" if best.robust else ""
         print(f"epoch {best.epoch} kept; validation: clean {best.accuracy}{robust}")
-    radius = " --eps 8/255" if ":" in (result.model.spec.dataset or "") else ""  # such data have no preset
+    radius = radius_of(result.model)
     print(f"\nwritten: {output}\nnext:    toolkit harden {output} --prune 0.5 --int8{radius}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -28,23 +29,45 @@ def build(kind: type[Config], values: dict[str, Any], flags: Mapping[str, str] =
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        first, *others = error.errors()
         path = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
         name = flags.get(path, f"the setting '{path}'")
         problem = f"{name} is missing" if first["type"] == "missing" else f"{name} has no usable value"
         raise ToolkitError(
             problem,
-            found=f"{path} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}",
-            fix=f"correct {name}; `--help` shows what it takes",
+            found=f"{path} = {first['input']!r}: {_in_words(first['msg'])}",
+            fix=_fix(kind, first, name) + (f"; {len(others)} more setting(s) are wrong" if others else ""),
         ) from error
 
 
+def _in_words(message: str) -> str:
+    """What pydantic says, in the words of YAML."""
+    return (message[0].lower() + message[1:]).replace("valid tuple", "list, as in [one, two]")
+
+
+def _fix(kind: type[StageConfig], error: Any, name: str) -> str:
+    """What to do about one error of pydantic's: for a name that is none, the nearest one and all others."""
+    if error["type"] != "extra_forbidden":
+        return f"correct {name}; `--help` shows what it takes"
+    part: Any = kind
+    *above, wrong = (str(one) for one in error["loc"])
+    for step in above:
+        part = part.model_fields[step].annotation if hasattr(part, "model_fields") else None
+    known = sorted(getattr(part, "model_fields", {}))
+    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.4)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"{hint}choose one of: {', '.join(known)}" if known else f"leave {name} away"
+
+
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Deep merge of two nested mappings; `over` wins."""
+    """Deep merge of two nested mappings; `over` wins, but not over what stands where settings should, to be refused."""
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+        there = merged.get(key)
+        if not isinstance(value, dict) or there is None:
+            merged[key] = value
+        elif isinstance(there, dict):
+            merged[key] = merge(there, value)
     return merged
 
 
@@ -110,8 +133,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}" if mark else ""
         raise ToolkitError(
-            "the config file cannot be read", found=f"{path}: {type(error).__name__}", fix=fix
+            "the config file cannot be read", found=f"{path}: {type(error).__name__}{where}", fix=fix
         ) from error
     if not isinstance(values, dict):
         raise ToolkitError("the config file holds no settings", found=f"{path}: {type(values).__name__}", fix=fix)

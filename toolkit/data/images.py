@@ -16,6 +16,7 @@ from toolkit.artifacts import HashArray, Int64Array, UInt8Array
 from toolkit.data.decoding import GREY_MODES, SUFFIXES, Rejects, decode_files
 from toolkit.data.hashing import hash_image, hash_images
 from toolkit.errors import ToolkitError
+from toolkit.progress import notice
 
 MEMORY_LIMIT = 2**30
 """Bytes of decoded pixels up to which a folder is held in memory."""
@@ -78,7 +79,7 @@ def _check_pixels(name: str, array: npt.NDArray[np.generic]) -> None:
 
 
 def _check_labels(name: str, labels: npt.NDArray[np.generic], images: int, classes: int) -> None:
-    fix = f"store one integer label per image, 0 to {classes - 1}"
+    fix = "store one integer label per image, from 0 on"
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (images,):
         found = f"labels of type {labels.dtype} and shape {labels.shape} for {images} images"
         raise ToolkitError(f"the labels of {name} do not fit its images", found=found, fix=fix)
@@ -169,16 +170,20 @@ class FolderImages:
         """The shape of all images, from the headers of some; without `size` the commonest size counts."""
         rejects = Rejects(self._root)
         spread = np.unique(np.linspace(0, len(self._files) - 1, SAMPLED).astype(np.int64))
-        modes: set[str] = set()
+        modes: Counter[str] = Counter()
         sizes: Counter[tuple[int, int]] = Counter()
         for file in (self._files[index] for index in spread):
             with rejects.catch(file), Image.open(self._root / file) as image:
-                modes.add(image.mode)
+                modes[image.mode] += 1
                 sizes[image.size] += 1
         if not sizes:
             rejects.raise_any(len(spread), (0, 0))
         width, height = (self._size, self._size) if self._size else sizes.most_common(1)[0][0]
-        return channels or (1 if modes <= GREY_MODES else 3), height, width
+        coloured = sum(count for mode, count in modes.items() if mode not in GREY_MODES)
+        if channels == 1 and coloured:
+            whole = f"{coloured} of {modes.total()} images looked at"
+            notice(f"{self._root}: {whole} are in colour, and all are read as grey")
+        return channels or (3 if coloured else 1), height, width
 
 
 def _files_by_class(root: Path, class_names: Sequence[str] | None) -> dict[str, list[str]]:

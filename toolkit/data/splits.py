@@ -62,6 +62,11 @@ def _check_classes(source: DataSource) -> None:
                 found=f"{len(images.labels)} images, class {name}",
                 fix="give images of at least two classes, one folder (or label) per class",
             )
+    untested = np.setdiff1d(source.train.labels, source.evaluation.labels)
+    if len(untested):
+        names = ", ".join(source.train.class_names[int(label)] for label in untested[:5])
+        more = f" and {len(untested) - 5} more" if len(untested) > 5 else ""
+        progress.warn(f"no test image is of class {names}{more}: no figure tells how well that is classified")
 
 
 def _evaluation(images: ImageSet, count: int | None, rng: np.random.Generator) -> Int64Array:

@@ -51,6 +51,8 @@ HARMLESS: list[Any] = [
 STATISTICS = ("running_mean", "running_var")
 """Ends of the names of what batch norm has measured."""
 
+SUMS_TO_ONE = 1e-4
+"""So near to 1 is the sum of probabilities."""
 SAVE_INSTEAD = "save it with torch.save(model.state_dict(), 'model.pt') and name the network with --arch"
 
 
@@ -361,4 +363,10 @@ def check_outputs(model: TorchModel, where: str) -> None:
             "the network's outputs are not the data set's classes",
             found=f"{where}: output {list(output.shape)[1:]}, {classes} classes",
             fix="name the data set that the network is made for with --data",
+        )
+    if bool((output >= 0).all()) and bool(((output.float().sum(1) - 1).abs() < SUMS_TO_ONE).all()):
+        raise ToolkitError(
+            "the network returns probabilities",
+            found=f"{where}: no output is negative, and they sum to 1",
+            fix="return the logits: leave the softmax at the end of forward() away; labels stay the same",
         )
