@@ -44,7 +44,7 @@ def test_quantize_takes_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None
         assert tiny.run(*command, "--output", f"{engine}.onnx", "--json", "-q") == cli.DONE
         found = json.loads(capsys.readouterr().out)
         assert (found["engine"], found["integer_coverage"]) == (name, 1.0)
-        assert read_metadata(Path(f"{engine}.onnx"))["dataset"] == "npz"
+        assert read_metadata(Path(f"{engine}.onnx"))["dataset"] == "npz:data.npz"
 
 
 @pytest.mark.usefixtures("here")

@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from tests import tiny
 from tests.tiny import QUICK, entries
 from toolkit import bundle, cli, targets
+from toolkit.evaluators.saturating_layers import saturates_here
 from toolkit.exporters.onnx import read_metadata
 from toolkit.exporters.parity import Parity
 from toolkit.reports.schema import Report
@@ -93,7 +94,8 @@ def test_quantize_writes_them_beside_its_file(here: Path, capsys: pytest.Capture
     assert tiny.run(*command, "--weight-bits", "4", "-q", "--json") == cli.DONE
     found = json.loads(capsys.readouterr().out)
     assert [file["file"] for file in found["targets"]] == ["net.fp16.onnx", "net.trt.onnx"]
-    assert found["weights"] == "int8 symmetric per channel; of linear layers int4 symmetric per channel"
+    mixed = "int8 symmetric per channel; of linear layers int4 symmetric per channel"
+    assert found["weights"] == (f"{mixed}, int8 ones of 7 bits" if saturates_here() else mixed)
     assert found["bytes"]["deployed"] == Path("net.onnx").stat().st_size and found["accuracy"]["fp32"]["total"] == 150
     assert {"net.onnx", "net.fp16.onnx", "net.trt.onnx"} < set(entries(here))
     assert not [name for name in entries(here) if name.startswith(".")]

@@ -211,14 +211,14 @@ class Unlike(World):
         return flag
 
 
-UNLIKE = {"start weights": "of another network", "training images": "others"}
+UNLIKE = {"start weights": "of another network", "training images and their order": "others"}
 
 
 def test_processes_that_would_train_different_things_are_refused() -> None:
     model = wrap(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), classes=2, shape=(1, 8, 8))
     with pytest.raises(ToolkitError, match="do not train the same") as error:
         train(model, TRAIN, VALIDATION, CONFIG, PLAN, seed=3, world=Unlike(1, 2))
-    assert error.value.found == "not the same in all of them: training images, start weights"
+    assert error.value.found == "not the same in all of them: training images and their order, start weights"
 
 
 def test_a_training_of_one_process_is_continued_by_two(tmp_path: Path, port: int) -> None:
