@@ -16,13 +16,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from toolkit.config import HardenConfig, build, read_settings
-from toolkit.errors import ToolkitError
+from toolkit.errors import OutputTakenError, ToolkitError
 from toolkit.locks import alone
 from toolkit.reports.schema import Report
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
-KEPT = "what was done so far is kept: the same command with --resume goes on from it"
 DEPLOYED = "model.onnx"
 FLOAT_TWIN = "model.fp32.onnx"
 END_TO_END = "model.e2e.onnx"
@@ -227,19 +226,19 @@ def put(finished: Path, output: Path, *, force: bool) -> None:
     """Move a finished file to `output`.
 
     Raises:
-        ToolkitError: something stands there, which `force` does not allow to replace; the file is kept beside it.
+        OutputTakenError: something stands there, which `force` does not allow to replace; the file is kept beside it.
     """
     if output.exists() and not force:
         raise _kept_beside(finished, output)
     finished.replace(output)
 
 
-def _kept_beside(finished: Path, output: Path) -> ToolkitError:
+def _kept_beside(finished: Path, output: Path) -> OutputTakenError:
     """Give what is finished another name, for at its own something has appeared since the run began."""
     names = (output.with_name(f"{output.stem}.finished{number or ''}{output.suffix}") for number in itertools.count())
     other = next(name for name in names if not name.exists())
     finished.rename(other)
-    return ToolkitError(
+    return OutputTakenError(
         "something has appeared at the output during the run",
         found=str(output),
         fix=f"nothing is lost: what this run made is whole in {other}",
@@ -270,6 +269,8 @@ def _move_into_place(workspace: Workspace, *, force: bool) -> None:
     _remove(old)
 
 
+KEPT = "what was done so far is kept: the same command with --resume goes on from it"
+"""What a run that failed says of its state."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST)
 TORCH_WRITER = "inline_container.cc"

@@ -29,6 +29,10 @@ class DivergedError(ToolkitError):
     """A training that diverged: it would again, so what it saved is of no use."""
 
 
+class OutputTakenError(ToolkitError):
+    """Something appeared at the output during a run, whose result is kept beside it."""
+
+
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> ToolkitError:
     """The error for a name outside a registry: lists the choices and the nearest one."""
     known = sorted(choices)

@@ -27,7 +27,7 @@ from toolkit.config import (
 from toolkit.data.pixels import PixelStatistics, statistics_in
 from toolkit.data.sources import DataSource, load_source
 from toolkit.data.splits import make_splits
-from toolkit.errors import DivergedError, ToolkitError
+from toolkit.errors import DivergedError, OutputTakenError, ToolkitError
 from toolkit.evaluators.accuracy import measure_accuracy
 from toolkit.evaluators.calibration_choice import choose_calibration
 from toolkit.evaluators.cost import IntegerCoverage, integer_coverage
@@ -147,7 +147,11 @@ def _train_alone(config: TrainRunConfig, output: Path, *, force: bool, resume: b
                 error.add_note(bundle.KEPT)
             raise
         if world.leads:
-            _save(result.model, output, force=force)
+            try:
+                _save(result.model, output, force=force)
+            except OutputTakenError:  # it is finished all the same
+                checkpoint.unlink(missing_ok=True)
+                raise
             checkpoint.unlink(missing_ok=True)
     return result
 

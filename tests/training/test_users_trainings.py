@@ -120,7 +120,7 @@ def test_a_file_that_appears_during_the_training_is_not_replaced(
     raise_in(1, monkeypatch, appearing)
     assert train("own.py:Drawn") == cli.BAD_INPUT
     assert OUTPUT.read_text() == "somebody else's"
-    assert "has appeared" in capsys.readouterr().err and Path("new.finished.pt").is_file()
+    assert "has appeared" in capsys.readouterr().err and Path("new.finished.pt").is_file() and not STATE.exists()
     OUTPUT.unlink()
     assert tiny.run("prune", "new.finished.pt", "--data", "npz:data.npz", "-o", "pruned.pt", "-q") == cli.BAD_INPUT
     assert "pruning removed nothing" in capsys.readouterr().err, "what was kept is a whole checkpoint"

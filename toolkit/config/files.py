@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +12,7 @@ from pydantic import ValidationError
 
 from toolkit import paths
 from toolkit.config.base import StageConfig
-from toolkit.errors import ToolkitError
+from toolkit.errors import ToolkitError, unknown_name
 
 Config = TypeVar("Config", bound=StageConfig)
 
@@ -53,10 +52,8 @@ def _fix(kind: type[StageConfig], error: Any, name: str) -> str:
     *above, wrong = (str(one) for one in error["loc"])
     for step in above:
         part = part.model_fields[step].annotation if hasattr(part, "model_fields") else None
-    known = sorted(getattr(part, "model_fields", {}))
-    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.4)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"{hint}choose one of: {', '.join(known)}" if known else f"leave {name} away"
+    known = getattr(part, "model_fields", None)
+    return unknown_name("setting", wrong, known).fix if known else f"leave {name} away"
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

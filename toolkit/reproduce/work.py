@@ -22,6 +22,7 @@ from toolkit.exporters.quantize import quantize_int8
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import assemble, read_model_file
 from toolkit.models.registry import build_network
+from toolkit.prepare import fix_seeds
 from toolkit.pruning import prune
 from toolkit.reproduce.pretrained import read_pretrained
 from toolkit.reproduce.recipes import plan_of
@@ -189,7 +190,7 @@ def do_loading(step: Step, bench: Bench) -> dict[str, Any]:
 
 def _fresh(architecture: str, seed: int, bench: Bench) -> TorchModel:
     source = bench.world.source
-    torch.manual_seed(seed)
+    fix_seeds(seed)
     network = build_network(architecture, len(source.train.class_names), source.train.shape)
     hint = source.normalization_hint
     spec = ModelSpec(architecture, source.train.class_names, source.train.shape, hint, source.name)
