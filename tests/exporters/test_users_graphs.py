@@ -69,7 +69,8 @@ class Attention(nn.Module):
         self.common, self.out, self.last = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 3)
 
     def factors(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.common(x[:, 0]).chunk(3, -1)
+        together: Tensor = self.common(x[:, 0])
+        return together.chunk(3, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.factors(x)
