@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from toolkit.config import (
     HardenConfig,
     PruneConfig,
+    SearchRunConfig,
     StageConfig,
     ThreatConfig,
     TrainConfig,
@@ -167,6 +169,31 @@ def test_a_teacher_is_named_relative_to_the_config_file(tmp_path: Path) -> None:
     home.mkdir()
     (tmp_path / "config.yaml").rename(home / "config.yaml")
     assert build(HardenConfig, read_settings(home / "config.yaml")).finetune == config.finetune
+
+
+@pytest.mark.parametrize(
+    ("storage", "written"),
+    [
+        ("sqlite:///{}/shared/trials.sqlite", "sqlite:///../shared/trials.sqlite"),
+        ("sqlite+pysqlite:///{}/trials.sqlite?timeout=9", "sqlite+pysqlite:///../trials.sqlite?timeout=9"),
+        ("sqlite:///:memory:", "sqlite:///:memory:"),
+        ("postgresql://me@there/trials", "postgresql://me@there/trials"),
+    ],
+)
+def test_a_search_names_its_storage_and_its_teachers_relative_to_its_file(
+    storage: str, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = {"finetune.teacher": [str(tmp_path / "strong" / "model.pt"), None], "prune.ratio": [0.2, 0.5]}
+    search = {"storage": storage.format(tmp_path), "space": space}
+    config = build(SearchRunConfig, {**HARDEN, "search": search})
+    home = tmp_path / "out"
+    home.mkdir()
+    write_settings(config, home / "search.yaml", home)
+    kept = yaml.safe_load((home / "search.yaml").read_text())["search"]
+    assert (kept["storage"], kept["space"]["finetune.teacher"]) == (written, ["../strong/model.pt", None])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert build(SearchRunConfig, read_settings(home / "search.yaml")).search == config.search
 
 
 @pytest.mark.parametrize("content", [b"a: [1", b"\xff\xfe\x00", None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +16,10 @@ from toolkit.config.base import StageConfig
 from toolkit.errors import ToolkitError, unknown_name
 
 Config = TypeVar("Config", bound=StageConfig)
+SQLITE_FILE = re.compile(r"(sqlite(?:\+\w+)?:///)(?!:|file:)([^?]+)(.*)")
+"""A storage that is a file: what comes before its path, the path, its options."""
+TEACHER = "finetune.teacher"
+"""Of a search's space."""
 
 
 def build(kind: type[Config], values: dict[str, Any], flags: Mapping[str, str] = MappingProxyType({})) -> Config:
@@ -105,14 +110,24 @@ def _map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str
     def plain(path: str) -> str:
         return path if path.startswith("shipped:") else change(f"folder:{path}").removeprefix("folder:")
 
+    def database(url: str) -> str:
+        found = SQLITE_FILE.fullmatch(url)
+        return f"{found[1]}{plain(found[2])}{found[3]}" if found else url
+
     places = {
         ("model", "path"): plain,
         ("model", "arch"): change,
         ("data", "source"): change,
         ("data", "data_dir"): plain,
         ("finetune", "teacher"): plain,
+        ("search", "storage"): database,
     }
     mapped = {part: dict(inner) if isinstance(inner, dict) else inner for part, inner in values.items()}
+    search = mapped.get("search")
+    space = search.get("space") if isinstance(search, dict) else None
+    if isinstance(space, dict) and isinstance(space.get(TEACHER), list):
+        teachers = [plain(one) if isinstance(one, str) else one for one in space[TEACHER]]
+        mapped["search"]["space"] = {**space, TEACHER: teachers}
     for (part, name), how in places.items():
         inner = mapped.get(part)
         if isinstance(inner, dict) and isinstance(inner.get(name), str):
