@@ -29,7 +29,7 @@ from toolkit.exporters.engines import check_engine
 from toolkit.exporters.integers import preprocess
 from toolkit.exporters.onnx import export_onnx, load_onnx, write_metadata
 from toolkit.exporters.precision import float_weights
-from toolkit.exporters.session import OnnxPredictor
+from toolkit.exporters.session import OnnxPredictor, check_provider
 from toolkit.exporters.target_kinds import chosen_targets
 from toolkit.graphs import Graphs, search_rounding, settled, some_pixels, timed, with_rounding, write_graphs
 from toolkit.lineup import Lineup
@@ -116,6 +116,7 @@ def harden(config: HardenConfig, output: Path, *, force: bool = False, resume: b
         ToolkitError: bad input, or a stage that cannot handle the network.
     """
     check_settings(config)
+    check_provider(config.benchmark.provider)
     if force:
         refuse_inputs(output, inputs_of(config))
     warn_of_unused(config.finetune)

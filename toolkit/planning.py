@@ -19,6 +19,7 @@ from toolkit.evaluators.portability import IMAGES
 from toolkit.evaluators.probes import PROBED_IMAGES, RADII, STEPS
 from toolkit.exporters.engine import float_layers
 from toolkit.exporters.onnx import export_onnx, load_onnx
+from toolkit.exporters.session import check_provider
 from toolkit.graphs import with_rounding
 from toolkit.paths import refuse_inputs
 from toolkit.pipeline import BASELINE_IMAGES, check_settings, resolve
@@ -48,6 +49,7 @@ class PlannedStep:
 def dry_run(config: HardenConfig, output: Path, *, force: bool = False, resume: bool = False) -> list[PlannedStep]:
     """What `harden` would do; loads and checks everything that `harden` does, writes nothing."""
     check_settings(config)
+    check_provider(config.benchmark.provider)
     if force:
         refuse_inputs(output, inputs_of(config))
     warn_of_unused(config.finetune)

@@ -14,6 +14,7 @@ import torchvision
 from onnx import TensorProto, helper
 from onnxruntime.quantization import QuantType, quantize_static
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from toolkit import progress
 from toolkit.artifacts import (
@@ -202,6 +203,62 @@ def test_files_that_take_any_size_are_profiled_on_the_images_own(tmp_path: Path)
     nodes = [helper.make_node("Conv", ["image", "weights"], ["logits"])]
     path = save(tmp_path / "any.onnx", nodes, weights, sizes=["N", 1, "H", "W"])
     assert integer_coverage(path, image=(1, 8, 6)).macs_total == 2 * 9 * 6 * 4
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("bik,kj->bij", [(2, 3, 4), (4, 5)]),
+        ("bhqd,bhkd->bhqk", [(1, 2, 7, 4), (1, 2, 5, 4)]),
+        ("...ij, ...jk", [(2, 3, 4, 5), (2, 3, 5, 6)]),
+        ("i,i->", [(9,), (9,)]),
+    ],
+)
+def test_products_in_einstein_notation_count(equation: str, shapes: list[tuple[int, ...]], tmp_path: Path) -> None:
+    with FlopCounterMode(display=False) as counter:
+        torch.einsum(equation.replace(" ", ""), *(torch.ones(shape) for shape in shapes))
+    factors = [ones(f"factor{index}", shape) for index, shape in enumerate(shapes)]
+    classes = helper.make_tensor("classes", TensorProto.FLOAT, (4, 3), [0.1] * 12)
+    nodes = [
+        helper.make_node("Einsum", [factor.name for factor in factors], ["product"], equation=equation),
+        helper.make_node("ReduceSum", ["product"], ["total"], keepdims=0),
+        helper.make_node("Flatten", ["image"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "classes"], ["scores"]),
+        helper.make_node("Add", ["scores", "total"], ["logits"]),
+    ]
+    nodes[0].input[0] = "varied"  # or it would be a constant, and folded
+    nodes.insert(0, helper.make_node("ReduceMean", ["image"], ["grey"], keepdims=0))
+    nodes.insert(1, helper.make_node("Add", ["factor0", "grey"], ["varied"]))
+    coverage = integer_coverage(save(tmp_path / "einsum.onnx", nodes, [*factors, classes]))
+    assert [layer.macs for layer in coverage.layers] == [counter.get_total_flops() // 2, 4 * 3]
+    assert {layer.kernel for layer in coverage.layers} >= {"Einsum"}
+
+
+@pytest.mark.parametrize(("operator", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_recurrent_layers_count(operator: str, gates: int, directions: int, tmp_path: Path) -> None:
+    state, features, steps = 5, 2, 2
+    both = "bidirectional" if directions == 2 else "forward"
+    weights = [
+        ones("rows", (3,), [2, 1, 2]),
+        ones("read", (directions, gates * state, features)),
+        ones("kept", (directions, gates * state, state)),
+    ]
+    nodes = [
+        helper.make_node("Reshape", ["image", "rows"], ["series"]),  # rows of an image, one after another
+        helper.make_node(operator, ["series", "read", "kept"], ["", "last"], hidden_size=state, direction=both),
+        helper.make_node("Transpose", ["last"], ["turned"], perm=[1, 0, 2]),
+        helper.make_node("Flatten", ["turned"], ["logits"]),
+    ]
+    coverage = integer_coverage(save(tmp_path / "recurrent.onnx", nodes, weights))
+    assert coverage.macs_total == steps * directions * gates * state * (features + state)
+    assert (coverage.share, [layer.kernel for layer in coverage.layers]) == (0.0, [operator])
+
+
+def ones(name: str, shape: tuple[int, ...], values: list[int] | None = None) -> onnx.TensorProto:
+    if values is not None:
+        return helper.make_tensor(name, TensorProto.INT64, shape, values)
+    return helper.make_tensor(name, TensorProto.FLOAT, shape, np.ones(shape).ravel())
 
 
 def test_a_graph_without_layers_is_refused(tmp_path: Path) -> None:

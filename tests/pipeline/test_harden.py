@@ -133,13 +133,14 @@ def _state_of(path: Path) -> dict[str, Any]:
     return build_network(f"{path}:net", tiny.CLASSES, (1, 16, 16)).state_dict()
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
 def test_a_provider_that_is_not_there_is_refused_before_training(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    more: tuple[str, ...], here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has the provider")
     monkeypatch.setattr(Run, "advance", lambda _run: pytest.fail("it was trained"))
-    assert tiny.run(*tiny.harden_arguments(), "--provider", "cuda", "-q") == cli.BAD_INPUT
+    assert tiny.run(*tiny.harden_arguments(), "--provider", "cuda", *more, "-q") == cli.BAD_INPUT
     assert "cuda" in capsys.readouterr().err.lower()
     assert not any("out" in name for name in tiny.entries(here))
 

@@ -37,7 +37,10 @@ def attack(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Robust accuracy of a network or of any ONNX classifier: attacks, transfer, alarms."""
+    """Robust accuracy of a network or of any ONNX classifier: attacks, transfer, alarms.
+
+    A bundle is attacked on its own images, with its own seed and threat model, where no flag says otherwise.
+    """
     start(quiet, verbose)
     values = flags.nested(settings | {"model.path": model})
     config = build(AttackRunConfig, values, flags.names_by_path(ATTACK_FLAGS))

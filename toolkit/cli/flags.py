@@ -237,12 +237,14 @@ def under(prefix: str, flags: Sequence[Flag]) -> tuple[Flag, ...]:
     return tuple(Flag(f.name, f"{prefix}.{f.path}", f.help, f.type, f.short) for f in flags)
 
 
-def with_flags(flags: Sequence[Flag], config: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_flags(
+    flags: Sequence[Flag], config: type[BaseModel] | None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator: give a command the flags, and pass what was set as its argument `settings`, by dotted path.
 
     Args:
         flags: the flags, in the order of the help.
-        config: the configuration whose defaults the help shows.
+        config: the configuration whose defaults the help shows; None: the defaults are not those of a configuration.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -271,9 +273,9 @@ def with_flags(flags: Sequence[Flag], config: type[BaseModel]) -> Callable[[Call
     return decorate
 
 
-def _option(flag: Flag, config: type[BaseModel]) -> Any:
+def _option(flag: Flag, config: type[BaseModel] | None) -> Any:
     names = [flag.name, *([flag.short] if flag.short else [])]
-    default = _default(config, flag.path.split("."))
+    default = _default(config, flag.path.split(".")) if config else ""
     return typer.Option(*names, help=flag.help, show_default=default or False)
 
 

@@ -18,7 +18,7 @@ VERIFY_FLAGS = (*flags.ATTACKS, *flags.DATA[:4], *flags.EVALUATION, *flags.MACHI
 
 
 @app.command()
-@flags.with_flags(VERIFY_FLAGS, AttackRunConfig)
+@flags.with_flags(VERIFY_FLAGS, None)
 def verify(
     settings: Settings,
     folder: Folder,
@@ -32,7 +32,7 @@ def verify(
     """Check a bundle's files and schema, then measure its claims again on this machine.
 
     Integer layers, accuracy on all evaluation images, time beside the float twin, and robust accuracy on 512 images
-    (or --n) by the bundle's own attacks.
+    (or --n) by the bundle's own attacks. Its settings hold where no flag says otherwise.
     """
     start(quiet, verbose)
     config = build(

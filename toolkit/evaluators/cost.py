@@ -124,7 +124,7 @@ def integer_coverage(
     if not layers:
         raise ToolkitError(
             "the graph has no layer whose work could be counted",
-            found=f"{path}: no Conv, Gemm or MatMul",
+            found=f"{path}: no Conv, Gemm, MatMul or the like",
             fix="name an ONNX classifier",
         )
     found = match(layers, [kernel for kernel in running if kernel.work is not None])

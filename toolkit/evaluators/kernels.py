@@ -27,6 +27,8 @@ PRODUCTS = {
     "Gemm": 1, "FusedGemm": 1, "MatMul": 1, "FusedMatMul": 1, "MatMulInteger": 1, "MatMulIntegerToFloat": 1,
     "DynamicQuantizeMatMul": 1, "QLinearMatMul": 3, "QGemm": 3, "MatMulNBits": 1,
 }  # fmt: skip
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+"""Recurrent layers, and how many matrices each holds for what it reads and as many for its state."""
 INTEGER_KERNELS = frozenset(
     {"QLinearConv", "ConvInteger", "QLinearMatMul", "QGemm", "MatMulInteger", "MatMulIntegerToFloat",
      "DynamicQuantizeMatMul"}
@@ -194,9 +196,9 @@ def _aliases(model: ModelProto) -> dict[str, frozenset[str]]:
     """
     consumers: dict[str, list[NodeProto]] = defaultdict(list)
     for node in model.graph.node:
-        for name in node.input:
+        for name in filter(None, node.input):
             consumers[name].append(node)
-    layers = {*CONVOLUTIONS, *TRANSPOSED, *PRODUCTS}
+    layers = {*CONVOLUTIONS, *TRANSPOSED, *PRODUCTS, *GATES, "Einsum"}
     found = {}
     for node in model.graph.node:
         names = {_stem(node.name), node.output[0]}
@@ -230,7 +232,29 @@ def _work(
         left, out = read[0][1], written[0][1]
         inner = left[0] if attributes.get("transA", 0) and len(left) == 2 else left[-1]
         return Work("product", (inner,), out[:-1], out[-1]), math.prod(out) * inner
+    if node.op_type == "Einsum" and len(read) > 1:
+        out, equation = written[0][1] or (1,), attributes["equation"].decode()
+        inner = _summed(equation, [shape for _, shape in read])
+        return Work("einsum", (inner,), out[:-1], out[-1]), math.prod(out) * inner * (len(read) - 1)
+    if node.op_type in GATES:
+        (steps, images, features), state = read[0][1], attributes["hidden_size"]
+        directions = 1 + (attributes.get("direction") == b"bidirectional")
+        count = steps * images * directions * GATES[node.op_type] * state * (features + state)
+        return Work(node.op_type, (features + state,), (steps, images), directions * state), count
     return None, 0
+
+
+def _summed(equation: str, shapes: list[Shape]) -> int:
+    """Terms that an Einsum adds up for each number that it gives: the product of the sizes that the result lacks."""
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    sizes = dict[str, int]()
+    for term, shape in zip(terms.split(","), shapes, strict=True):
+        before, dots, after = term.partition("...")
+        first = len(shape) - len(after) if dots else len(before)
+        for label, size in [*zip(before, shape, strict=False), *zip(after, shape[first:], strict=True)]:
+            sizes[label] = max(size, sizes.get(label, 1))
+    kept = set(result) if arrow else {label for label in sizes if terms.count(label) == 1}
+    return math.prod(size for label, size in sizes.items() if label not in kept)
 
 
 def match(layers: list[Kernel], kernels: list[Kernel]) -> dict[str, Kernel]:

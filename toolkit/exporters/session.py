@@ -95,10 +95,15 @@ def why_no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no NVIDIA GPU or no driver"
 
 
-def _require_cuda() -> None:
-    reason = why_no_cuda()
+def check_provider(provider: Provider) -> None:
+    """Refuse a provider that this machine lacks."""
+    reason = why_no_cuda() if provider == "cuda" else None
     if reason is not None:
-        raise _no_provider("cuda", reason)
+        raise _no_provider(provider, reason)
+
+
+def _require_cuda() -> None:
+    check_provider("cuda")
     if hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # torch's wheels bring the CUDA and cuDNN libraries
 
