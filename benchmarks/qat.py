@@ -46,6 +46,11 @@ from toolkit.training.qat import LearntRanges, Rounding, fit, graph_ranges, prep
 ARMS = ("ptq", "qat")
 
 
+def percent(ratio: float) -> str:
+    """For names of files, whose ending begins at their last dot."""
+    return f"{100 * ratio:g}".replace(".", "_")
+
+
 def tuned(
     student: TorchModel,
     prepared: PreparedAttack,
@@ -124,7 +129,7 @@ def int8(arguments: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, Any] = {"threat": plan.record(), "steps": plan.steps, "images": len(splits.train)}
     for arm in ARMS:
         rounding = Rounding(margin=margin) if arm == "qat" else None
-        place = arguments.work / f"int8-{arm}-{arguments.epochs}-{arguments.seed}"
+        place = arguments.work / f"int8-{arm}-{percent(arguments.ratio)}-{arguments.epochs}-{arguments.seed}"
         model, learnt, seconds = tuned(student, prepared, splits.train, training, rounding, place, arguments.seed)
         fp32 = export_onnx(model, place.with_suffix(".fp32.onnx"), ExportConfig())
         ranges = graph_ranges(model, learnt, fp32.path, splits.calibration) if learnt else {}
@@ -175,7 +180,8 @@ def simulated(arguments: argparse.Namespace) -> dict[str, Any]:
     judged: dict[str, tuple[TorchModel, TorchModel]] = {}
     for arm in ARMS:
         kind = bits if arm == "qat" else "float"  # before it is rounded, the same for any number of bits
-        place = arguments.work / f"simulated-{kind}-{arguments.epochs}-{arguments.seed}"
+        setting = f"{kind}-{percent(arguments.ratio)}-{arguments.images}-{arguments.epochs}-{arguments.seed}"
+        place = arguments.work / f"simulated-{setting}"
         how = rounding if arm == "qat" else None
         model, learnt, seconds = tuned(pruned.model, prepared, images, training, how, place, arguments.seed)
         rows[arm] = {"seconds": seconds, "best_epoch": model.spec.training[-1]["best_epoch"]}

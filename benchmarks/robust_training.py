@@ -14,6 +14,7 @@ A teacher for `distill` is the unpruned network, tuned: `toolkit harden shipped:
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 from toolkit.artifacts import TorchModel
 from toolkit.attacks.ensemble import compose
+from toolkit.bundle import sha256
 from toolkit.config import ExportConfig, HardenConfig, QuantizeConfig, TrainConfig, build
 from toolkit.evaluators.environment import environment_record
 from toolkit.evaluators.evaluation import Conditions
@@ -174,6 +176,12 @@ def show(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def digest(arguments: argparse.Namespace) -> str:
+    """Of what else a row depends on."""
+    facts = (arguments.model, arguments.teacher and sha256(arguments.teacher), arguments.attacks, arguments.n)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
+
+
 def main() -> None:
     """Run all methods at all ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -196,7 +204,8 @@ def main() -> None:
     rows = []
     for ratio in map(float, arguments.ratios.split(",")):
         bench = Bench(arguments, ratio, [REFERENCE, *(method for method in methods if method != REFERENCE)])
-        names = {m: f"{m}-{arguments.threat}-{ratio}-{arguments.epochs}-{arguments.seed}".lower() for m in methods}
+        how = f"{arguments.threat}-{ratio}-{arguments.epochs}-{arguments.seed}-{digest(arguments)}"
+        names = {m: f"{m}-{how}".lower() for m in methods}
         cost = bench.milliseconds() if set(names.values()) - set(saved_rows(results)) else {}
         for method, name in names.items():
             if name not in saved_rows(results):

@@ -121,7 +121,7 @@ def main() -> None:
         config = ModelRunConfig(
             model=ModelConfig(path=checkpoint),
             data=DataConfig(source=arguments.data, evaluation=arguments.n),
-            threat=ThreatConfig(eps=arguments.eps),
+            threat=ThreatConfig(preset="paper", eps=arguments.eps),
             threads=1,
         )
         prepared = prepare_attack(config)

@@ -5,11 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tests.reproduce import small
 from toolkit.reproduce import command, targets, world
 from toolkit.reproduce.document import documents
+from toolkit.reproduce.embedding import _lay_out
 from toolkit.reproduce.recipes import Recipe
 from toolkit.reproduce.runner import Runner
 
@@ -99,6 +102,13 @@ def test_another_network_or_fewer_images_are_not_compared_with_the_paper(tmp_pat
     few = Runner(small.settings(tmp_path, max_runs=0, data={"evaluation": 15}))
     assert documents(few)[0]["panels"][0]["attack_images"] == 15
     assert all(cell["paper"] for cell in documents(Runner(small.settings(tmp_path, "table2")))[0]["panels"][0]["cells"])
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-8])
+def test_a_layer_that_gives_the_same_for_every_image_is_one_point(noise: float) -> None:
+    values = 0.5 + noise * torch.rand(100, 7)  # scikit-learn ends the process on such values
+    assert (_lay_out(values, 30, 0) == 0).all()
+    assert np.ptp(_lay_out(values + torch.eye(100)[:, :7], 30, 0), axis=0).min() > 1
 
 
 @pytest.mark.usefixtures("small_world")

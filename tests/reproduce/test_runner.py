@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -215,6 +216,14 @@ def test_the_time_is_over_even_where_a_shell_lets_interrupts_be_ignored() -> Non
         assert expired() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_budget_without_end_is_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    with limits.alarm(1e12) as expired:
+        doze(0.2)
+    assert failed == [] and not expired()
 
 
 @pytest.mark.usefixtures("small_world")

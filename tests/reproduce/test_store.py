@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -71,6 +72,15 @@ def test_a_figure_of_a_network_that_was_made_again_otherwise_is_mixed(tmp_path: 
     finish(store, tuned, weights_sha256="d")
     assert not store.is_mixed(tuned) and store.is_mixed(figure)
     finish(store, figure)
+    assert not store.is_mixed(figure)
+
+
+def test_a_network_that_is_gone_is_no_other_one(tmp_path: Path) -> None:
+    figure = Step("measure", "a figure", {}, (STEP,))
+    store = Store(tmp_path, PAPER)
+    finish(store, STEP, weights_sha256="a")
+    finish(store, figure)
+    shutil.rmtree(store.folder(STEP))
     assert not store.is_mixed(figure)
 
 

@@ -6,6 +6,8 @@ import ast
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -43,6 +45,29 @@ def test_workers_share_the_trials_and_one_that_is_killed_costs_none(
     results = [(trial, seed) for trial, seed, _ in ended]
     assert sorted(results) == sorted((one.number, seed) for one in tried for seed in (0, 1)), "each once"
     assert len({process for _, _, process in ended}) >= 2, "several processes did the work"
+
+
+class Dying(RayCluster):
+    """A cluster on which every worker dies, however often a trial is tried."""
+
+    def __init__(self) -> None:
+        import ray
+
+        def get(_: object) -> object:
+            raise ray.exceptions.WorkerCrashedError
+
+        self._running, self.slots, self._work = {}, 2, cast("Any", None)
+        self._ray = SimpleNamespace(wait=lambda all_, **_: (all_[:1], all_[1:]), get=get, exceptions=ray.exceptions)
+        self._task = cast("Any", SimpleNamespace(remote=lambda *_: object()))
+
+
+def test_a_cluster_whose_workers_all_die_does_not_use_up_the_trials(tmp_path: Path) -> None:
+    study = a_study(f"sqlite:///{tmp_path / 'study.sqlite'}")
+    with pytest.raises(ToolkitError, match="3 trials in a row met a defect") as caught:
+        run_trials(study, a_space(), Dying(), plan(12))
+    assert "its worker died, 4 times: WorkerCrashedError" in caught.value.found
+    assert len(study.tried()) == 3
+    study.close()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "nowhere"])

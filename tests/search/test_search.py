@@ -194,6 +194,12 @@ def test_machines_with_other_numbers_of_cpus_share_a_study(monkeypatch: pytest.M
     assert yaml.safe_load(Path("out/search.yaml").read_text())["threads"] is None, "it repeats the search"
 
 
+@pytest.mark.parametrize("study", ["s" * 300, "ü/" * 200])
+def test_files_of_a_study_of_a_long_name_can_be_written(study: str, tmp_path: Path) -> None:
+    (tmp_path / own_name(study, "search.yaml")).touch()
+    assert own_name(study, "search.yaml") != own_name(study + "x", "search.yaml")
+
+
 @pytest.mark.usefixtures("here")
 def test_machines_with_other_packages_do_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def lacking(config: HardenConfig) -> None:

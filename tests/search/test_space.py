@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from pydantic import ValidationError
 
 from tests.search.fakes import ANATOMY, a_space, config
-from toolkit.config import HardenConfig, RangeConfig, SearchConfig, SearchRunConfig, build
+from toolkit.config import HardenConfig, QuantizeConfig, RangeConfig, SearchConfig, SearchRunConfig, build
 from toolkit.errors import ToolkitError
 from toolkit.search.space import Parameters, Space, digest
 
@@ -65,6 +67,23 @@ def test_settings_that_mean_nothing_make_no_other_point() -> None:
     other: Parameters = {**point, "quantize.calibrate": "mse", "prune.importance": "l2"}
     assert digest(space.config(point)) == digest(space.config(other))
     assert digest(space.config({**point, "precision": "int8"})) != digest(space.config({**other, "precision": "int8"}))
+
+
+@pytest.mark.parametrize(
+    ("space", "graphs"),
+    [
+        ("quantize.calibrate=minmax,mse; quantize.percentile=99.9,99.99", 2),
+        ("quantize.calibrate=percentile,auto; quantize.percentile=99.9,99.99", 4),
+        ("quantize.precision=int8; quantize.max_drop=0.005,0.01", 1),
+        ("quantize.precision=auto; quantize.max_drop=0.005,0.01", 2),
+        ("finetune.qat=true,false; finetune.qat_from=0.2,0.5", 3),
+    ],
+)
+def test_points_of_one_graph_have_one_name(space: str, graphs: int) -> None:
+    found = Space(config(space).model_copy(update={"quantize": QuantizeConfig(int8=True)}), ANATOMY)
+    names = [dimension.name for dimension in found.dimensions]
+    points = [dict(zip(names, values, strict=True)) for values in product(*(one.values for one in found.dimensions))]
+    assert len({digest(found.config(point)) for point in points}) == graphs
 
 
 def test_a_range_of_a_setting_that_is_resolved_later_begins_at_its_first_value() -> None:
@@ -153,7 +172,7 @@ def test_sizes_may_have_units(text: str, size: int) -> None:
     assert SearchConfig.model_validate({"max_size": text}).max_size == size
 
 
-@pytest.mark.parametrize("text", ["little", "infk", "nanM", "-5k", "1.5e6", "k", "0", ""])
+@pytest.mark.parametrize("text", ["little", "infk", "nanM", "-5k", "1.5e6", "k", "0", "", "9" * 400, "9" * 310 + "k"])
 def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(ValidationError, match=r"no number of bytes|greater than 0"):
+    with pytest.raises(ValidationError, match=r"no number of bytes|greater than 0|more bytes than there are"):
         SearchConfig.model_validate({"max_size": text})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -79,7 +80,10 @@ def parse_bytes(value: object) -> object:
     found = SIZE.fullmatch(value.strip())
     if found is None:
         raise ValueError(f"'{value}' is no number of bytes, such as 300000, 500k or 1.5M")
-    return round(float(found[1]) * UNITS[found[2].lower()])
+    size = float(found[1]) * UNITS[found[2].lower()]
+    if not math.isfinite(size):
+        raise ValueError("that is more bytes than there are")
+    return round(size)
 
 
 class SearchConfig(StageConfig):

@@ -25,6 +25,8 @@ from toolkit.reproduce.work import Bench
 SHOWN_LAYERS = (6, 7, 8)
 """Of the paper's network of eight layers; of others the last three."""
 INPUT = "input"
+SAME = 1e-6
+"""Of its largest value: so little may a layer vary, by rounding, that gives the same for every image."""
 MIN_IMAGES, MAX_IMAGES = 4, 500
 """Of the class: so many have neighbours; with so many a layout takes seconds."""
 
@@ -108,6 +110,8 @@ def _activations(model: TorchModel, images: Tensor) -> dict[str, Tensor]:
 def _lay_out(values: Tensor, perplexity: float, seed: int) -> npt.NDArray[np.float32]:
     """Two coordinates per image, float32 [n, 2]."""
     flat = values.flatten(1).float().numpy()
+    if np.ptp(flat, axis=0).max() <= SAME * max(1.0, float(np.abs(flat).max())):  # scikit-learn's t-SNE dies of it
+        return np.zeros((len(flat), 2), dtype=np.float32)
     perplexity = min(perplexity, (len(flat) - 1) / 3)
     layout: npt.NDArray[np.float32] = TSNE(
         perplexity=perplexity, learning_rate="auto", init="pca", random_state=seed

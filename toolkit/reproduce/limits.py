@@ -52,7 +52,7 @@ def alarm(minutes: float | None) -> Iterator[Callable[[], bool]]:
     if minutes is None:
         yield lambda: False
         return
-    timer = threading.Timer(60 * minutes, ring)
+    timer = threading.Timer(min(60 * minutes, threading.TIMEOUT_MAX), ring)
     timer.daemon = True
     # a shell lets what it starts in the background ignore the signal
     ignored = threading.current_thread() is threading.main_thread() and not callable(signal.getsignal(signal.SIGINT))

@@ -169,12 +169,14 @@ class Planner:
     def _training(self, stage: Stage, objective: str) -> dict[str, Any]:
         # what the protocol leaves open is left out, so that new settings elsewhere make no run worthless
         config = self.protocol.training(stage, objective).model_dump(mode="json", exclude_unset=True)
+        chooses = config.get("keep") == "best" and ":" in self.source
         plan = plan_of("pgd-paper", self.experiment) if objective != "standard" else None
         return {
             "config": config,
             "plan": plan and [plan.record(), plan.steps, plan.step_size, plan.random_start],
             "seed": self.seed,
             "train": self._named(self.splits.train),
+            **({"validation": self._named(self.splits.validation)} if chooses else {}),
         }
 
     def _measuring(self, recipe: Recipe, measure: Measure) -> dict[str, Any]:

@@ -194,10 +194,8 @@ class Store:
         """Whether something that the step's result comes from was made again since, and came out otherwise."""
         for needed in step.walk():
             seen = (self.result(needed) or {}).get("made_from")
-            if seen and any(
-                known is not None and known != self.weights(parent)
-                for known, parent in zip(seen, needed.parents, strict=True)
-            ):
+            pairs = zip(seen or (), map(self.weights, needed.parents), strict=bool(seen))
+            if any(None not in (then, now) and then != now for then, now in pairs):  # a folder may have been removed
                 return True
         return False
 

@@ -110,7 +110,8 @@ class RayCluster:
             raise RuntimeError(f"a worker met a defect: {error}") from error
         except self._ray.exceptions.RayError as error:
             reason = f"its worker died, {RETRIES + 1} times: {type(error).__name__}"
-            return Outcome(job, problem=Problem("the trial cannot be made", reason, "see the workers' logs", False))
+            problem = Problem("the trial cannot be made", reason, "see the workers' logs", fatal=False, died=True)
+            return Outcome(job, problem=problem)
         return outcome
 
     def close(self) -> None:

@@ -26,6 +26,8 @@ class Problem:
     """Whether other trials would meet the same."""
     trace: str | None = None
     """Traceback of a defect; None: bad input, or a stage that says itself that it cannot do this."""
+    died: bool = False
+    """Whether the process that met it is gone, and could not say why."""
 
     @property
     def reason(self) -> str:

@@ -21,9 +21,13 @@ HEADER = ("trial", "clean", "attacked", "ms", "of the original's", "bytes", "")
 DATA, MARKDOWN, PICTURE = "front.json", "front.md", "front.png"
 
 
+LONGEST = 60
+"""Letters of a study's name in those of its files, which may have 255 bytes."""
+
+
 def own_name(study: str, name: str) -> str:
     """What a study's file or folder is called: several studies may share an output, and be called anything."""
-    prefix = re.sub(r"[^\w.-]", "_", study)
+    prefix = re.sub(r"[^\w.-]", "_", study)[:LONGEST]
     if prefix != study:
         prefix += f"-{hashlib.sha256(study.encode()).hexdigest()[:6]}"  # a/b is not a_b
     return name if study == SearchConfig().study else f"{prefix}-{name}"

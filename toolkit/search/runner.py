@@ -25,7 +25,7 @@ from toolkit.search.storage import Study, Ticket, Tried
 TRACES = "defects"
 """Folder, within that of the search, of the tracebacks of defects."""
 DEFECTS_IN_A_ROW = 3
-"""After so many, with no trial made between them, the search ends: they are hardly those trials' own."""
+"""After so many in a row, dead workers among them, the search ends: they are hardly those trials' own."""
 POLL_S = 1.0
 """Between two looks at what other processes are doing."""
 
@@ -73,7 +73,8 @@ def run_trials(study: Study, space: Space, executor: Executor, plan: Plan) -> No
         if under_way:
             ended = _take(executor.next(), under_way, study, plan)
             if ended is not None:
-                defects = 0 if ended.problem is None or ended.problem.trace is None else defects + 1
+                problem = ended.problem
+                defects = defects + 1 if problem is not None and (problem.trace or problem.died) else 0
                 if defects == DEFECTS_IN_A_ROW:
                     raise _all_defective(ended)
         elif not expired and study.others(plan.trials):
@@ -86,7 +87,7 @@ def run_trials(study: Study, space: Space, executor: Executor, plan: Plan) -> No
 
 
 def _all_defective(last: Outcome) -> ToolkitError:
-    """A GPU that failed, or a broken library, would use up all trials."""
+    """A GPU that failed, a broken library, or workers that die would use up all trials."""
     assert last.problem is not None
     return ToolkitError(
         f"{DEFECTS_IN_A_ROW} trials in a row met a defect",

@@ -230,16 +230,30 @@ def _canonical(config: HardenConfig) -> HardenConfig:
     tuning = config.finetune
     if not config.quantize.int8:
         update |= {"quantize": QuantizeConfig(int8=False, targets=config.quantize.targets), "allow_float": True}
+    else:
+        update["quantize"] = _without_idle(config.quantize)
     if config.prune.ratio == 0 and not any(config.prune.ratios.values()):
         update["prune"] = PruneConfig(ratio=0)
     if not config.quantize.int8 and tuning.qat:
-        tuning = update["finetune"] = tuning.model_copy(update={"qat": False})
+        tuning = tuning.model_copy(update={"qat": False})
+    if not tuning.qat:
+        tuning = update["finetune"] = tuning.model_copy(update={"qat_from": TrainConfig().qat_from})
     if tuning.objective == "none" or tuning.epochs == 0:
         update["finetune"] = type(tuning)(objective="none", epochs=0, precision=tuning.precision)
     elif idle := unused(tuning):
         defaults = {name: TrainConfig.model_fields[name].default for name in idle}
         update["finetune"] = tuning.model_copy(update=defaults)
     return config.model_copy(update=update)
+
+
+def _without_idle(quantize: QuantizeConfig) -> QuantizeConfig:
+    """Free of what the chosen calibration, and layers that are not searched for, make no use of."""
+    plain, idle = QuantizeConfig(), dict[str, Any]()
+    if quantize.calibrate not in ("percentile", "auto"):
+        idle["percentile"] = plain.percentile
+    if not quantize.searches:
+        idle["max_drop"] = plain.max_drop
+    return quantize.model_copy(update=idle)
 
 
 def _unusable(name: str, found: str, fix: str) -> ToolkitError:

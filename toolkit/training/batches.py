@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from toolkit.artifacts import Int64Array
 from toolkit.config import TrainConfig
 from toolkit.errors import ToolkitError
 from toolkit.progress import notice
@@ -29,7 +31,7 @@ def fitting_batch(config: TrainConfig, images: int) -> int:
     return images
 
 
-def augment(images: Tensor, generator: torch.Generator, *, share: slice | None = None, of: int = 0) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator, *, share: Int64Array | None = None, of: int = 0) -> Tensor:
     """Random horizontal flips and shifts by up to an eighth of the side (zero padding), one draw per image.
 
     Args:
@@ -39,7 +41,7 @@ def augment(images: Tensor, generator: torch.Generator, *, share: slice | None =
         of: images of that batch.
     """
     count, _, height, width = images.shape
-    drawn, share = (of, share) if share is not None else (count, slice(count))
+    drawn, share = (of, share) if share is not None else (count, np.arange(count))
     reach = max(1, height // 8)
     padded = functional.pad(images, (reach, reach, reach, reach))
     top = torch.randint(0, 2 * reach + 1, (drawn, 1), generator=generator)[share]

@@ -54,8 +54,8 @@ class World:
                 fix=f"raise --batch-size to {pieces} or more, or lower --accumulate or the number of processes",
             )
         ends = [count * piece // pieces for piece in range(pieces + 1)]
-        mine = ends[self.rank * accumulate : (self.rank + 1) * accumulate + 1]
-        return tuple(map(slice, mine, mine[1:]))
+        # part by part all processes together take a stretch of the batch, as one process does: batch norm sees the same
+        return tuple(slice(ends[piece], ends[piece + 1]) for piece in range(self.rank, pieces, self.size))
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients of all processes, in place.

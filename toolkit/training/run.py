@@ -213,7 +213,7 @@ class Run:
             self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train_split))
             self.order_epoch = epoch
         positions = self.order[position * self.batch_size : (position + 1) * self.batch_size]
-        mine = slice(self.parts[0].start, self.parts[-1].stop)
+        mine = np.concatenate([np.arange(rows.start, rows.stop) for rows in self.parts])
         batch = self.train_split.take(positions[mine])  # files of the other processes' images are not read
         # every step has its own seeds, so that a resumed run needs no generator's state
         step_seed = derive_seed(self.seed, epoch, position)
@@ -222,9 +222,10 @@ class Run:
         count = len(positions)
         images = augment(batch.images, generator, share=mine, of=count) if self.config.augment else batch.images
         drawn = generator.get_state()
+        stop = 0
         for rows in self.parts:
             generator.set_state(drawn)  # every part draws for the whole batch, so that how it is parted changes nothing
-            here = slice(rows.start - mine.start, rows.stop - mine.start)
+            here = slice(stop, stop := stop + rows.stop - rows.start)
             part = images[here].to(self.device), batch.labels[here].to(self.device), positions[rows]
             yield _Batch(self, *part, generator, rows, count)
 
