@@ -104,6 +104,8 @@ def gradients(config: HardenConfig, prepared: PreparedAttack, images: int) -> fl
     passes = compose(config.attack.attacks, len(prepared.model.spec.class_names), plan.threat.norm)
     further = 0.0
     for how in passes:
+        if how.where_masked:
+            continue
         share = NEAR_SHARE if how.near else 1.0
         made_on = QUERY_COST * graphs if how.by_queries else surrogates if how.everywhere else chosen
         further += how.steps * how.copies * share * made_on

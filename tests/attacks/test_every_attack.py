@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.attacks.problems import Judge, Problem, a_hyperplane, a_problem, never
+from tests.toys import RGB
 from toolkit.artifacts import Predictor
 from toolkit.attacks.apgd import apgd, apgd_targeted
 from toolkit.attacks.carlini_wagner import carlini_wagner
@@ -26,6 +27,7 @@ from toolkit.attacks.square import LONG, LOOKS, PATIENCE, square
 from toolkit.attacks.surrogate import Surrogate
 from toolkit.attacks.survivors import Settle
 from toolkit.attacks.threat import ThreatModel
+from toolkit.evaluators.accuracy import right
 
 Norm = Literal["linf", "l2", "l1"]
 Space = Literal["pixels", "normalised"]
@@ -251,6 +253,29 @@ def test_square_asks_no_more_than_it_may_and_ends_where_the_target_is_fooled(nor
     easy = Problem(plane.model, plane.images, plane.labels)
     attacked, asked = run_square(easy, a_threat(norm, eps=EVERYTHING[norm]), queries=400)
     assert bool(easy.fooled(attacked).all()) and asked < 400 * 20
+
+
+def test_square_asks_the_judge_about_logits_that_are_no_numbers() -> None:
+    class Brittle:
+        """Breaks off the grid of 8 bits."""
+
+        def predict(self, images: Tensor) -> Tensor:
+            logits = problem.model.predict(images)
+            off = ((255 * images - (255 * images).round()).abs() > 0.01).flatten(1).any(dim=1)
+            return logits.masked_fill(off[:, None], torch.nan)
+
+    problem, broken = a_problem(), Brittle()
+    images = (255 * problem.images).round() / 255
+    asked = torch.zeros(len(images), dtype=torch.bool)
+
+    def settle(attacked: Tensor, positions: Tensor) -> Tensor:
+        asked[positions] = True
+        return ~right(broken.predict(attacked), problem.labels[positions])
+
+    generator = torch.Generator().manual_seed(0)
+    threat = ThreatModel("linf", 0.013, "pixels", clip=True)
+    attacked = square(broken, images, problem.labels, threat, RGB, queries=5, generator=generator, settle=settle)
+    assert bool(asked.all()) and not bool(right(broken.predict(attacked), problem.labels).any())
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -57,6 +57,11 @@ def test_targets_are_the_other_classes_likeliest_first(seed: int, classes: int) 
     assert bool((ranked.diff(dim=1) <= 0).all())
 
 
+def test_a_class_of_minus_infinity_comes_last_and_before_the_true_one() -> None:
+    logits = torch.tensor([[0.0, -torch.inf, 2.0], [1.0, -torch.inf, -torch.inf]])
+    assert ranked_targets(logits, torch.tensor([2, 0])).tolist() == [[0, 1], [1, 2]]
+
+
 def test_few_classes_fall_back_to_plain_differences() -> None:
     two, labels = torch.tensor([[2.0, 5.0]]), torch.tensor([0])
     assert dlr(two, labels).tolist() == [3.0] == margin(two, labels).tolist()

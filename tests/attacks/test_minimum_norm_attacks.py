@@ -7,11 +7,12 @@ from typing import Literal, get_args
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.attacks.problems import Hyperplane, a_hyperplane, a_problem
 from tests.attacks.test_boundary import smallest
 from tests.toys import RGB, linear_model
+from toolkit.artifacts import Normalized
 from toolkit.attacks.carlini_wagner import carlini_wagner
 from toolkit.attacks.deepfool import FURTHER, OVERSHOOT, deepfool
 from toolkit.attacks.fab import fab_targeted
@@ -101,6 +102,35 @@ def three_classes() -> tuple[Surrogate, Tensor, Tensor, Tensor]:
     gaps = torch.linalg.vector_norm(per_pixel[:, 1:] - per_pixel[:, :1], dim=2)
     distances = (logits[:, :1] - logits[:, 1:]) / gaps
     return Surrogate(model.module, RGB), images, order[:, 0], distances
+
+
+class Rounded(nn.Module):
+    """Logits on a grid, as an integer graph gives them; straight-through."""
+
+    def __init__(self, inner: nn.Module, step: float) -> None:
+        super().__init__()
+        self.inner, self.step = inner, step
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.inner(images)
+        return logits + ((logits / self.step).round() * self.step - logits).detach()
+
+
+@pytest.mark.parametrize(("name", "norm"), [case for case in CASES if case[0] != "fmn"])
+@pytest.mark.parametrize("step", [0.01, 0.05])
+def test_ties_of_rounded_logits_hold_no_attack_up(name: str, norm: Norm, step: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(3 * 36, 4)
+    linear.weight.data = 0.1 * torch.randn(4, 3 * 36, generator=generator)
+    images = torch.rand(60, 3, 6, 6, generator=generator)
+    network = Normalized(Rounded(nn.Sequential(nn.Flatten(), linear), step), RGB).eval()
+    surrogate = Surrogate(network, RGB, "float32", input_shape=(3, 6, 6))
+    first, second = surrogate.logits(images).topk(2).values.T
+    images = images[first - second > step / 2]  # those that tie as they are lie on the boundary
+    labels = surrogate.logits(images).argmax(dim=1)
+    attack = ATTACKS[name][0]
+    found = attack(surrogate, images, labels, ThreatModel(norm, 100.0, "pixels", clip=False))
+    assert bool(found.norms.isfinite().all())
 
 
 def test_fab_aims_at_the_class_of_its_rank_and_deepfool_at_the_nearest() -> None:

@@ -8,6 +8,7 @@ from tests.toys import linear_model
 from toolkit.artifacts import Predictor
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.fidelity import FIDELITY_LIMIT, compare, count_saturated
+from toolkit.reports.schema.robustness import FidelityRecord
 
 IMAGES = torch.rand(200, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 LINEAR = linear_model(torch.tensor([[4.0, 0, 0, 0], [0, 4, 0, 0]]), (1, 2, 2))
@@ -50,7 +51,22 @@ def test_logits_that_are_not_finite_differ_infinitely() -> None:
 
 def test_equal_logits_of_all_images_have_no_spread() -> None:
     flat = linear_model(torch.zeros(2, 4), (1, 2, 2))
-    assert compare(flat, flat, [IMAGES], [], nn.Identity()).relative == float("inf")
+    assert compare(flat, flat, [IMAGES], [], nn.Identity()).relative == 0
+    assert compare(Shifted(flat), flat, [IMAGES], [], nn.Identity()).relative == float("inf")
+
+
+def test_a_class_that_is_impossible_on_both_sides_makes_no_difference() -> None:
+    never = Shifted(LINEAR, -float("inf"))
+    found = compare(never, never, [IMAGES], [], nn.Identity())
+    assert (found.max_difference, found.relative, found.valid) == (0, 0, True)
+    assert compare(never, LINEAR, [IMAGES], [], nn.Identity()).max_difference == float("inf")
+
+
+def test_what_is_not_finite_can_be_written_and_read() -> None:
+    found = compare(Shifted(LINEAR, float("nan")), LINEAR, [IMAGES], [], nn.Identity())
+    record = FidelityRecord(**found.as_dict())
+    assert FidelityRecord.model_validate_json(record.model_dump_json()) == record
+    assert record.max_difference is None and record.relative is None
 
 
 def test_no_images_are_refused() -> None:

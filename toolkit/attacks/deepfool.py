@@ -102,6 +102,9 @@ def _onto_nearest(surrogate: Surrogate, search: Search, state: _State) -> Tensor
         nearest = torch.where(closer, distance, nearest)
         weight = torch.where(closer.view(-1, 1, 1, 1), gradient, weight)
         value = torch.where(closer, slope.loss, value)
+    # on a tie, as rounded logits have, nothing says how far: a little further, towards the target
+    further = (OVERSHOOT * NORM[norm](state.total)).clamp_min(FURTHER)
+    value = torch.where(value == 0, -further * NORM[DUAL[norm]](weight), value)
     step = displacement(norm, weight.flatten(1), value, None).view_as(state.images)
     length = NORM[norm](step).clamp_min(1e-12).view(-1, 1, 1, 1)
     return step * (1 + FURTHER / length)

@@ -90,6 +90,8 @@ class Pass:
     """From the nearest point to the boundary that earlier attacks came to."""
     starts: int = 1
     """Random starts of an attack that is not targeted, side by side."""
+    where_masked: bool = False
+    """Made only where a search by queries before it found what gradients should have, which then know no near one."""
 
     @property
     def by_queries(self) -> bool:
@@ -157,6 +159,7 @@ FAST = (
     Pass("apgd-margin", STEPS, near=TOUCHING, exact=True, onward=True, starts=3),
     Pass(SQUARE, SHORT_SEARCH),
     Pass(SQUARE, ONWARD_SEARCH, near=BESIDE, onward=True),
+    Pass(SQUARE, QUERIES, where_masked=True),
 )
 """Of the ensemble what pays (benchmarks/attack_passes.py): long attacks begin nearer the boundary, where nearly all is
 fooled that they fool; FAB, without which the rest leaves about as little, is not made. What the ensemble has not:
@@ -171,6 +174,7 @@ ENSEMBLE = (
     Pass(SQUARE, SHORT_SEARCH),
     Pass(SQUARE, ONWARD_SEARCH, near=NEAR, onward=True),
     Pass(SQUARE, QUERIES, near=BESIDE),
+    Pass(SQUARE, QUERIES, where_masked=True),
 )
 """AutoAttack's standard composition (Croce & Hein 2020) behind short forms of its parts, which spare it most images."""
 COMPOSITIONS: Mapping[str, tuple[Pass, ...]] = {PGD: (), "fast": FAST, "ensemble": ENSEMBLE}

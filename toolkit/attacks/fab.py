@@ -14,7 +14,7 @@ from torch import Tensor
 from toolkit.attacks.boundary import Box, displacement
 from toolkit.attacks.losses import target_of
 from toolkit.attacks.minimum_norm import SUBMIT_EVERY, MinimumNorm, Search
-from toolkit.attacks.projections import NORM, START
+from toolkit.attacks.projections import DUAL, NORM, START
 from toolkit.attacks.surrogate import Slope, Surrogate
 from toolkit.attacks.survivors import Settle, narrowed
 from toolkit.attacks.threat import ThreatModel
@@ -25,6 +25,8 @@ BACKWARD = 0.9
 """Share of its perturbation that a point keeps when it is drawn back (beta)."""
 MOST_OF_IMAGE = 0.1
 """The largest weight of the image's own projection (alpha_max)."""
+TIED, LEAST_STEP = 0.02, 1e-4
+"""Where both classes tie, the boundary is taken to lie as far away as this share of the perturbation, or this."""
 NEAREST = 1e-8
 """Norms of projections below which they do not weigh."""
 CONVERGING = (0.05, 0.15, 0.3)
@@ -140,7 +142,11 @@ def _cross(search: Search, state: _State, slope: Slope) -> Tensor:
     box = search.box()
     # what is left to the bounds may be below 0 by rounding
     left = None if box is None else Box((box.low - perturbation).clamp_max(0), (box.high - perturbation).clamp_min(0))
-    from_current = displacement(norm, weight, slope.loss, left)
+    # on a tie, as rounded logits have, nothing says how far: a little further, towards the target
+    size = (TIED * NORM[norm](perturbation.view_as(state.images))).clamp_min(LEAST_STEP)
+    dual = NORM[DUAL[norm]](weight.view_as(state.images))
+    loss = torch.where(slope.loss == 0, -size * dual, slope.loss)
+    from_current = displacement(norm, weight, loss, left)
     from_image = displacement(norm, weight, slope.loss - (weight * perturbation).sum(dim=1), box)
     near, far = (
         NORM[norm](moved.view_as(state.images)).clamp_min(NEAREST)[:, None] for moved in (from_current, from_image)

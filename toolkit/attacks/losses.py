@@ -52,7 +52,9 @@ def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 
 def ranked_targets(logits: Tensor, labels: Tensor) -> Tensor:
     """The other classes of every image, the likeliest first, int64 [n, classes - 1]."""
-    others = logits.scatter(1, labels[:, None], -torch.inf)
+    # a class of minus infinity comes before the true one all the same
+    others = logits.nan_to_num(nan=0.0, posinf=torch.inf, neginf=torch.finfo(logits.dtype).min)
+    others = others.scatter(1, labels[:, None], -torch.inf)
     return others.argsort(dim=1, descending=True)[:, :-1]
 
 

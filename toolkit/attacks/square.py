@@ -82,7 +82,7 @@ def square(
         side_at = side_of_square
     else:
         best, side_at = start.cpu().clone(), side_near_boundary
-    begun = margin(target.predict(best).cpu(), labels)
+    begun = _height(target.predict(best).cpu(), labels)
     state = _State(images, labels, best, begun, begun)
     patience: Mapping[int, float] = PATIENCE if start is not None else {}
     if start is None and reachable_only and queries >= LONG:
@@ -103,7 +103,7 @@ def square(
         side = side_at(query, queries, images.shape)
         moved = MOVES[threat.norm]((state.best - state.images) / scale, side, threat.eps, generator)
         trial = constrain(state.images + scale * moved, state.images, threat, scale)
-        found = margin(target.predict(trial).cpu(), state.labels)
+        found = _height(target.predict(trial).cpu(), state.labels)
         better = found > state.margin
         judged = better & (found >= 0)
         state.best = torch.where(better.view(-1, 1, 1, 1), trial, state.best)
@@ -113,6 +113,11 @@ def square(
         if keep is not None:
             state = narrowed(state, keep)
     return survivors.finish(state.best)
+
+
+def _height(logits: Tensor, labels: Tensor) -> Tensor:
+    """The margin; logits that are no numbers are no right answer, so that the judge is asked."""
+    return margin(logits, labels).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _fooled(target: Predictor, labels: Tensor, attacked: Tensor, positions: Tensor) -> Tensor:

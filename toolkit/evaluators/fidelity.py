@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -39,13 +40,17 @@ class Fidelity:
         shares = (self.agreement_clean, self.agreement_attacked)
         return all(share is None or share.value >= FIDELITY_LIMIT for share in shares)
 
+    @property
+    def _differences(self) -> dict[str, float]:
+        return {"max_difference": self.max_difference, "relative": self.relative}
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for the report."""
+        """Plain data for the report; a difference that is not finite is None."""
+        finite = {name: value if math.isfinite(value) else None for name, value in self._differences.items()}
         return {
             "agreement_clean": self.agreement_clean.as_dict(),
             "agreement_attacked": None if self.agreement_attacked is None else self.agreement_attacked.as_dict(),
-            "max_difference": self.max_difference,
-            "relative": self.relative,
+            **finite,
             "valid": self.valid,
         }
 
@@ -67,16 +72,20 @@ def compare(
         raise ToolkitError("there are no images to compare on", found="0 clean images", fix="raise --n")
     present = [pair for pair in pairs if pair is not None]
     wanted = torch.cat([pair[1] for pair in present])
-    difference = max(float((found - expected).abs().max()) for found, expected in present)
-    if not all(bool(found.isfinite().all()) for found, _ in present):
-        difference = float("inf")
-    spread = float(wanted.std())
+    difference = max(_difference(found, expected) for found, expected in present)
+    spread = float(wanted[wanted.isfinite()].std())
     return Fidelity(
         _agreement(pairs[0]),
         None if pairs[1] is None else _agreement(pairs[1]),
         difference,
-        difference / spread if spread > 0 else float("inf"),
+        difference / spread if spread > 0 else (0.0 if difference == 0 else math.inf),
     )
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The largest; none between equal infinities, infinite where one side alone is no finite number."""
+    gaps = torch.where(found == expected, 0.0, (found - expected).abs())
+    return float(gaps.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
 
 
 def _both(

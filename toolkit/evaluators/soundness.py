@@ -11,7 +11,7 @@ from toolkit.evaluators.fidelity import Fidelity
 from toolkit.evaluators.probes import GradientProbes, InputProbes, Point
 from toolkit.evaluators.scoring import SurrogateName, TargetName
 from toolkit.evaluators.transfer import ColumnTest
-from toolkit.evaluators.worst_case import PassRecord
+from toolkit.evaluators.worst_case import MASKED_FEWEST, MASKED_SHARE, PassRecord, found_by_queries
 from toolkit.exporters.end_to_end import EndToEndComparison
 from toolkit.statistics import Mcnemar
 
@@ -25,7 +25,7 @@ LIMITS: Mapping[str, float] = {
     "more_steps_weaker": 0.01,
     "larger_radius_weaker": 0.02,  # of the same number of steps each is longer: PGD-20 is coarser at twice the radius
     "large_radius_survived": 0.05,
-    "query_beats_gradient": 0.005,
+    "query_beats_gradient": MASKED_SHARE,
     "zero_gradients": 0.02,
     "loss_not_rising": 0.05,
     "random_outputs": 0.0,
@@ -36,7 +36,7 @@ LIMITS: Mapping[str, float] = {
 }
 """Each check's value must not be above its limit; shares of images, but for the last (a probability)."""
 
-FEWEST, FEW = 3, 0.1
+FEWEST, FEW = MASKED_FEWEST, 0.1
 """So few images prove nothing, even where they are a larger share of a small sample than a check allows; but more than
 the second, a share, is too much of any sample. See `Check.images`."""
 ROUNDING = 1e-9
@@ -162,17 +162,11 @@ def _rise(name: str, points: Sequence[Point]) -> Check:
 def query_beats_gradient(passes: Sequence[PassRecord], images: int) -> tuple[Check, ...]:
     """What a random search still finds after all gradient attacks, these should have found.
 
-    A search that goes on where they are stuck owes them most of the way, and does not count.
-
     Args:
         passes: of the worst case, in their order; nothing is checked if none of them searched by queries.
         images: number of evaluation images.
     """
-    fooled: dict[TargetName, int] = {}
-    for how in passes:
-        if how.surrogate is None and not how.onward:
-            graph = how.graphs[0]
-            fooled[graph] = fooled.get(graph, 0) + how.fooled
+    fooled = found_by_queries(passes)
     if not fooled:
         return ()
     graph, most = max(fooled.items(), key=lambda row: row[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,10 @@ from toolkit.progress import task
 
 FIRST_STREAM = 1000
 """Seeds of passes are apart from those of the transfer matrix."""
+
+
+MASKED_SHARE, MASKED_FEWEST = 0.005, 3
+"""So many images a search by queries may fool after all gradient attacks; more show that gradients are masked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,8 @@ def pursue(
     ledger = run.ledger
     for attempt in _planned(armed, best, run):
         how, graph = attempt.how, attempt.graphs[0]
+        if how.where_masked and not masked(records, graph, len(run.split)):
+            continue
         remaining = ledger.remaining(attempt.graphs, how.near)
         before = ledger.worst[graph].clone()
         done = 0
@@ -102,6 +108,23 @@ def pursue(
     return tuple(records), tuple(not_run)
 
 
+def found_by_queries(records: Iterable[PassRecord]) -> dict[TargetName, int]:
+    """How many images searches by queries fooled on every graph that gradient attacks should have.
+
+    A search that goes on where they are stuck owes them most of the way, and does not count.
+    """
+    found: dict[TargetName, int] = {}
+    for how in records:
+        if how.surrogate is None and not how.onward:
+            found[how.graphs[0]] = found.get(how.graphs[0], 0) + how.fooled
+    return found
+
+
+def masked(records: Iterable[PassRecord], graph: TargetName, images: int) -> bool:
+    """Whether so many are more than chance, so that gradients mislead and say nothing of which images are near."""
+    return found_by_queries(records).get(graph, 0) > max(MASKED_FEWEST, MASKED_SHARE * images)
+
+
 def _planned(
     armed: Mapping[SurrogateName, Surrogate], best: Mapping[TargetName, tuple[SurrogateName, ...]], run: Evaluation
 ) -> list[_Attempt]:
@@ -114,6 +137,8 @@ def _planned(
             chosen[made_on] = (*chosen.get(made_on, ()), graph)
     planned: list[tuple[Pass, SurrogateName | None, tuple[TargetName, ...]]] = []
     for how in sorted(run.conditions.passes, key=lambda how: how.by_queries):
+        if how.where_masked and not armed:
+            continue  # alone, searches by queries are whole
         if how.by_queries:
             whole = replace(how, steps=max(how.steps, QUERIES)) if not armed and not how.near else how
             planned += [(whole, None, (graph,)) for graph in graphs]

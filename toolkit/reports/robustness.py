@@ -215,10 +215,12 @@ def twin_text(found: Robustness) -> str:
         return ""
     attacked = "" if twin.agreement_attacked is None else f", under attack {percent(twin.agreement_attacked)}"
     validity = "" if twin.valid else " Figures of attacks made on it are INVALID."
+    difference = "logits differ without bound"
+    if twin.max_difference is not None and twin.relative is not None:
+        difference = f"largest logit difference {twin.max_difference:.2g}, {twin.relative:.2g} of their spread"
     return (
         f"the twin of the deployed graph gives the same label on {percent(twin.agreement_clean)} of the clean images"
-        f"{attacked}; largest logit difference {twin.max_difference:.2g}, {twin.relative:.2g} of their "
-        f"spread.{validity}"
+        f"{attacked}; {difference}.{validity}"
     )
 
 

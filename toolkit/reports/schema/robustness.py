@@ -136,8 +136,9 @@ class FidelityRecord(Part):
 
     agreement_clean: Share
     agreement_attacked: Share | None
-    max_difference: float
-    relative: float
+    max_difference: float | None
+    """None: infinite, as where one side's logits are no numbers."""
+    relative: float | None
     """Largest logit difference over the standard deviation of the session's logits."""
     valid: bool
     """Whether figures that rest on the twin count."""
