@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper
 
 from tests import tiny
 from tests.tiny import report_of
 from toolkit import bundle, cli, verification
+from toolkit.config import ModelConfig
 from toolkit.evaluators.latency import LatencyRow
+from toolkit.verification import _loads
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -143,6 +146,15 @@ def test_a_file_that_does_not_run_here_fails(name: str, out: Path, capsys: pytes
     rewrite(out, lambda _: None)
     found = claims(capsys, code=cli.BAD_INPUT)
     assert {key for key, (passed, _) in found.items() if not passed} == {(name, "runs here")}
+
+
+def test_a_network_of_the_users_code_is_not_known_to_fail(tmp_path: Path) -> None:
+    """Whoever verifies need not trust, or have, the pickle that a bundle's network comes from."""
+    path = tmp_path / "model.pt"
+    torch.save(torch.nn.Linear(2, 2), path)
+    unknown = _loads(path, ModelConfig(path=path))
+    assert unknown is not None and unknown.passed is None and "--trust-pickle" in unknown.detail
+    assert _loads(path, ModelConfig(path=path, trust_pickle=True)) is None
 
 
 @pytest.mark.usefixtures("timed", "out")

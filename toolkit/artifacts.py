@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -263,6 +264,13 @@ class TorchModel:
 def weights_digest(network: nn.Module) -> str:
     """SHA-256 over all parameters and buffers, bit by bit."""
     return state_digest(network.state_dict())
+
+
+def versioned(state: Mapping[str, Tensor], network: nn.Module) -> Mapping[str, Tensor]:
+    """`state`, whose names are those of `network`, with its modules' versions, which plain dictionaries lose."""
+    found = OrderedDict(state)
+    found._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]  # as torch keeps them
+    return found
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

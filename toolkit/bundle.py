@@ -7,6 +7,7 @@ import errno
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -272,7 +273,7 @@ def _move_into_place(workspace: Workspace, *, force: bool) -> None:
 KEPT = "what was done so far is kept: the same command with --resume goes on from it"
 """What a run that failed says of its state."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST)
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG)
 TORCH_WRITER = "inline_container.cc"
 """What torch.save names in every failed write, whatever the system said."""
 SMALLEST_FREE = 1 << 20
@@ -296,11 +297,15 @@ def disk_errors(path: Path, flag: str = "--output") -> Iterator[None]:
 def disk_error(error: Exception, path: Path, flag: str = "--output") -> ToolkitError | None:
     """What went wrong with the disk at `path`, in words; None if the error is of something else."""
     number = error.errno if isinstance(error, OSError) else None
-    if number in UNWRITABLE and _concerns(error, path):
+    by_torch = TORCH_WRITER in str(error)  # which tells in words alone why it failed
+    unopened = by_torch and "open file failed" in str(error) and os.strerror(errno.ENOSPC) not in str(error)
+    if unopened or (number in UNWRITABLE and _concerns(error, path)):
         return ToolkitError(
-            "the output cannot be written", found=f"{path}: {error}", fix=f"name a writable folder with {flag}"
+            "the output cannot be written",
+            found=f"{path}: {_first_line(error)}",
+            fix=f"name a writable folder with {flag}",
         )
-    if number in FULL or TORCH_WRITER in str(error) or _free_bytes(path) < SMALLEST_FREE:
+    if number in FULL or by_torch or _free_bytes(path) < SMALLEST_FREE:
         return ToolkitError(
             "the disk is full",
             found=f"{path}: {_first_line(error)}",

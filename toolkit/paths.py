@@ -51,6 +51,15 @@ def place(setting: str) -> Path | None:
     return Path(setting.rpartition(":")[0]) if ".py:" in setting else None
 
 
+def is_text(name: str) -> bool:
+    """Whether a file's name can be written into documents; bytes of another encoding than UTF-8 cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def refuse_inputs(output: Path, inputs: Iterable[str | Path | None]) -> None:
     """Refuse an output in whose place, or below which, lies what is to be read.
 

@@ -81,7 +81,9 @@ def prepare(config: ModelRunConfig) -> Prepared:
     """
     threads = set_threads(config.threads)
     fix_seeds(config.seed)
-    file = read_model_file(resolve_path(config.model.path), trust_pickle=config.model.trust_pickle)
+    file = read_model_file(
+        resolve_path(config.model.path), trust_pickle=config.model.trust_pickle, arch=config.model.arch
+    )
     wanted = config.data.source or (file.spec.dataset if file.spec else None)
     if wanted is None:
         raise ToolkitError(
@@ -154,7 +156,7 @@ def load_teacher(
         )
     how = (how or ModelConfig(path=training.teacher)).model_copy(update={"path": training.teacher})
     try:
-        file = read_model_file(resolve_path(training.teacher), trust_pickle=how.trust_pickle)
+        file = read_model_file(resolve_path(training.teacher), trust_pickle=how.trust_pickle, arch=how.arch)
         teacher = assemble(
             file,
             arch=_arch_of_teacher(file, how.arch),

@@ -21,6 +21,8 @@ from toolkit.progress import notice
 
 History = Sequence[Sequence[Any]]
 """torch-pruning's record: (module name, whether output channels, indices removed) per step, plain data."""
+FIXED_WIDTH = ("cannot be multiplied", "invalid for input of size")
+"""What torch says where a network counts on the widths that it was written with."""
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
 MAX_GLOBAL_RATIO = 0.95
@@ -383,8 +385,11 @@ def _cannot_follow(network: nn.Module, error: Exception) -> ToolkitError:
     ]
     suspects = f"; modules with parameters of their own: {', '.join(own[:5])}" if own else ""
     reason = str(error).splitlines()[0] if str(error) else "no message"
+    fix = "build those modules from torch.nn layers"
+    if any(words in reason for words in FIXED_WIDTH):
+        fix = "forward() may name a width: write x.flatten(1) in place of x.view(-1, NUMBER)"
     return ToolkitError(
         "torch-pruning cannot follow this network",
         found=f"{type(network).__name__}: {type(error).__name__}: {reason}{suspects}",
-        fix="build those modules from torch.nn layers, or harden without pruning: --prune 0",
+        fix=f"{fix}, or harden without pruning: --prune 0",
     )

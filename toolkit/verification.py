@@ -15,12 +15,12 @@ from toolkit import bundle
 from toolkit.artifacts import Proportion
 from toolkit.attacking import attack, with_bundle_settings
 from toolkit.attacks.ensemble import compose
-from toolkit.config import AttackRunConfig, HardenConfig, ModelRunConfig
+from toolkit.config import AttackRunConfig, HardenConfig, ModelConfig, ModelRunConfig
 from toolkit.errors import ToolkitError
 from toolkit.evaluators.accuracy import measure_accuracy
 from toolkit.evaluators.cost import integer_coverage
 from toolkit.exporters.session import OnnxPredictor
-from toolkit.models.loading import read_model_file
+from toolkit.models.loading import CodeNeededError, read_model_file
 from toolkit.prepare import prepare
 from toolkit.reports.schema import Report, Share
 from toolkit.stages import benchmark_files
@@ -72,9 +72,9 @@ def verify(config: AttackRunConfig, *, files_only: bool = False) -> Iterator[Cla
     if files_only:
         return
     saved = bundle.read_config(folder)
-    unusable = [claim for claim in map(_loads, (folder / name for name in FILES_TO_RUN)) if claim is not None]
+    unusable = [claim for claim in (_loads(folder / name, config.model) for name in FILES_TO_RUN) if claim is not None]
     yield from unusable
-    if unusable:
+    if any(claim.passed is False for claim in unusable):
         return
     yield from _measured(bundle.DEPLOYED, "integer layers", lambda: _coverage(folder, report, saved))
     named = config.data.source is not None
@@ -83,13 +83,15 @@ def verify(config: AttackRunConfig, *, files_only: bool = False) -> Iterator[Cla
     yield from _measured(bundle.DEPLOYED, "robust accuracy", lambda: _robustness(config, report, saved))
 
 
-def _loads(path: Path) -> Claim | None:
+def _loads(path: Path, how: ModelConfig) -> Claim | None:
     """What keeps a file of the bundle from running here; None: nothing."""
     try:
         if path.name == bundle.CHECKPOINT:
-            read_model_file(path)
+            read_model_file(path, trust_pickle=how.trust_pickle, arch=how.arch)
         else:
             OnnxPredictor(path)
+    except CodeNeededError as error:
+        return Claim(path.name, "runs here", None, f"{error.problem}: {error.found}; {error.fix}")
     except ToolkitError as error:
         return Claim(path.name, "runs here", False, f"{error.problem}: {error.found}")
     return None

@@ -117,7 +117,7 @@ def test_channels_can_be_prescribed_and_colours_that_are_lost_are_told(
     make_folder: MakeFolder, channels: int, shape: tuple[int, int, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert FolderImages(make_folder("train"), channels=channels).shape == shape
-    assert ("in colour, and all are read as grey" in capsys.readouterr().err) == (channels == 1)
+    assert ("are in colour and are read as grey" in capsys.readouterr().err) == (channels == 1)
 
 
 def test_sixteen_bit_grey_is_scaled_to_eight() -> None:

@@ -37,6 +37,7 @@ def test_quantisation_aware_training_keeps_its_rate() -> None:
     config = PAPER.training("with_rounding", "adversarial")
     assert (config.epochs, config.learning_rate, config.momentum, config.qat_from) == (20, 0.01, 0.9, 0)
     assert all(SCHEDULES[config.schedule](epoch * 937, 20 * 937, 937) == 1 for epoch in range(20))
+    assert PAPER.qat_extremes, "as its library, whose ranges follow the least and largest values"
 
 
 @pytest.mark.parametrize(("experiment", "eps"), [(FASHION_MNIST, 0.1), (CIFAR10, 8 / 255)])

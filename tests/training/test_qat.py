@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from toolkit.exporters.onnx import export_onnx, load_onnx
 from toolkit.exporters.quantize import Quantizer
 from toolkit.exporters.session import OnnxPredictor
 from toolkit.training import loop
-from toolkit.training.fake_quantisers import activation_quantisers
+from toolkit.training.fake_quantisers import activation_quantisers, fit_range, span
 from toolkit.training.loop import TrainingResult, train
 from toolkit.training.qat import (
     LearntRanges,
@@ -240,6 +241,25 @@ def test_rounding_may_begin_with_the_first_step(monkeypatch: pytest.MonkeyPatch)
     result = run(toy(), epochs=2, qat_from=0.0)
     assert [step[0] for step in Watched.seen] == [True] * len(Watched.seen)
     assert result.learnt and not torch.equal(Watched.seen[0][3], Watched.seen[-1][3]), "ranges go on learning"
+
+
+def test_ranges_may_span_all_values_and_follow_them_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "Run", Watched)
+    moved = {}
+    for extremes in (False, True):
+        Watched.seen = []
+        result = run(toy(), Rounding(extremes=extremes), qat_from=0.0)
+        assert result.learnt is not None
+        ends = [step[3] for step in Watched.seen[: int(0.8 * len(Watched.seen))]]
+        moved[extremes] = np.mean([not torch.equal(*pair) for pair in pairwise(ends)])
+    assert moved == {False: pytest.approx(0.1, abs=0.1), True: 1.0}
+    assert "extremes" not in Rounding().record() and Rounding(extremes=True).record()["extremes"] is True
+
+
+def test_a_span_holds_every_value_and_zero() -> None:
+    assert span(torch.tensor([[3.0, 7.0]])) == (0.0, 7.0)
+    values = torch.cat([torch.rand(5000), torch.tensor([40.0])])
+    assert span(values)[1] == 40 > 1.5 * fit_range(values, 4)[1]
 
 
 def test_weights_may_share_one_scale() -> None:

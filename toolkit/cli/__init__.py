@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib import import_module
 
@@ -18,4 +19,7 @@ for _name in (
 
 def main() -> None:
     """Entry point: runs a command and turns every outcome into its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show ends no command
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import signal
@@ -113,6 +114,10 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if _is_of_standard_output(error):
             return _unprinted(error)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            name = str(error.filename or "")
+            show_error(ToolkitError("a file's name is too long", found=f"{name[:60]}...", fix="choose a shorter one"))
+            return BAD_INPUT
         if _running.verbose:  # anything else is a defect of ours, and says so
             traceback.print_exc()
         print(f"toolkit: a defect of the toolkit: {type(error).__name__}: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -42,4 +43,4 @@ def export(
         ("batch", "largest logit difference", "same label"),
         [(row.batch_size, f"{row.max_difference:.2e}", str(row.agreement)) for row in parity.batches],
     )
-    print(f"\nwritten: {output}\nnext:    toolkit quantize {output}")
+    print(f"\nwritten: {output}\nnext:    toolkit quantize {shlex.quote(str(output))}")

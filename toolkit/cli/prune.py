@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -43,4 +44,4 @@ def prune(
     table(("layer", "filters before", "after"), [tuple(row.values()) for row in layers])
     print(f"parameters: {result.parameters_before:,} -> {result.parameters_after:,}")
     radius = radius_of(result.model)
-    print(f"\nwritten: {output}\nnext:    toolkit harden {output} --prune 0 --int8{radius}")
+    print(f"\nwritten: {output}\nnext:    toolkit harden {shlex.quote(str(output))} --prune 0 --int8{radius}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,7 +74,7 @@ def quantize(
         print(json.dumps({"output": str(output), **_record(made)}))
         return
     _print(made)
-    measured = f"{file} {output}" if file.suffix == ".onnx" else output
+    measured = shlex.join(map(str, (file, output) if file.suffix == ".onnx" else (output,)))
     print(f"\nwritten: {output}\nnext:    toolkit benchmark {measured}")
 
 

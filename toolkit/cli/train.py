@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -57,4 +58,4 @@ def train(
         robust = f"; attacked {best.robust}" if best.robust else ""
         print(f"epoch {best.epoch} kept; validation: clean {best.accuracy}{robust}")
     radius = radius_of(result.model)
-    print(f"\nwritten: {output}\nnext:    toolkit harden {output} --prune 0.5 --int8{radius}")
+    print(f"\nwritten: {output}\nnext:    toolkit harden {shlex.quote(str(output))} --prune 0.5 --int8{radius}")

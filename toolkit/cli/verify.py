@@ -14,7 +14,7 @@ from toolkit.config import AttackRunConfig, build
 from toolkit.errors import ToolkitError
 from toolkit.progress import warn
 
-VERIFY_FLAGS = (*flags.ATTACKS, *flags.DATA[:4], *flags.EVALUATION, *flags.MACHINE)
+VERIFY_FLAGS = (*flags.ATTACKS, *flags.MODEL[:2], *flags.DATA[:4], *flags.EVALUATION, *flags.MACHINE)
 
 
 @app.command()

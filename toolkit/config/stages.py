@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from toolkit.config.base import CalibrationSetting, Epsilon, Fraction, Multiple, PrecisionChoice, Share, StageConfig
 
@@ -22,6 +22,12 @@ class DataConfig(StageConfig):
     calibration: Annotated[int, Field(ge=1)] = 500
     evaluation: Annotated[int, Field(ge=1)] | None = None
     """Number of evaluation images; None: all."""
+
+    @field_validator("source")
+    @classmethod
+    def _find_home(cls, source: str | None) -> str | None:
+        kind, _, place = (source or "").partition(":")  # a shell leaves the ~ of folder:~/images alone
+        return f"{kind}:{Path(place).expanduser()}" if place.startswith("~") else source
 
 
 class ThreatConfig(StageConfig):
@@ -197,3 +203,10 @@ class ModelConfig(StageConfig):
     """Per-channel mean of the input that a bare state dict was trained on, in pixels [0, 1]; None: the data set's.
     Of an ONNX file to be attacked: what is done to the pixels before it gets them; None: nothing."""
     std: tuple[Epsilon, ...] | None = None
+
+    @field_validator("mean")
+    @classmethod
+    def _check_mean(cls, mean: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if mean is not None and max(map(abs, mean), default=0.0) > 1:
+            raise ValueError("means are of pixels in [0, 1]: divide what is for 0 to 255 by 255, and --std as well")
+        return mean

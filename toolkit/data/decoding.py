@@ -133,6 +133,7 @@ def decode_files(
     use: Callable[[int, UInt8Array], None],
     *,
     task: str = "reading",
+    tell: bool = False,
 ) -> None:
     """Decode each of `files` of `folder` once, and call `use(index, pixels)` with its pixels, uint8 [C, H, W].
 
@@ -145,12 +146,14 @@ def decode_files(
         size: as in `to_pixels`; None: every file must have the size that `shape` gives.
         use: stores or digests one image.
         task: what the progress says is done to the folder.
+        tell: whether to say which images in colour are read as grey.
 
     Raises:
         ToolkitError: files that cannot be read or, without `size`, are of another size than `shape`.
     """
     channels, height, width = shape
     rejects = Rejects(folder)
+    coloured: list[str] = []
 
     def decode(index: int) -> None:
         file = files[index]
@@ -159,6 +162,8 @@ def decode_files(
             with Image.open(io.BytesIO(data)) as image:
                 if size is None and not rejects.check_size(file, image.size, (width, height)):
                     return
+                if channels == 1 and image.mode not in GREY_MODES:
+                    coloured.append(file)
                 pixels = to_pixels(image, channels, size)
             use(index, pixels)
 
@@ -178,6 +183,11 @@ def decode_files(
                 for done in pool.map(decode_block, starts):
                     shown.advance(done)
     rejects.raise_any(len(files), (width, height))
+    if tell and coloured:
+        some = ", ".join(sorted(coloured)[:3])
+        progress.warn(
+            f"{folder}: {len(coloured):,} of {len(files):,} images are in colour and are read as grey: {some}"
+        )
 
 
 class _Hidden:

@@ -16,7 +16,7 @@ from toolkit.artifacts import HashArray, Int64Array, UInt8Array
 from toolkit.data.decoding import GREY_MODES, SUFFIXES, Rejects, decode_files
 from toolkit.data.hashing import hash_image, hash_images
 from toolkit.errors import ToolkitError
-from toolkit.progress import notice
+from toolkit.paths import is_text
 
 MEMORY_LIMIT = 2**30
 """Bytes of decoded pixels up to which a folder is held in memory."""
@@ -128,7 +128,7 @@ class FolderImages:
         self.shape = self._probe(channels)
         self._array: UInt8Array | None = None
         if len(self._files) * int(np.prod(self.shape)) <= memory_limit:
-            self._array = self._decode(self._files)
+            self._array = self._decode(self._files, tell=True)
             self.hashes = hash_images(self._array)
         else:
             self.hashes = self._hash_files()
@@ -148,9 +148,9 @@ class FolderImages:
             return self._array[indices]
         return self._decode([self._files[index] for index in indices])
 
-    def _decode(self, files: Sequence[str]) -> UInt8Array:
+    def _decode(self, files: Sequence[str], *, tell: bool = False) -> UInt8Array:
         out = np.empty((len(files), *self.shape), dtype=np.uint8)
-        decode_files(self._root, files, self.shape, self._size, out.__setitem__)
+        decode_files(self._root, files, self.shape, self._size, out.__setitem__, tell=tell)
         return out
 
     def _hash_files(self) -> HashArray:
@@ -163,7 +163,7 @@ class FolderImages:
         def store(index: int, pixels: UInt8Array) -> None:
             hashes[index] = hash_image(pixels)
 
-        decode_files(self._root, self._files, self.shape, self._size, store, task="hashing")
+        decode_files(self._root, self._files, self.shape, self._size, store, task="hashing", tell=True)
         return hashes
 
     def _probe(self, channels: int | None) -> tuple[int, int, int]:
@@ -180,9 +180,6 @@ class FolderImages:
             rejects.raise_any(len(spread), (0, 0))
         width, height = (self._size, self._size) if self._size else sizes.most_common(1)[0][0]
         coloured = sum(count for mode, count in modes.items() if mode not in GREY_MODES)
-        if channels == 1 and coloured:
-            whole = f"{coloured} of {modes.total()} images looked at"
-            notice(f"{self._root}: {whole} are in colour, and all are read as grey")
         return channels or (3 if coloured else 1), height, width
 
 
@@ -197,6 +194,13 @@ def _files_by_class(root: Path, class_names: Sequence[str] | None) -> dict[str, 
         raise ToolkitError(
             "the image folder cannot be opened", found=f"{root}: {error.strerror}", fix=layout
         ) from error
+    strange = [name for name in (str(root), *names) if not is_text(name)]
+    if strange:
+        raise ToolkitError(
+            "a folder's name is not UTF-8, so that no report could name it",
+            found=", ".join(map(ascii, strange[:5])),
+            fix="rename it, for example with `convmv -f latin1 -t utf8`",
+        )
     unknown = [name for name in names if class_names is not None and name not in class_names]
     if unknown:
         raise ToolkitError(
@@ -214,8 +218,21 @@ def _files_by_class(root: Path, class_names: Sequence[str] | None) -> dict[str, 
 
 
 def _image_files(root: Path, name: str) -> list[str]:
+    def refuse(error: OSError) -> None:
+        raise ToolkitError(
+            "a folder of images cannot be opened",
+            found=f"{error.filename}: {error.strerror}",
+            fix="make it readable, or move it away",
+        ) from error
+
     files: list[str] = []
-    for folder, below, members in os.walk(root / name):
+    seen: set[str] = set()
+    for folder, below, members in os.walk(root / name, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # links may form a ring
+            below.clear()
+            continue
+        seen.add(real)
         below[:] = [entry for entry in below if not entry.startswith(".")]
         relative = Path(folder).relative_to(root)
         images = (member for member in members if member.lower().endswith(SUFFIXES) and not member.startswith("."))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from toolkit.data.arrays import read_npz
 from toolkit.data.images import FolderImages
 from toolkit.data.standard import CIFAR10_CLASSES, read_cifar10, read_fashion_mnist
 from toolkit.errors import ToolkitError, unknown_name
+from toolkit.paths import is_text
 
 SAMPLE = Path(__file__).parent / "sample" / "fashion-mnist-sample.npz"
 
@@ -44,6 +46,12 @@ def load_source(config: DataConfig) -> DataSource:
     if config.source is None:
         raise ToolkitError(
             "no data set is given", found="no --data, and no data set in the checkpoint", fix=f"add --data: {CHOICES}"
+        )
+    if not is_text(config.source):
+        raise ToolkitError(
+            "the data set's name is not UTF-8, so that no report could name it",
+            found=ascii(config.source),
+            fix="rename the file or folder, or the one that it lies in",
         )
     kind, _, argument = config.source.partition(":")
     if kind not in SOURCES:
@@ -152,6 +160,8 @@ def _cifar10(_argument: str, config: DataConfig) -> DataSource:
 
 def _folder(argument: str, config: DataConfig) -> DataSource:
     root = Path(argument).expanduser()
+    if root.exists() and not os.access(root, os.R_OK | os.X_OK):
+        raise ToolkitError("the folder may not be opened", found=f"{root}: permission denied", fix="make it readable")
     if not root.is_dir():
         raise ToolkitError("there is no such folder", found=str(root), fix="name an existing folder: --data folder:DIR")
     tests = [root / name for name in ("test", "val") if (root / name).is_dir()]

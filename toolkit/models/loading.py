@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import pickle
 import types
@@ -20,11 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from toolkit.artifacts import HashArray, ModelSpec, Normalization, Normalized, TorchModel
+from toolkit.artifacts import HashArray, ModelSpec, Normalization, Normalized, TorchModel, versioned
 from toolkit.errors import ToolkitError, unknown_name
 from toolkit.models.checkpoint import is_checkpoint, parse_checkpoint
 from toolkit.models.registry import build_network, import_folder
-from toolkit.progress import warn
+from toolkit.paths import is_text
+from toolkit.progress import notice, warn
 from toolkit.pruning import replay
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "ema", "module", "params", "weights")
@@ -75,6 +77,10 @@ def resolve_path(path: Path) -> Path:
     return WEIGHTS / f"{name}.pt"
 
 
+class CodeNeededError(ToolkitError):
+    """A network is code of the user's, which is not there or may not run."""
+
+
 @dataclass(frozen=True)
 class ModelFile:
     """What a file holds: our checkpoint (spec and state), a bare state dict, or a pickled module."""
@@ -86,8 +92,13 @@ class ModelFile:
     training_hashes: HashArray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
 
 
-def read_model_file(path: Path, *, trust_pickle: bool = False) -> ModelFile:
+def read_model_file(path: Path, *, trust_pickle: bool = False, arch: str | None = None) -> ModelFile:
     """Read a checkpoint, state dict (.pt, .pth, .safetensors) or, with `trust_pickle`, a pickled module.
+
+    Args:
+        path: the file.
+        trust_pickle: whether code in it may run.
+        arch: where the network's code lies, if it does not come from the pickled module that a checkpoint names.
 
     Raises:
         ToolkitError: missing, empty, truncated, not a checkpoint, TorchScript, .pt2, ONNX, or untrusted pickle.
@@ -96,16 +107,19 @@ def read_model_file(path: Path, *, trust_pickle: bool = False) -> ModelFile:
     if path.suffix == ".safetensors":
         try:
             return ModelFile(path, load_file(path))
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
+            unreadable = not os.access(path, os.R_OK)
             raise ToolkitError(
-                "the safetensors file cannot be read", found=f"{path}: {error}", fix="copy it again"
+                "the safetensors file cannot be read",
+                found=f"{path}: {'permission denied' if unreadable else error}",
+                fix="make it readable" if unreadable else "copy it again",
             ) from error
     content = _load(path, trust_pickle)
     if is_checkpoint(content):
         assert isinstance(content, dict)
         spec, state, hashes = parse_checkpoint(content, path)
         module = None
-        if spec.architecture.startswith(PICKLED):
+        if spec.architecture.startswith(PICKLED) and ".py:" not in (arch or ""):
             module = _rebuild_pickled(Path(spec.architecture.removeprefix(PICKLED)), trust_pickle)
         return ModelFile(path, state, spec, module, hashes)
     if isinstance(content, nn.Module):
@@ -114,6 +128,12 @@ def read_model_file(path: Path, *, trust_pickle: bool = False) -> ModelFile:
 
 
 def _refuse_other_formats(path: Path) -> None:
+    if not is_text(str(path)):
+        raise ToolkitError(
+            "the model file's name is not UTF-8, so that no report could name it",
+            found=ascii(str(path)),
+            fix="rename it, or the folder that it lies in",
+        )
     if path.is_dir():
         inside = path / "model.pt"
         fix = f"name {inside}" if inside.is_file() else "name the checkpoint file inside it"
@@ -121,6 +141,8 @@ def _refuse_other_formats(path: Path) -> None:
     if not path.is_file():
         fix = "correct the path, or train one: `toolkit train cnn8 --data sample --output model.pt`"
         raise ToolkitError("the model file is not there", found=str(path), fix=fix)
+    if not os.access(path, os.R_OK):
+        raise ToolkitError("the model file may not be read", found=f"{path}: permission denied", fix="make it readable")
     if path.stat().st_size == 0:
         raise ToolkitError("the model file is empty", found=f"{path}: 0 bytes", fix="save or copy it again")
     if path.suffix == ".onnx":
@@ -152,7 +174,7 @@ def _load(path: Path, trust_pickle: bool) -> object:
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, OSError, TypeError) as error:
         raise _not_a_checkpoint(path, error) from error
     if not trust_pickle:
-        raise ToolkitError(
+        raise CodeNeededError(
             "the file holds pickled Python objects, and loading those runs code",
             found=str(path),
             fix="save a state dict instead, or pass --trust-pickle if you trust whoever made the file",
@@ -205,7 +227,7 @@ def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
 
 def _rebuild_pickled(path: Path, trust_pickle: bool) -> nn.Module:
     if not path.is_file():
-        raise ToolkitError(
+        raise CodeNeededError(
             "the checkpoint's network comes from a pickled module that is not there",
             found=str(path),
             fix="put that file back, or name the network's code with --arch path/to/file.py:callable",
@@ -276,7 +298,30 @@ def strip_prefixes(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, T
         if prefix is None or any(key.startswith(prefix) for key in wanted):
             break
         stripped = {key.removeprefix(prefix): value for key, value in stripped.items()}
-    return stripped
+    return stripped if wanted & set(stripped) else _part(state, wanted)
+
+
+def _part(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """The weights below one prefix, as a training script keeps the network among other modules; else all of them.
+
+    Raises:
+        ToolkitError: there are several such networks.
+    """
+    needed = {key for key in wanted if not key.endswith("num_batches_tracked")}
+    first = min(needed, default="")
+    prefixes = sorted(key.removesuffix(first) for key in state if first and key.endswith(f".{first}"))
+    fitting = [prefix for prefix in prefixes if all(f"{prefix}{key}" in state for key in needed)]
+    if len(fitting) > 1:
+        raise ToolkitError(
+            "the file holds several networks of that architecture",
+            found=f"weights below {', '.join(fitting)}",
+            fix="save one of them: torch.save(network.state_dict(), 'model.pt')",
+        )
+    if not fitting:
+        return dict(state)
+    part = {key.removeprefix(fitting[0]): value for key, value in state.items() if key.startswith(fitting[0])}
+    notice(f"the network's weights are those below '{fitting[0]}'; {len(state) - len(part)} other entries are not used")
+    return part
 
 
 def _load_state(network: nn.Module, state: Mapping[str, Tensor], path: Path, architecture: str) -> None:
@@ -315,7 +360,7 @@ def _load_state(network: nn.Module, state: Mapping[str, Tensor], path: Path, arc
         raise ToolkitError(
             "the weights contain NaN or infinity", found=_sample("layers", broken), fix="use an earlier checkpoint"
         )
-    network.load_state_dict(found, strict=False)
+    network.load_state_dict(versioned(found, network), strict=False)
 
 
 def _infinite_buffers(network: nn.Module) -> set[str]:
@@ -364,9 +409,21 @@ def check_outputs(model: TorchModel, where: str) -> None:
             found=f"{where}: output {list(output.shape)[1:]}, {classes} classes",
             fix="name the data set that the network is made for with --data",
         )
+    if _ends_in_sigmoid(model, shape):
+        raise ToolkitError(
+            "the network returns sigmoids",
+            found=f"{where}: forward() ends in a sigmoid",
+            fix="return the logits: leave the sigmoid at the end of forward() away; labels stay the same",
+        )
     if bool((output >= 0).all()) and bool(((output.float().sum(1) - 1).abs() < SUMS_TO_ONE).all()):
         raise ToolkitError(
             "the network returns probabilities",
             found=f"{where}: no output is negative, and they sum to 1",
             fix="return the logits: leave the softmax at the end of forward() away; labels stay the same",
         )
+
+
+def _ends_in_sigmoid(model: TorchModel, shape: tuple[int, ...]) -> bool:
+    with torch.enable_grad():
+        output: Tensor = model.module(torch.full((2, *shape), 0.5))
+    return output.grad_fn is not None and output.grad_fn.name().startswith("SigmoidBackward")

@@ -28,7 +28,8 @@ DEVIATIONS_OF_ALL = (
     "the attack in training sees batch norm in evaluation mode (no difference for cnn8, which has none)",
     "the simulated integers: weights symmetric, activations asymmetric where a layer reads them, one grid a tensor "
     "(the paper's library rounds inputs and outputs of layers symmetrically, and outputs of ReLUs asymmetrically)",
-    "QAT: in the last fifth of the training ranges stand still; binary networks are not trained (the paper's figure "
+    "QAT: ranges follow the least and largest values at every step (in the paper's library at every pass of its attack, too), "
+    "and stand still in the last fifth of the training; logits are not rounded; binary networks are not trained (the paper's figure "
     "has them)",
     "PTQ without fine-tuning: ranges over 500 training images (what the paper calibrated on is not known)",
     "the two defects of its published code are not repeated: networks are compressed with their trained weights, "

@@ -56,6 +56,8 @@ class Protocol:
     """Which layers lose filters: convolutions alone, or hidden linear layers too."""
     qat_per_channel: bool
     """Whether quantisation-aware training rounds weights with a scale for every output channel, or one for all."""
+    qat_extremes: bool
+    """Whether its ranges of activations span all values, as those of the paper's library do."""
     holds_out: bool
     """Whether some training images are held out and choose the epoch; otherwise all are trained on."""
 
@@ -76,6 +78,7 @@ PROTOCOLS: Mapping[ProtocolName, Protocol] = {
         attack={"attack_steps": PAPER_STEPS, "attack_schedule": "threat"},
         prunes="convolutions",
         qat_per_channel=False,
+        qat_extremes=True,
         holds_out=False,
     ),
     "fast": Protocol(
@@ -87,6 +90,7 @@ PROTOCOLS: Mapping[ProtocolName, Protocol] = {
         attack={"attack_steps": 2, "attack_schedule": "crossing"},
         prunes="all",
         qat_per_channel=True,
+        qat_extremes=False,
         holds_out=True,
     ),
 }

@@ -211,5 +211,7 @@ class Planner:
         parents = (self._base("standard"),) if self._pretrained else ()
         origin = {} if parents else self._origin
         label = f"{self._name}: quantisation-aware training, int{recipe.bits}"
-        grid = {"bits": recipe.bits, "per_channel": self.protocol.qat_per_channel}
+        grid: dict[str, Any] = {"bits": recipe.bits, "per_channel": self.protocol.qat_per_channel}
+        if self.protocol.qat_extremes:
+            grid["extremes"] = True
         return Step("qat", label, {**settings, **origin, **grid}, parents)

@@ -109,7 +109,8 @@ class Bench:
     def rounding(self, step: Step) -> Rounding:
         """To what the training of a step of the kind `qat` rounds."""
         bits = step.settings["bits"]
-        return Rounding(bits, bits, self.margin, step.settings["per_channel"])
+        grid = step.settings["per_channel"], step.settings.get("extremes", False)
+        return Rounding(bits, bits, self.margin, *grid)
 
     def _learnt(self, step: Step) -> LearntRanges:
         ends = (self.store.result(step) or {})["learnt"]

@@ -38,6 +38,8 @@ class Switch:
     """Whether they round; if not, the network computes in float."""
     keep: float | None = None
     """Share of the old range that one batch in training mode leaves: 0 fits ranges anew; None leaves them alone."""
+    extremes: bool = False
+    """Whether a range spans all values, rather than that which rounds and clips them with the least error."""
 
     def __deepcopy__(self, _: dict[int, Any]) -> Switch:
         return self
@@ -68,7 +70,8 @@ class ActivationQuantiser(nn.Module):
             return values
         switch = self.switch
         if switch.keep is not None and self.training:
-            fitted = torch.tensor(fit_range(values, self.bits), device=self.ends.device)
+            ends = span(values) if switch.extremes else fit_range(values, self.bits)
+            fitted = torch.tensor(ends, device=self.ends.device)
             self.ends[call] = torch.lerp(fitted, self.ends[call], switch.keep)
         if not switch.rounding:
             return values
@@ -150,6 +153,12 @@ class WeightQuantiser(nn.Module):
         return quantise_weights(weight.detach(), self.bits, per_channel=self.per_channel)
 
 
+def span(values: Tensor) -> tuple[float, float]:
+    """The least and the largest of `values`, of any shape, and 0."""
+    low, high = (float(end) for end in values.detach().float().aminmax())
+    return min(low, 0.0), max(high, 0.0)
+
+
 def fit_range(values: Tensor, bits: int) -> tuple[float, float]:
     """The ends of the range whose grid rounds and clips `values` with the least mean squared error; 0 lies within.
 
@@ -157,8 +166,7 @@ def fit_range(values: Tensor, bits: int) -> tuple[float, float]:
         values: of any shape; what is compared is a sample of `SAMPLE`, evenly spread.
         bits: of the grid.
     """
-    low, high = (float(end) for end in values.detach().float().aminmax())
-    low, high = min(low, 0.0), max(high, 0.0)
+    low, high = span(values)
     flat = values.detach().flatten()
     sample = flat[:: max(1, flat.numel() // SAMPLE) | 1].float()
     shares = SHARES.to(sample.device)

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from toolkit.allocator import keep_freed_memory
-from toolkit.artifacts import Int64Array, Normalized, Proportion, Split, TorchModel, derive_seed, weights_digest
+from toolkit.artifacts import (
+    Int64Array,
+    Normalized,
+    Proportion,
+    Split,
+    TorchModel,
+    derive_seed,
+    versioned,
+    weights_digest,
+)
 from toolkit.attacks.forms import Precision
 from toolkit.attacks.surrogate import Loss, compute_device, resolve_precision
 from toolkit.attacks.threat import PgdPlan, ThreatModel
@@ -352,7 +361,7 @@ class Run:
         weights, learnt = self.best, None
         if self.rounding is not None:
             weights, learnt = split_state(self.best, self.rounding)
-        trained.network.load_state_dict(weights)
+        trained.network.load_state_dict(versioned(weights, trained.network))
         config = self.config
         record = {
             "objective": config.objective,
