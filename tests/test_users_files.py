@@ -209,11 +209,11 @@ def test_an_output_of_too_long_a_name_is_bad_input(tmp_path: Path) -> None:
         assert tiny.run("train", "net.py:net", *how) == cli.BAD_INPUT
 
 
-@pytest.mark.parametrize("mean", ["123.675,116.28,103.53", "127.5"])
+@pytest.mark.parametrize("mean", ["123.675,116.28,103.53", "33.3"])
 def test_means_for_pixels_up_to_255_are_refused(mean: str) -> None:
     with pytest.raises(ValidationError, match=r"divide what is for 0 to 255 by 255"):
         ModelConfig(path=Path("m.pt"), mean=tuple(map(float, mean.split(","))))
-    assert ModelConfig(path=Path("m.pt"), mean=(0.485, -0.5)).mean == (0.485, -0.5)
+    assert ModelConfig(path=Path("m.pt"), mean=(0.485, -0.5, 3.0)).mean == (0.485, -0.5, 3.0)
 
 
 def test_the_home_folder_is_found_where_a_shell_leaves_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:

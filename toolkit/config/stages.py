@@ -11,6 +11,10 @@ from pydantic import Field, field_validator
 from toolkit.config.base import CalibrationSetting, Epsilon, Fraction, Multiple, PrecisionChoice, Share, StageConfig
 
 
+MOST_MEAN = 10.0
+"""Of pixels in [0, 1] no mean is farther out; one for pixels from 0 to 255 is, even that of dark images."""
+
+
 class DataConfig(StageConfig):
     """Where images come from and how many serve which purpose."""
 
@@ -207,6 +211,6 @@ class ModelConfig(StageConfig):
     @field_validator("mean")
     @classmethod
     def _check_mean(cls, mean: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if mean is not None and max(map(abs, mean), default=0.0) > 1:
+        if mean is not None and max(map(abs, mean), default=0.0) > MOST_MEAN:
             raise ValueError("means are of pixels in [0, 1]: divide what is for 0 to 255 by 255, and --std as well")
         return mean
