@@ -10,7 +10,6 @@ from pydantic import Field, field_validator
 
 from toolkit.config.base import CalibrationSetting, Epsilon, Fraction, Multiple, PrecisionChoice, Share, StageConfig
 
-
 MOST_MEAN = 10.0
 """Of pixels in [0, 1] no mean is farther out; one for pixels from 0 to 255 is, even that of dark images."""
 
