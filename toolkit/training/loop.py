@@ -11,6 +11,7 @@ from toolkit.attacks.threat import PgdPlan
 from toolkit.config import TrainConfig
 from toolkit.errors import ToolkitError
 from toolkit.progress import notice, task
+from toolkit.training.crowd import CrowdWatch
 from toolkit.training.distributed import ALONE, World
 from toolkit.training.interrupt import deferred_interrupt
 from toolkit.training.qat import Rounding
@@ -73,8 +74,11 @@ def train(
     with task(label, steps) as bar, deferred_interrupt() as interrupted:
         bar.advance(run.step)
         last_saved = time.monotonic()
+        crowd = CrowdWatch() if world.size == 1 else None  # the others of several are no foreign work
         while run.step < steps:
             run.advance()
+            if crowd is not None:
+                crowd.look()
             end_of_epoch = run.step % run.steps_per_epoch == 0
             if end_of_epoch:
                 run.finish_epoch()
