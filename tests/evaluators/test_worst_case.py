@@ -192,18 +192,21 @@ def test_square_alone_fools_what_is_easy() -> None:
 def test_where_queries_find_what_gradients_should_have_they_go_on_everywhere(masked: bool) -> None:
     """Where gradients mislead nothing comes near the boundary, so that no search may wait for that."""
     model = random_model()
-    passes = (Pass("apgd-ce", 20), QUERIES, Pass(SQUARE, 60, near=0.9), Pass(SQUARE, 60, where_masked=True))
-    run = an_evaluation({"deployed": model}, noise_images(30, model), conditions(a_plan(eps=0.3), *passes))
+    passes = (Pass("apgd-ce", 20), QUERIES, Pass(SQUARE, 60, near=0.9), Pass(SQUARE, 70, where_masked=True))
+    how = conditions(a_plan(eps=0.3 if masked else 0.05), *passes)
+    run = an_evaluation({"deployed": model}, noise_images(30, model), how)
     surrogate = linear_model(torch.zeros(2, SIDE**2), (1, SIDE, SIDE)) if masked else model
     records, _ = run_passes(run, {"float": surrogate})
     queries = [record for record in records if record.attack == "square"]
     left = 30 - sum(record.fooled for record in records)
     if masked:
-        assert queries[0].fooled > 3 and queries[-1].steps == 60 and queries[-1].fooled > 0
+        assert queries[0].fooled > 3 and queries[-1].steps == 70 and queries[-1].fooled > 0
         assert queries[-1].attempted == left + queries[-1].fooled, "on all that stood"
         assert left == int(run.ledger.worst["deployed"].sum())
     else:
-        assert sum(record.fooled for record in queries) <= 3 and [record.steps for record in queries][-1:] != [60, 60]
+        assert sum(record.fooled for record in queries) <= 3
+        assert 70 not in [record.steps for record in queries]
+        assert left > 0, "there was something to search"
 
 
 def test_passes_run_on_the_best_surrogate_or_on_all_and_queries_last() -> None:
