@@ -115,7 +115,7 @@ def test_foreign_load_is_what_others_take(monkeypatch: pytest.MonkeyPatch) -> No
     elsewhere = Times(1000, 0)
     machine = iter([[Times(50, 0), Times(50, 0), elsewhere], [Times(58, 2), Times(54, 6), Times(1010, 0)]])
     own = iter([Times(50, 0), Times(57, 0)])
-    monkeypatch.setattr(timing, "_own_cpus", lambda: [0, 1])
+    monkeypatch.setattr(timing, "own_cpus", lambda: [0, 1])
     clock = Clock(monkeypatch)
     monkeypatch.setattr(psutil, "cpu_times", lambda percpu: next(machine) if percpu else None)
     monkeypatch.setattr(psutil.Process, "cpu_times", lambda _self: next(own))

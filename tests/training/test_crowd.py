@@ -19,7 +19,7 @@ def test_several_threads_beside_other_work_are_told_once(
         yield lambda: load
 
     monkeypatch.setattr(crowd, "foreign_load", foreign)
-    monkeypatch.setattr(crowd, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(crowd, "own_cpus", lambda: [0, 1])
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     now = [0.0]
     monkeypatch.setattr("toolkit.training.crowd.time.monotonic", lambda: now[0])

@@ -86,7 +86,7 @@ def foreign_load() -> Iterator[Callable[[], float]]:
     import psutil
 
     result = 0.0
-    cpus = _own_cpus()
+    cpus = own_cpus()
 
     def reading() -> tuple[float, float]:
         idle = ("idle", "iowait", "guest", "guest_nice")  # user and nice hold the guests' time already
@@ -103,7 +103,7 @@ def foreign_load() -> Iterator[Callable[[], float]]:
     result = float(np.clip((busy_after - busy - (own_after - own)) / available, 0, 1))
 
 
-def _own_cpus() -> list[int]:
+def own_cpus() -> list[int]:
     """The CPUs that this process may run on; load on the others does not disturb it."""
     import psutil
 

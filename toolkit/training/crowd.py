@@ -11,8 +11,7 @@ from contextlib import ExitStack
 
 import torch
 
-from toolkit.data.decoding import usable_cpus
-from toolkit.evaluators.timing import foreign_load
+from toolkit.evaluators.timing import foreign_load, own_cpus
 from toolkit.progress import warn
 
 LOOK_AFTER_S = 10.0
@@ -34,7 +33,7 @@ class CrowdWatch:
             return
         self._begun = None
         self._stack.close()
-        load, threads, cpus = self._load(), torch.get_num_threads(), usable_cpus()
+        load, threads, cpus = self._load(), torch.get_num_threads(), len(own_cpus())
         if threads > 1 and load * cpus > TAKEN:
             fewer = max(1, min(int(cpus * (1 - load)), threads - 1))
             warn(
