@@ -24,6 +24,7 @@ from toolkit.reproduce.runner import Runner
 TRAIN, TEST = 640, 100
 ONE_EPOCH = {**PAPER_SGD, "epochs": 1, "learning_rate": 0.05, "momentum": 0.9, "batch_size": 8}
 TUNED = Recipe("standard", 0.8, "adversarial")
+ROUNDED = Recipe("standard", tuned="adversarial", form="simulated", tuned_as="with_rounding")
 ATTACK = {"attack_steps": 2, "attack_schedule": "threat"}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from toolkit.reproduce.document import documents
 from toolkit.reproduce.embedding import _lay_out
 from toolkit.reproduce.recipes import Recipe
 from toolkit.reproduce.runner import Runner
+from toolkit.reproduce.work import Bench
 
 
 @pytest.mark.usefixtures("small_world")
@@ -30,6 +32,26 @@ def test_real_integers_and_simulated_ones_under_every_attack(tmp_path: Path) -> 
     weak = small.fill(found, small.TUNED, "deepfool-paper")
     assert strong["robust"][1] == weak["robust"][1] == 8
     assert strong["robust"][0] <= weak["clean"][0] and weak["robust"][0] <= weak["clean"][0] and strong["passes"]
+
+
+@pytest.mark.usefixtures("small_world")
+def test_the_integer_graph_after_quantisation_aware_training_has_the_ranges_that_it_learnt(tmp_path: Path) -> None:
+    found = Runner(small.settings(tmp_path, attack_images=8))
+    simulated, real = small.fill(found, small.ROUNDED), small.fill(found, replace(small.ROUNDED, form="integer"))
+    assert set(real["by_surrogate"]) == {"twin", "fake_quantised", "float"} and real["clean"][0] > 50
+    assert all(abs(real[share][0] - simulated[share][0]) <= 3 for share in ("clean", "robust"))
+    panel = found.panels[0]
+    assert panel.world is not None
+    planner = panel.planners[0]
+    bench = Bench(found.store, panel.world, planner.splits)
+    step = planner.integer(replace(small.ROUNDED, form="integer"))
+    learnt = found.store.result(step.parents[0])["learnt"]  # type: ignore[index]
+    ends = {high - low for calls in learnt.values() for low, high in calls}
+    constants = onnx.load(bench.graph(step)).graph.initializer
+    arrays = [onnx.numpy_helper.to_array(item) for item in constants if item.name.endswith("scale")]
+    scales = np.concatenate([array.ravel() for array in arrays])
+    assert ends and all(np.isclose(scales, end / 255, rtol=1e-5).any() for end in ends)
+    assert found.store.result(step)["learnt_ranges"] >= len(ends)  # type: ignore[index]  # flattening makes one more
 
 
 @pytest.mark.usefixtures("small_world")

@@ -253,7 +253,7 @@ def test_a_step_that_fails_leaves_its_cells_empty_and_says_why(tmp_path: Path, m
 def test_quantisation_aware_training_is_judged_as_it_rounds(tmp_path: Path) -> None:
     """The network of few bits is not the float network that its weights make, and its ranges are those it learnt."""
     found = Runner(small.settings(tmp_path, "figure4"))
-    two, eight = (Recipe("standard", tuned="adversarial", form="qat", bits=bits) for bits in (2, 8))
+    two, eight = (replace(small.ROUNDED, bits=bits) for bits in (2, 8))
     coarse, fine = small.fill(found, two), small.fill(found, eight)
     assert set(fine["by_surrogate"]) == {"fake_quantised", "float"} and fine["clean"][0] > 50
     assert coarse["robust"] == coarse["by_surrogate"]["fake_quantised"], "the paper's attack"

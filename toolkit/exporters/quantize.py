@@ -52,9 +52,11 @@ def quantize_int8(
     *,
     input_margin: tuple[float, ...] | float = 0.0,
     adversarial: AdversarialShare | None = None,
+    ranges: Mapping[str, Interval] = MappingProxyType({}),
 ) -> QuantizedModel:
     """Quantise a float graph in QDQ form, so that ONNX Runtime runs its layers in integers: `Quantizer`, used once."""
-    return Quantizer(model, calibration, config, input_margin=input_margin, adversarial=adversarial).write(output)
+    quantizer = Quantizer(model, calibration, config, input_margin=input_margin, adversarial=adversarial, ranges=ranges)
+    return quantizer.write(output)
 
 
 class Quantizer:

@@ -20,7 +20,7 @@ from toolkit.reproduce.steps import Step
 
 Start = Literal["standard", "robust"]
 Finetuning = Literal["none", "standard", "adversarial", "distill"]
-Form = Literal["float", "simulated", "integer", "qat"]
+Form = Literal["float", "simulated", "integer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +33,20 @@ class Recipe:
     form: Form = "float"
     """`simulated`: rounded weights and activations in floats, as in the paper; `integer`: the ONNX graph."""
     bits: int = 8
-    tuned_as: Literal["after_pruning", "with_quantisation"] = "after_pruning"
+    tuned_as: Literal["after_pruning", "with_quantisation", "with_rounding"] = "after_pruning"
+    """`with_rounding`: quantisation-aware training, in the place of any other; the float network is what it rounds."""
 
     def __str__(self) -> str:
+        if self.tuned_as == "with_rounding":
+            forms = {"float": "not rounded", "integer": "integer graph"}
+            return ", ".join([f"QAT int{self.bits}", *([forms[self.form]] if self.form in forms else [])])
         parts: list[str] = [self.start]
         if self.pruned:
             parts.append(f"pruned {self.pruned:g}")
         if self.tuned != "none":
             parts.append(f"{self.tuned} fine-tuning")
         forms = {"simulated": f"PTQ int{self.bits}", "integer": f"integer graph int{self.bits}"}
-        if self.form == "qat":
-            parts = [f"QAT int{self.bits}"]
-        elif self.form != "float":
+        if self.form != "float":
             parts.append(forms[self.form])
         return ", ".join(parts)
 
@@ -88,7 +90,7 @@ class Planner:
 
     def network_of(self, recipe: Recipe) -> Step:
         """The step whose network the recipe ends in, before it is rounded."""
-        if recipe.form == "qat":
+        if recipe.tuned_as == "with_rounding":
             return self._qat(recipe)
         base = self._base(recipe.start)
         step = base
@@ -115,7 +117,9 @@ class Planner:
 
     def integer(self, recipe: Recipe) -> Step:
         """The step that writes the recipe's network as an integer graph."""
-        settings = {"calibration": self._named(self.splits.calibration), "per_channel": False, "calibrate": "minmax"}
+        per_channel = recipe.tuned_as == "with_rounding" and self.protocol.qat_per_channel
+        calibration = self._named(self.splits.calibration)
+        settings = {"calibration": calibration, "per_channel": per_channel, "calibrate": "minmax"}
         return Step("integer", f"{self._name}: integer graph of {recipe}", settings, (self.network_of(recipe),))
 
     def embed(self, recipes: Mapping[str, Recipe], class_name: str) -> Step:
@@ -183,7 +187,7 @@ class Planner:
         plan = plan_of(measure, self.experiment)
         facts = {
             "measure": measure,
-            "form": recipe.form,
+            "form": "qat" if _simulates_its_training(recipe) else recipe.form,
             "plan": [plan.record(), plan.steps, plan.step_size, plan.random_start],
             "evaluation": self._evaluated(measure),
             "seed": self.seed,
@@ -195,7 +199,8 @@ class Planner:
     def _rounding(self, recipe: Recipe) -> dict[str, Any]:
         """How the simulated form is made: fine-tuning has recorded the ranges, else calibration images tell them."""
         recorded = recipe.tuned != "none"
-        calibration = None if recorded and recipe.form == "simulated" else self._named(self.splits.calibration)
+        reads_images = not recorded or recipe.form != "simulated" or _simulates_its_training(recipe)
+        calibration = self._named(self.splits.calibration) if reads_images else None
         return {"bits": recipe.bits, "recorded": recorded, "calibration": calibration}
 
     def _evaluated(self, measure: Measure) -> list[Any]:
@@ -215,3 +220,8 @@ class Planner:
         if self.protocol.qat_extremes:
             grid["extremes"] = True
         return Step("qat", label, {**settings, **origin, **grid}, parents)
+
+
+def _simulates_its_training(recipe: Recipe) -> bool:
+    """Whether what is judged is what a quantisation-aware training computed."""
+    return recipe.form == "simulated" and recipe.tuned_as == "with_rounding"

@@ -10,7 +10,7 @@ from toolkit.errors import unknown_name
 from toolkit.reproduce import paper
 from toolkit.reproduce.paper import CellKey, PaperCell
 from toolkit.reproduce.protocol import BITS, SPARSITIES, Experiment
-from toolkit.reproduce.recipes import Finetuning, Measure, Recipe, Start
+from toolkit.reproduce.recipes import Finetuning, Form, Measure, Recipe, Start
 
 ALL = "all"
 STARTS: tuple[Start, ...] = ("standard", "robust")
@@ -113,13 +113,18 @@ def compressed(experiment: Experiment, numbers: Mapping[CellKey, PaperCell]) -> 
         for tuned in FINETUNINGS:
             recipes[f"pruned, from {start}", tuned] = Recipe(start, experiment.pruned, tuned)
             recipes[f"PTQ int8, from {start}", tuned] = _rounded(start, tuned)
-    recipes[paper.QAT_ROBUST, "adversarial"] = Recipe("standard", tuned="adversarial", form="qat")
+    recipes[paper.QAT_ROBUST, "adversarial"] = _trained_rounded("simulated")
     return _cells(recipes, numbers)
 
 
 def _rounded(start: Start, tuned: Finetuning, bits: int = 8) -> Recipe:
     """Fine-tuned while ranges are recorded, and then quantised."""
     return Recipe(start, tuned=tuned, form="simulated", bits=bits, tuned_as="with_quantisation")
+
+
+def _trained_rounded(form: Form, bits: int = 8) -> Recipe:
+    """After quantisation-aware training, whose attacks go through the rounding."""
+    return Recipe("standard", tuned="adversarial", form=form, bits=bits, tuned_as="with_rounding")
 
 
 def _cells(recipes: Mapping[CellKey, Recipe], numbers: Mapping[CellKey, PaperCell]) -> list[Cell]:
@@ -174,13 +179,16 @@ def beyond(experiment: Experiment) -> list[Cell]:
         ),
         "pruned and int8, simulated": Recipe("standard", level, "adversarial", "simulated"),
         "pruned and int8, integer graph": Recipe("standard", level, "adversarial", "integer"),
+        "QAT int8, simulated": _trained_rounded("simulated"),
+        "QAT int8, integer graph": _trained_rounded("integer"),
         "pruned, distilled from robust": Recipe("standard", level, "distill"),
         "pruned and int8, distilled, integer graph": Recipe("standard", level, "distill", "integer"),
     }
     cells = []
     for row, recipe in rows.items():
         for column, (measure, tier) in BEYOND.items():
-            later = 1 if recipe.tuned == "distill" or recipe.start == "robust" else 0
+            dear = recipe.tuned == "distill" or recipe.start == "robust" or recipe.tuned_as == "with_rounding"
+            later = 1 if dear else 0
             cells.append(Cell(row, column, recipe, measure, tier=tier + later))
     return cells
 
@@ -197,7 +205,7 @@ class Curve:
 def curves(name: str) -> tuple[Curve, ...]:
     """The panels of a figure."""
     if name == "figure4":
-        points = {float(bits): Recipe("standard", tuned="adversarial", form="qat", bits=bits) for bits in BITS}
+        points = {float(bits): _trained_rounded("simulated", bits) for bits in BITS}
         return (Curve("quantisation-aware training", "bits", points),)
     tuned: Finetuning = "adversarial" if name == "figure1" else "none"
     found = []

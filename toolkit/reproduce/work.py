@@ -19,6 +19,7 @@ from toolkit.evaluators.cost import integer_coverage
 from toolkit.evaluators.fake_quantised import RangeRecorder, fake_quantise
 from toolkit.exporters.onnx import export_onnx
 from toolkit.exporters.quantize import quantize_int8
+from toolkit.exporters.ranges import Interval
 from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import assemble, read_model_file
 from toolkit.models.registry import build_network
@@ -30,7 +31,7 @@ from toolkit.reproduce.steps import FLOAT_GRAPH, INTEGER_GRAPH, MODEL, Step
 from toolkit.reproduce.store import TRAINING, WEIGHTS, Store
 from toolkit.reproduce.world import World
 from toolkit.training.loop import train
-from toolkit.training.qat import LearntRanges, Rounding, simulate
+from toolkit.training.qat import LearntRanges, Rounding, graph_ranges, simulate
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,17 @@ class Bench:
         bits = step.settings["bits"]
         grid = step.settings["per_channel"], step.settings.get("extremes", False)
         return Rounding(bits, bits, self.margin, *grid)
+
+    def learnt_ranges(self, step: Step, fp32: Path) -> dict[str, Interval]:
+        """What a training that rounded learnt, by the tensors of its network's float graph; of another, nothing.
+
+        Args:
+            step: whose network it is.
+            fp32: its float graph.
+        """
+        if step.kind != "qat":
+            return {}
+        return graph_ranges(self.model(step), self._learnt(step), fp32, self.splits.calibration)
 
     def _learnt(self, step: Step) -> LearntRanges:
         ends = (self.store.result(step) or {})["learnt"]
@@ -218,10 +230,12 @@ def do_integer(step: Step, bench: Bench) -> dict[str, Any]:
     fp32 = export_onnx(model, bench.file(step, FLOAT_GRAPH), ExportConfig())
     config = QuantizeConfig(int8=True, per_channel=step.settings["per_channel"], calibrate=step.settings["calibrate"])
     path = bench.store.unfinished(step, INTEGER_GRAPH)
-    quantize_int8(fp32, path, bench.splits.calibration, config, input_margin=bench.margin)
+    ranges = bench.learnt_ranges(step.parents[0], fp32.path)
+    made = quantize_int8(fp32, path, bench.splits.calibration, config, input_margin=bench.margin, ranges=ranges)
     coverage = integer_coverage(path)
     return {
         WEIGHTS: sha256(path),
+        **({"learnt_ranges": made.learnt_ranges} if ranges else {}),
         "integer_coverage": coverage.share,
         "kernel_time_share_integer": coverage.kernel_time_share_integer,
         "bytes": {FLOAT_GRAPH: fp32.path.stat().st_size, INTEGER_GRAPH: path.stat().st_size},
