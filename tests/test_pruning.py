@@ -19,7 +19,7 @@ from toolkit.models.checkpoint import save_checkpoint
 from toolkit.models.loading import assemble, read_model_file
 from toolkit.models.networks import cnn8, resnet18
 from toolkit.models.registry import build_network
-from toolkit.pruning import PruningResult, find_classifier, find_groups, prune, replay, rounded_width
+from toolkit.pruning import History, PruningResult, find_classifier, find_groups, prune, replay, rounded_width
 
 SHAPE = (1, 12, 12)
 
@@ -28,15 +28,20 @@ def reference(architecture: str, seed: int = 0) -> TorchModel:
     """A network of ours with trained-like batch norm statistics."""
     torch.manual_seed(seed)
     shape = (1, 12, 12) if architecture == "cnn8" else (3, 16, 16)
-    network = (cnn8 if architecture == "cnn8" else resnet18)(10, shape)
+    network = with_statistics((cnn8 if architecture == "cnn8" else resnet18)(10, shape))
+    return wrap(network, architecture=architecture, shape=shape, normalization=GREY if shape[0] == 1 else RGB)
+
+
+def with_statistics(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (module.weight.data, module.running_var):
                 assert tensor is not None
                 tensor.uniform_(0.5, 1.5)
-            assert module.running_mean is not None
-            module.running_mean.normal_(0, 0.1)
-    return wrap(network, architecture=architecture, shape=shape, normalization=GREY if shape[0] == 1 else RGB)
+            for tensor in (module.bias.data, module.running_mean):
+                assert tensor is not None
+                tensor.normal_(0, 0.1)
+    return network
 
 
 def from_torchvision(name: str, side: int) -> TorchModel:
@@ -212,6 +217,43 @@ def grouped() -> nn.Module:
     block = torchvision.models.resnet.Bottleneck
     network: nn.Module = torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=10, groups=4, width_per_group=16)
     return network
+
+
+def with_silence(model: TorchModel, build: Callable[[], nn.Module], history: History) -> TorchModel:
+    """The unpruned `model` with zeros for whatever `history` removes.
+
+    What that is, a network tells whose parameters hold their own positions when it is pruned in the same way.
+    """
+    tracer = build()
+    for parameter in tracer.parameters():
+        parameter.data = torch.arange(parameter.numel(), dtype=torch.float32).reshape(parameter.shape)
+    replay(tracer, history, model.spec.input_shape)
+    silenced = model.copy()
+    for (name, parameter), (traced, positions) in zip(
+        silenced.network.named_parameters(), tracer.named_parameters(), strict=True
+    ):
+        assert name == traced
+        left = torch.zeros(parameter.numel())
+        left[positions.detach().flatten().long()] = 1
+        parameter.data *= left.reshape(parameter.shape)
+    return silenced
+
+
+def residual() -> nn.Module:
+    return build_network("resnet18", 10, (3, 32, 32))
+
+
+@pytest.mark.parametrize("build", [residual, dense, grouped])
+def test_what_is_removed_is_what_is_silenced(build: Callable[[], nn.Module]) -> None:
+    """Through sums, concatenations and groups: the right inputs go with every output, and statistics with both."""
+    torch.manual_seed(0)
+    model = wrap(with_statistics(build()), shape=(3, 32, 32), normalization=RGB)
+    pruned = prune(model, PruneConfig(ratio=0.5)).model
+    silenced = with_silence(model, build, pruned.spec.pruning[0]["history"])
+    images = images_for(model)
+    expected = silenced.predict(images)
+    assert torch.allclose(pruned.predict(images), expected, atol=1e-4 * float(expected.abs().max()))
+    assert not torch.allclose(model.predict(images), expected, atol=1e-2 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("build", [dense, grouped])
