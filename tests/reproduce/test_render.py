@@ -109,6 +109,15 @@ def test_what_the_paper_does_not_have_is_a_table_of_its_own() -> None:
     assert row(text, "pruned") == ["pruned", "80.00 [77.41, 82.36] / 40.00 [37.01, 43.07]", "not run"]
 
 
+@pytest.mark.parametrize(("elsewhere", "told"), [((400, 200), True), ((400, 391), False), ((), False)])
+def test_masked_gradients_are_told(elsewhere: tuple[int, ...], *, told: bool) -> None:
+    """The worst case over both is less anyway; that one of them alone leaves less shows that the other is misled."""
+    tried = cell(800, column="PGD-20", theirs=None)
+    tried["runs"][0]["by_surrogate"] = {str(n): Proportion(n, 1000).as_dict() for n in elsewhere}
+    found = row(render(document(cells=[tried])), "pruned")[1]
+    assert found == "80.00 [77.41, 82.36] / 40.00 [37.01, 43.07]" + "; worst case 20.00" * told
+
+
 def test_other_images_are_said_not_to_be_the_papers() -> None:
     text = render(document(cells=[cell(800, theirs=None)], comparable=False))
     assert "Not the paper's data set" in text and row(text, "pruned")[3] == "not comparable"
