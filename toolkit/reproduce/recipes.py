@@ -38,8 +38,7 @@ class Recipe:
 
     def __str__(self) -> str:
         if self.tuned_as == "with_rounding":
-            forms = {"float": "not rounded", "integer": "integer graph"}
-            return ", ".join([f"QAT int{self.bits}", *([forms[self.form]] if self.form in forms else [])])
+            return f"QAT int{self.bits}" + (", integer graph" if self.form == "integer" else "")
         parts: list[str] = [self.start]
         if self.pruned:
             parts.append(f"pruned {self.pruned:g}")
@@ -49,6 +48,11 @@ class Recipe:
         if self.form != "float":
             parts.append(forms[self.form])
         return ", ".join(parts)
+
+    @property
+    def rounds_as_trained(self) -> bool:
+        """Whether what is judged is what a quantisation-aware training computed."""
+        return self.form == "simulated" and self.tuned_as == "with_rounding"
 
 
 Measure = Literal["pgd-paper", "pgd-pixel", "autoattack-paper", "autoattack-pixel", "deepfool-paper", "pgd-l2"]
@@ -120,7 +124,9 @@ class Planner:
         per_channel = recipe.tuned_as == "with_rounding" and self.protocol.qat_per_channel
         calibration = self._named(self.splits.calibration)
         settings = {"calibration": calibration, "per_channel": per_channel, "calibrate": "minmax"}
-        return Step("integer", f"{self._name}: integer graph of {recipe}", settings, (self.network_of(recipe),))
+        network = self.network_of(recipe)
+        label = f"{self._name}: integer graph of {network.label.removeprefix(self._name + ': ')}"
+        return Step("integer", label, settings, (network,))
 
     def embed(self, recipes: Mapping[str, Recipe], class_name: str) -> Step:
         """The step that lays out what layers make of one class's images, clean and attacked, in two dimensions."""
@@ -187,7 +193,7 @@ class Planner:
         plan = plan_of(measure, self.experiment)
         facts = {
             "measure": measure,
-            "form": "qat" if _simulates_its_training(recipe) else recipe.form,
+            "form": "qat" if recipe.rounds_as_trained else recipe.form,
             "plan": [plan.record(), plan.steps, plan.step_size, plan.random_start],
             "evaluation": self._evaluated(measure),
             "seed": self.seed,
@@ -199,8 +205,9 @@ class Planner:
     def _rounding(self, recipe: Recipe) -> dict[str, Any]:
         """How the simulated form is made: fine-tuning has recorded the ranges, else calibration images tell them."""
         recorded = recipe.tuned != "none"
-        reads_images = not recorded or recipe.form != "simulated" or _simulates_its_training(recipe)
-        calibration = self._named(self.splits.calibration) if reads_images else None
+        # QAT's own rounding reads no images either, but steps that were made of it are known by them
+        needless = recorded and recipe.form == "simulated" and not recipe.rounds_as_trained
+        calibration = None if needless else self._named(self.splits.calibration)
         return {"bits": recipe.bits, "recorded": recorded, "calibration": calibration}
 
     def _evaluated(self, measure: Measure) -> list[Any]:
@@ -220,8 +227,3 @@ class Planner:
         if self.protocol.qat_extremes:
             grid["extremes"] = True
         return Step("qat", label, {**settings, **origin, **grid}, parents)
-
-
-def _simulates_its_training(recipe: Recipe) -> bool:
-    """Whether what is judged is what a quantisation-aware training computed."""
-    return recipe.form == "simulated" and recipe.tuned_as == "with_rounding"

@@ -164,8 +164,8 @@ def _columns_text(cells: Sequence[Mapping[str, Any]], panel: Mapping[str, Any]) 
         "the worst case per image over its attacks, PGD-20 and the clean image. Of an integer graph PGD is made on its "
         "differentiable twin; of AutoAttack, PGD and untargeted Auto-PGD are made on its twin, its simulated form and "
         "the float network, the other attacks on those that fool it most, Square on the graph itself. `worst case`, "
-        "seed by seed, stands where the attack fools more images when it is made on another form of the network: the "
-        "gradients of its own are masked."
+        "seed by seed, stands where the attack fools more images when it is made on another form of the network, which "
+        "is a sign of masked gradients."
     )
     return "\n".join(lines)
 

@@ -188,8 +188,7 @@ def beyond(experiment: Experiment) -> list[Cell]:
     for row, recipe in rows.items():
         for column, (measure, tier) in BEYOND.items():
             dear = recipe.tuned == "distill" or recipe.start == "robust" or recipe.tuned_as == "with_rounding"
-            later = 1 if dear else 0
-            cells.append(Cell(row, column, recipe, measure, tier=tier + later))
+            cells.append(Cell(row, column, recipe, measure, tier=tier + int(dear)))
     return cells
 
 

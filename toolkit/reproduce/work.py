@@ -113,16 +113,17 @@ class Bench:
         grid = step.settings["per_channel"], step.settings.get("extremes", False)
         return Rounding(bits, bits, self.margin, *grid)
 
-    def learnt_ranges(self, step: Step, fp32: Path) -> dict[str, Interval]:
+    def learnt_ranges(self, step: Step, model: TorchModel, fp32: Path) -> dict[str, Interval]:
         """What a training that rounded learnt, by the tensors of its network's float graph; of another, nothing.
 
         Args:
-            step: whose network it is.
-            fp32: its float graph.
+            step: the training.
+            model: its network.
+            fp32: that one's float graph.
         """
         if step.kind != "qat":
             return {}
-        return graph_ranges(self.model(step), self._learnt(step), fp32, self.splits.calibration)
+        return graph_ranges(model, self._learnt(step), fp32, self.splits.calibration)
 
     def _learnt(self, step: Step) -> LearntRanges:
         ends = (self.store.result(step) or {})["learnt"]
@@ -230,7 +231,7 @@ def do_integer(step: Step, bench: Bench) -> dict[str, Any]:
     fp32 = export_onnx(model, bench.file(step, FLOAT_GRAPH), ExportConfig())
     config = QuantizeConfig(int8=True, per_channel=step.settings["per_channel"], calibrate=step.settings["calibrate"])
     path = bench.store.unfinished(step, INTEGER_GRAPH)
-    ranges = bench.learnt_ranges(step.parents[0], fp32.path)
+    ranges = bench.learnt_ranges(step.parents[0], model, fp32.path)
     made = quantize_int8(fp32, path, bench.splits.calibration, config, input_margin=bench.margin, ranges=ranges)
     coverage = integer_coverage(path)
     return {
