@@ -137,7 +137,7 @@ def test_the_paper_comes_before_what_it_lacks_and_cheap_before_dear(tmp_path: Pa
                         and "AutoAttack" not in text and "integer" not in text and "distill" not in text
                         and "robust" in text and "PTQ" in text)  # fmt: skip
     assert last_of_paper < min(i for i, text in enumerate(plan) if "AutoAttack" in text or "DeepFool" in text)
-    assert plan[0].endswith("standard network") and sum("quantisation-aware" in text for text in plan) == 1
+    assert plan[0].endswith("standard network") and sum(": quantisation-aware" in text for text in plan) == 1
     assert plan.index(f"{plan[0].rsplit(':')[0]}: robust network") > plan.index(
         next(text for text in plan if "PTQ" in text)
     ), "what needs a second training from scratch comes after what does not"
